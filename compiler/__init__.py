@@ -1,0 +1,1 @@
+"""Recipe to plan: pure, quick, and without torch."""

@@ -1,0 +1,189 @@
+"""Recipe to plan: read, check, resolve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from compiler.data.manifest import Manifest
+from compiler.data.scan import Index
+from compiler.diagnostics import Diagnostic, sort_diagnostics
+from compiler.draft import Draft
+from compiler.inherit import chain
+from compiler.machine import Machine
+from compiler.memory import MemoryModel
+from compiler.passes import PASSES
+from compiler.passes.memory import model_plan
+from compiler.plan import PLAN_FORMAT, Plan
+from compiler.schema import Recipe
+from compiler.source import Merged, Source, dotted, merge, parse_overrides, read_source
+from compiler.spans import KeyPath
+from compiler.structure import structure, tagged_paths
+from compiler.synonyms import SYNONYMS
+
+
+@frozen(kw_only=True)
+class Compiled:
+    """What came of a recipe. `plan` and `manifest` are None exactly if there are errors."""
+
+    plan: Plan | None
+    manifest: Manifest | None
+    diagnostics: tuple[Diagnostic, ...]
+    texts: Mapping[str, str]  # by file name, for `render`
+    counts: Mapping[str, int]  # parameters, trainable, adapted, flops; empty without simulation
+
+
+def compile_file(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    machine: Machine,
+    memory_model: MemoryModel | None = None,
+    index: Index | None = None,
+    cache_default: Path | None = None,
+    presets: Path | None = None,
+) -> Compiled:
+    """Compile the recipe at `path`. Mistakes of the user become diagnostics; nothing is
+    written. `presets` is the folder of shipped presets."""
+    source, faults = read_source(path, _shown(path))
+    layers, more = parse_overrides(overrides)
+    faults = [*faults, *more]
+    if source is None:
+        return _refused(faults, {})
+    for layer in layers:
+        if "extends" in layer.data:
+            faults.append(_not_here(layer))
+    parents, more = chain(source, path, presets)
+    faults += more
+    located, more = merge([*parents, *layers], tagged_paths(Recipe))
+    faults += more
+    recipe, more = structure(located.data, Recipe, located, SYNONYMS)
+    faults += more
+    blamed = frozenset(fault.path for fault in faults if fault.severity == "error")
+    if recipe is None:
+        recipe, _ = structure(_without(located.data, blamed), Recipe, located, SYNONYMS)
+    if recipe is None:
+        return _refused(faults, located.texts)
+    draft = Draft(
+        recipe=recipe,
+        located=located,
+        folder=path.resolve().parent,
+        cache_default=cache_default or default_cache(),
+        machine=machine,
+        memory_model=memory_model,
+        index=index,
+        diagnostics=list(faults),
+    )
+    for _, resolve in PASSES:
+        resolve(draft)
+    draft.diagnostics = [
+        fault
+        for fault in draft.diagnostics
+        if fault in faults or not any(_below(fault.path, path) for path in blamed)
+    ]
+    return _finished(draft, located)
+
+
+def _not_here(layer: Source) -> Diagnostic:
+    return Diagnostic(
+        code="no-effect",
+        message="`extends` can't be overridden: an override is laid over the finished recipe",
+        span=layer.span(("extends",), "key"),
+        path="extends",
+        help="write a recipe of two lines that extends what you want",
+    )
+
+
+def _without(data: dict[str, Any], blamed: frozenset[str]) -> dict[str, Any]:
+    """`data` without the keys at the dotted paths `blamed`: what is left is judged all the same, so
+    that a person sees every mistake at once."""
+
+    def kept(node: Any, path: KeyPath) -> Any:
+        if isinstance(node, dict):
+            rows = ((key, (*path, key), value) for key, value in node.items())
+            return {key: kept(value, at) for key, at, value in rows if dotted(at) not in blamed}
+        if isinstance(node, list):
+            return [kept(value, (*path, number)) for number, value in enumerate(node)]
+        return node
+
+    found = kept(data, ())
+    assert isinstance(found, dict)
+    return found
+
+
+def _below(path: str, blamed: str) -> bool:
+    """Whether `path` is `blamed` or inside it."""
+    return path == blamed or path.startswith((f"{blamed}.", f"{blamed}["))
+
+
+def default_cache() -> Path:
+    """The user's cache folder, by the XDG rule."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base).resolve() / "tuner"
+
+
+def _shown(path: Path) -> str:
+    try:
+        return os.path.relpath(path) if not path.is_absolute() else str(path)
+    except ValueError:  # another drive on Windows
+        return str(path)
+
+
+def _refused(faults: Sequence[Diagnostic], texts: Mapping[str, str]) -> Compiled:
+    return Compiled(
+        plan=None,
+        manifest=None,
+        diagnostics=tuple(sort_diagnostics(faults, tuple(texts))),
+        texts=texts,
+        counts={},
+    )
+
+
+def _finished(draft: Draft, located: Merged) -> Compiled:
+    if any(fault.severity == "error" for fault in draft.diagnostics):
+        return _refused(draft.diagnostics, located.texts)
+    return Compiled(
+        plan=_plan(draft),
+        manifest=draft.manifest,
+        diagnostics=tuple(sort_diagnostics(draft.diagnostics, tuple(located.texts))),
+        texts=located.texts,
+        counts=draft.counts,
+    )
+
+
+def _plan(draft: Draft) -> Plan:
+    assert draft.precision and draft.text and draft.steps and draft.optimizer
+    assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
+    assert draft.memory and draft.manifest
+    return Plan(
+        format=PLAN_FORMAT,
+        name=draft.recipe.name,
+        seed=draft.recipe.seed,
+        run_folder=draft.run_folder,
+        cache_folder=draft.cache_folder,
+        device=draft.device,
+        model=model_plan(draft),
+        adapter=draft.adapter,
+        precision=draft.precision,
+        text=draft.text,
+        sources=draft.sources,
+        buckets=draft.buckets,
+        manifest=draft.manifest.digest,
+        steps=draft.steps,
+        optimizer=draft.optimizer,
+        schedule=draft.schedule,
+        objective=draft.objective,
+        max_grad_norm=float(draft.recipe.train.max_grad_norm),
+        ema=draft.ema,
+        checkpoints=draft.checkpoints,
+        validation=draft.validation,
+        memory=draft.memory,
+        track=draft.recipe.track.to,
+        workers=draft.workers,
+        threads=draft.threads,
+        decisions=tuple(draft.decisions),
+    )

@@ -1,0 +1,1 @@
+"""Which pictures a run is trained on: found, measured, placed, captioned and counted."""

@@ -1,0 +1,282 @@
+"""The list of samples: every picture that is used, where it goes, and its caption.
+
+A manifest is held in columns, because there may be millions of rows: numbers in arrays, placements
+and captions once each however many pictures share them. Rows are sorted by source, then by key, so
+that the same data give the same manifest whatever the disk's order. As a file it is one line of
+JSON per source, placement, caption and sample, behind a head that states the digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attrs import astuple, frozen
+
+from compiler.data.geometry import Placement
+
+FORMAT = 1
+_ROW = struct.Struct("<IQIIII")
+_PLACEMENT = struct.Struct("<6I")
+_T = TypeVar("_T")
+
+
+class ManifestDamaged(ValueError):
+    """A manifest file that is cut off, changed, or of another format."""
+
+
+@frozen(kw_only=True, slots=True)
+class Folder:
+    """The root of one source: the id that the plan gives it and its absolute path."""
+
+    id: str
+    path: str
+
+
+@frozen(kw_only=True, slots=True)
+class Sample:
+    """One picture as it is trained on."""
+
+    source: int  # index of its folder
+    key: str  # path below the folder, with "/"
+    bytes: int  # of the file
+    width: int  # pixels of the picture, after EXIF orientation
+    height: int
+    placement: Placement
+    caption: str  # "" without one
+
+
+@frozen(kw_only=True, slots=True)
+class Members:
+    """The samples of one bucket: of one source and one size."""
+
+    source: int
+    width: int
+    height: int
+    samples: array[int]  # row numbers, ascending (type "Q")
+
+
+class Manifest:
+    """Rows of samples; `len`, index and iteration give `Sample`s. Immutable once built."""
+
+    def __init__(self, folders: Sequence[Folder], samples: Iterable[Sample]) -> None:
+        """Sorts `samples`. Raises ValueError if a source holds one key twice."""
+        self.folders = tuple(folders)
+        self._columns = _Columns()
+        last: tuple[int, str] | None = None
+        for sample in sorted(samples, key=lambda row: (row.source, row.key)):
+            if last == (sample.source, sample.key):
+                raise ValueError(f"the key {sample.key!r} stands twice in one source")
+            last = (sample.source, sample.key)
+            self._columns.add(sample)
+
+    def __len__(self) -> int:
+        return len(self._columns.keys)
+
+    def __getitem__(self, row: int) -> Sample:
+        return self._columns.sample(row)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[row] for row in range(len(self)))
+
+    def path(self, row: int) -> str:
+        """The absolute path of the file of `row`."""
+        columns = self._columns
+        return os.path.join(self.folders[columns.source[row]].path, columns.keys[row])
+
+    def placement(self, row: int) -> Placement:
+        """The placement of `row`."""
+        return self._columns.placements[self._columns.placement[row]]
+
+    def source(self, row: int) -> int:
+        """The source's number of `row`."""
+        return self._columns.source[row]
+
+    def caption_number(self, row: int) -> int:
+        """Where the caption of `row` stands in `captions`."""
+        return self._columns.caption[row]
+
+    def caption(self, row: int) -> str:
+        """The caption of `row`."""
+        return self._columns.captions[self._columns.caption[row]]
+
+    def name(self, row: int) -> str:
+        """What a person calls `row`: the source's id and the key."""
+        return f"{self.folders[self._columns.source[row]].id}/{self._columns.keys[row]}"
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Each distinct caption once, in the order of first use."""
+        return tuple(self._columns.captions)
+
+    @cached_property
+    def buckets(self) -> tuple[Members, ...]:
+        """All buckets, by source, then width, then height."""
+        columns = self._columns
+        found: dict[tuple[int, int, int], array[int]] = {}
+        for row in range(len(self)):
+            placed = columns.placements[columns.placement[row]]
+            place = (columns.source[row], placed.width, placed.height)
+            found.setdefault(place, array("Q")).append(row)
+        return tuple(
+            Members(source=source, width=width, height=height, samples=found[source, width, height])
+            for source, width, height in sorted(found)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over source ids, keys, file lengths, sizes, placements and captions.
+
+        Neither absolute paths nor times enter: a copy of the data has the same digest.
+        """
+        columns = self._columns
+        state = hashlib.sha256(json.dumps([folder.id for folder in self.folders]).encode())
+        placements = [_PLACEMENT.pack(*astuple(placement)) for placement in columns.placements]
+        captions = [text.encode("utf-8", "surrogatepass") for text in columns.captions]
+        for row in range(len(self)):
+            key, caption = os.fsencode(columns.keys[row]), captions[columns.caption[row]]
+            numbers = _ROW.pack(
+                columns.source[row],
+                columns.bytes[row],
+                columns.width[row],
+                columns.height[row],
+                len(key),
+                len(caption),
+            )
+            state.update(numbers + placements[columns.placement[row]] + key + caption)
+        return state.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the manifest to `path`, whole or not at all. Raises OSError."""
+        beside = path.parent / f".partial-{path.name}"
+        try:
+            with open(beside, "w", encoding="ascii", newline="\n") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self._lines())
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read what `save` wrote. Raises ManifestDamaged, and OSError where there is no file."""
+        with open(path, encoding="ascii") as file:
+            try:
+                return cls._read(json.loads(line) for line in file)
+            except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+                raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
+
+    def _lines(self) -> Iterator[Any]:
+        columns = self._columns
+        yield {
+            "format": FORMAT,
+            "digest": self.digest,
+            "folders": len(self.folders),
+            "placements": len(columns.placements),
+            "captions": len(columns.captions),
+            "samples": len(self),
+        }
+        yield from ([folder.id, folder.path] for folder in self.folders)
+        yield from (astuple(placement) for placement in columns.placements)
+        yield from columns.captions
+        for row in range(len(self)):
+            yield [
+                columns.source[row],
+                columns.keys[row],
+                columns.bytes[row],
+                columns.width[row],
+                columns.height[row],
+                columns.placement[row],
+                columns.caption[row],
+            ]
+
+    @classmethod
+    def _read(cls, lines: Iterator[Any]) -> Manifest:
+        head = next(lines)
+        if head["format"] != FORMAT:
+            raise ValueError(f"format {head['format']}, not {FORMAT}")
+        folders = [Folder(id=i, path=p) for i, p in _take(lines, head["folders"])]
+        names = Placement.__slots__[:6]
+        placements = [
+            Placement(**dict(zip(names, values, strict=True)))
+            for values in _take(lines, head["placements"])
+        ]
+        captions = list(_take(lines, head["captions"]))
+        manifest = cls(
+            folders,
+            (
+                Sample(
+                    source=source,
+                    key=key,
+                    bytes=size,
+                    width=width,
+                    height=height,
+                    placement=placements[placement],
+                    caption=captions[caption],
+                )
+                for source, key, size, width, height, placement, caption in _take(
+                    lines, head["samples"]
+                )
+            ),
+        )
+        if manifest.digest != head["digest"]:
+            raise ValueError("the rows do not have the digest that the head states")
+        return manifest
+
+
+def _take(lines: Iterator[Any], count: int) -> Iterator[Any]:
+    return islice(lines, count)
+
+
+class _Columns:
+    """The storage: about 100 bytes a row beside its key and what it shares with others."""
+
+    def __init__(self) -> None:
+        self.source = array("I")
+        self.keys: list[str] = []
+        self.bytes = array("Q")
+        self.width = array("I")
+        self.height = array("I")
+        self.placement = array("I")
+        self.caption = array("I")
+        self.placements: list[Placement] = []
+        self.captions: list[str] = []
+        self._placement_numbers: dict[Placement, int] = {}
+        self._caption_numbers: dict[str, int] = {}
+
+    def add(self, sample: Sample) -> None:
+        self.source.append(sample.source)
+        self.keys.append(sample.key)
+        self.bytes.append(sample.bytes)
+        self.width.append(sample.width)
+        self.height.append(sample.height)
+        self.placement.append(_number(sample.placement, self.placements, self._placement_numbers))
+        self.caption.append(_number(sample.caption, self.captions, self._caption_numbers))
+
+    def sample(self, row: int) -> Sample:
+        return Sample(
+            source=self.source[row],
+            key=self.keys[row],
+            bytes=self.bytes[row],
+            width=self.width[row],
+            height=self.height[row],
+            placement=self.placements[self.placement[row]],
+            caption=self.captions[self.caption[row]],
+        )
+
+
+def _number(value: _T, values: list[_T], numbers: dict[_T, int]) -> int:
+    number = numbers.setdefault(value, len(values))
+    if number == len(values):
+        values.append(value)
+    return number

@@ -1,0 +1,144 @@
+"""The plan in the making: what the passes read and fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import Factory, define
+
+from compiler import plan
+from compiler.data.manifest import Manifest
+from compiler.data.scan import Index
+from compiler.diagnostics import Diagnostic, Severity
+from compiler.families.card import FamilyCard, KnownModel
+from compiler.machine import Machine
+from compiler.memory import MemoryModel
+from compiler.schema import Recipe
+from compiler.source import Merged, Part, dotted
+from compiler.spans import KeyPath
+
+
+@define(kw_only=True)
+class ModelFacts:
+    """What is known of the base before anything is loaded."""
+
+    family: FamilyCard
+    base: str
+    local: bool
+    revision: str
+    configs: dict[str, dict[str, Any]]
+    parameters: dict[str, int]
+    known: KnownModel | None
+
+
+@define(kw_only=True)
+class Draft:
+    """One compilation. Passes run in the order of `compiler.passes.PASSES` and fill in the rest."""
+
+    recipe: Recipe
+    located: Merged
+    folder: Path  # of the recipe; relative paths start here
+    cache_default: Path
+    machine: Machine
+    memory_model: MemoryModel | None
+    index: Index | None
+    diagnostics: list[Diagnostic] = Factory(list)
+    decisions: list[plan.Decision] = Factory(list)
+
+    model: ModelFacts | None = None
+    device: plan.Device = "cpu"
+    adapter: plan.Adapter | None = None
+    precision: plan.Precision | None = None
+    text: plan.Text | None = None
+    sources: tuple[plan.DataSource, ...] = ()
+    manifest: Manifest | None = None
+    buckets: tuple[plan.Bucket, ...] = ()
+    steps: plan.Steps | None = None
+    optimizer: plan.Optimizer | None = None
+    schedule: plan.Schedule | None = None
+    objective: plan.Objective | None = None
+    ema: plan.Ema | None = None
+    checkpoints: plan.Checkpoints | None = None
+    validation: plan.Validation | None = None
+    memory: plan.Memory | None = None
+    counts: Mapping[str, int] = Factory(dict)  # parameters, trainable, adapted, flops
+    run_folder: str = ""
+    cache_folder: str = ""
+    workers: int = 1
+    threads: int = 1
+
+    def report(
+        self,
+        severity: Severity,
+        code: str,
+        path: KeyPath,
+        message: str,
+        *,
+        label: str = "",
+        help: str = "",
+        of: Part = "value",
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Add a diagnostic that blames the key at `path`."""
+        span = self.located.span(path, of)
+        self.diagnostics.append(
+            Diagnostic(
+                code=code,
+                severity=severity,
+                message=message,
+                span=span,
+                label=label,
+                help=help,
+                path=dotted(path),
+                notes=notes,
+            )
+        )
+
+    def error(self, code: str, path: KeyPath, message: str, **rest: Any) -> None:
+        """Something that the recipe must say otherwise."""
+        self.report("error", code, path, message, **rest)
+
+    def warn(self, code: str, path: KeyPath, message: str, **rest: Any) -> None:
+        """Something unwise, or a setting without effect."""
+        self.report("warning", code, path, message, **rest)
+
+    def given(self, path: KeyPath) -> bool:
+        """Whether the recipe (or an override) itself states the value at `path`."""
+        node: Any = self.located.data
+        for part in path:
+            if isinstance(node, dict) and part in node:
+                node = node[part]
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                node = node[part]
+            else:
+                return False
+        return True
+
+    def decide(self, path: KeyPath, value: object, *, by: str = "default", why: str = "") -> None:
+        """Record a resolved value; `by` and `why` hold where the recipe leaves it open."""
+        open_ = not self.given(path) or self._text_at(path) == "auto"
+        source = by if open_ else self.located.where(path)
+        made = plan.Decision(
+            key=dotted(path), value=_words(value), source=source, why=why if open_ else ""
+        )
+        if made not in self.decisions:  # several sources may take one default
+            self.decisions.append(made)
+
+    def _text_at(self, path: KeyPath) -> object:
+        node: Any = self.located.data
+        for part in path:
+            node = node[part]
+        return node
+
+
+def _words(value: object) -> str:
+    """A resolved value as the recipe would spell it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return ", ".join(_words(item) for item in value)
+    return str(value)

@@ -1,0 +1,8 @@
+"""The families there are: one fact card each, without importing any library."""
+
+from __future__ import annotations
+
+from compiler.families import sana, sd3
+from compiler.families.card import FamilyCard
+
+FAMILIES: dict[str, FamilyCard] = {"sana": sana.CARD, "sd3": sd3.CARD}

@@ -1,0 +1,68 @@
+"""The fact card of a model family: what is true before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+
+@frozen(kw_only=True)
+class KnownModel:
+    """A published model whose configurations we carry, so that it plans offline."""
+
+    base: str  # hub id
+    resolution: int  # pixels it was made for
+    configs: Mapping[str, Mapping[str, Any]]  # component -> configuration as Diffusers stores it
+    parameters: Mapping[str, int]  # component -> parameters
+
+
+@frozen(kw_only=True)
+class FamilyCard:
+    """Facts of one family. Sources stand beside the values in the family's module."""
+
+    name: str
+    title: str
+    pipeline: str  # Diffusers' pipeline class
+    components: Mapping[str, str]  # component -> class name, in model_index.json's order
+    text_encoders: tuple[str, ...]  # component names, in the order they are run
+    trained_component: Literal["transformer", "unet"]
+    blocks: tuple[str, ...]  # attribute names of the module lists that checkpointing counts
+    latent_channels_key: str  # key of the vae's configuration
+    prompt_length: int  # tokens of the longest encoder, as the pipeline's inference default
+    instruction: tuple[str, ...]  # the pipeline's default instruction lines; empty: none
+    default_resolution: int
+    sampling: str  # default timestep density
+    default_shift: float  # used where the scheduler's configuration states none
+    prediction: Literal["flow"]
+    guidance: float  # the pipeline's own default
+    inference_steps: int
+    target_sets: Mapping[str, tuple[str, ...]]  # name -> module name patterns (full match)
+    default_targets: str  # a name in target_sets
+    fp16_overflows: bool
+    known: tuple[KnownModel, ...]
+    traps: tuple[str, ...] = field(default=())  # sentences shown by the plan where they apply
+
+    def multiple(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Pixels that both edges must divide by: VAE down-sampling times patch size."""
+        transformer = configs[self.trained_component]
+        return self.vae_factor(configs["vae"]) * int(transformer.get("patch_size") or 1)
+
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        """How many pixels one latent stands for, along an edge."""
+        blocks = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
+        assert blocks is not None, "a vae configuration names its blocks"
+        return int(2 ** (len(blocks) - 1))
+
+    def shift(self, scheduler: Mapping[str, Any]) -> tuple[float, str]:
+        """The flow shift and which key of the scheduler's configuration gave it.
+
+        Published Sana folders hold a DPM-Solver configuration with `flow_shift`; a loader that
+        reads `shift` alone loses it.
+        """
+        for key in ("flow_shift", "shift"):
+            value = scheduler.get(key)
+            if isinstance(value, int | float):
+                return float(value), key
+        return self.default_shift, ""

@@ -1,0 +1,22 @@
+"""What the compiler must know of a machine; `runtime.machine` looks, the compiler only reads."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from compiler.plan import Device
+
+
+@frozen(kw_only=True)
+class Machine:
+    """One machine. Bytes are bytes."""
+
+    device: Device  # the first accelerator, else "cpu"
+    device_name: str
+    device_total_bytes: int  # of "cpu": the host's memory
+    device_free_bytes: int
+    host_total_bytes: int
+    host_free_bytes: int
+    cores: int
+    bf16: bool  # the device multiplies bfloat16 natively
+    capability: str = ""  # CUDA compute capability, "9.0"

@@ -1,0 +1,56 @@
+"""The one inversion: the compiler chooses by memory, only the runtime knows what a step allocates."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from attrs import frozen
+
+from compiler.plan import Adapter, Model, Objective, Optimizer, Phase, Precision, Text
+
+
+@frozen(kw_only=True)
+class Candidate:
+    """A training step to simulate. Everything that its peak depends on."""
+
+    model: Model
+    adapter: Adapter | None
+    precision: Precision
+    text: Text
+    objective: Objective
+    optimizer: Optimizer
+    max_grad_norm: float
+    ema_on_device: bool
+    accumulate: int
+    activation_checkpointing: int
+    shapes: tuple[tuple[int, int, int], ...]  # (width, height, batch size) in pixels, of all buckets
+    device: str
+
+
+@frozen(kw_only=True)
+class Simulation:
+    """What the simulation of a candidate found."""
+
+    phases: tuple[Phase, ...]
+    parameters: int  # of the trained component, without adapter
+    trainable: int  # parameters that the optimizer updates
+    adapted_modules: int  # modules that carry an adapter; 0 without one
+    flops: int  # floating-point operations of one forward and backward pass at the worst bucket
+    seconds: float  # how long the simulation took
+
+
+class MemoryModel(Protocol):
+    """Simulates; implemented by the runtime, handed in by `tuner`."""
+
+    def simulate(self, candidate: Candidate) -> Simulation:
+        """Peak memory per phase. Raises ValueError with a sentence if the model can't be built."""
+        ...
+
+
+def gib(amount: int) -> str:
+    """Bytes as a person reads them: "19.1 GiB", "312 MiB"."""
+    if amount >= 2**30:
+        return f"{amount / 2**30:.1f} GiB"
+    if amount >= 2**20:
+        return f"{amount / 2**20:.0f} MiB"
+    return f"{amount / 2**10:.0f} KiB"

@@ -1,0 +1,32 @@
+"""The passes, in the one order in which they run. Each resolves one concern and notes why.
+
+A pass may add diagnostics; it never prints and never raises on a user's mistake. A pass whose
+ground is missing (an earlier pass failed) returns without a word: one mistake, one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compiler.draft import Draft
+from compiler.passes.batches import resolve_batches
+from compiler.passes.data import resolve_data
+from compiler.passes.memory import resolve_memory
+from compiler.passes.model import resolve_model
+from compiler.passes.outputs import resolve_outputs
+from compiler.passes.precision import resolve_precision
+from compiler.passes.storage import resolve_storage
+from compiler.passes.training import resolve_training
+
+Pass = Callable[[Draft], None]
+
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("model", resolve_model),
+    ("precision", resolve_precision),
+    ("storage", resolve_storage),
+    ("data", resolve_data),
+    ("batches", resolve_batches),
+    ("training", resolve_training),
+    ("outputs", resolve_outputs),
+    ("memory", resolve_memory),
+)

@@ -1,0 +1,305 @@
+"""Which model: its family, where it comes from, its parts and what is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from compiler.diagnostics import choices, nearest
+from compiler.draft import Draft, ModelFacts
+from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
+from compiler.plan import Adapter
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HEADER_LIMIT = 100 * 2**20  # bytes; a safetensors header is never longer
+
+
+def resolve_model(draft: Draft) -> None:
+    """Fill in `draft.model` and `draft.adapter`."""
+    family = _family(draft)
+    if family is None:
+        return
+    draft.model = _facts(draft, family)
+    if draft.model is None:
+        return
+    draft.decide(("model", "base"), draft.model.base)
+    draft.adapter = _adapter(draft, family)
+    _text(draft, family)
+    _init(draft)
+
+
+def _family(draft: Draft) -> FamilyCard | None:
+    name = draft.recipe.model.family
+    if name in FAMILIES:
+        return FAMILIES[name]
+    guess = nearest(name, FAMILIES)
+    draft.error(
+        "unknown-value",
+        ("model", "family"),
+        f"unknown family `{name}`",
+        help=f"did you mean `{guess}`?" if guess else f"known families: {choices(tuple(FAMILIES))}",
+    )
+    return None
+
+
+def _facts(draft: Draft, family: FamilyCard) -> ModelFacts | None:
+    base = draft.recipe.model.base
+    folder = _folder(draft.folder, base)
+    if folder is not None:
+        return _local(draft, family, folder)
+    if not HUB_ID.fullmatch(base) or base.startswith((".", "/", "~")):
+        draft.error(
+            "missing-path",
+            ("model", "base"),
+            f"there is no folder `{base}`",
+            help="give a hub id such as `owner/name`, or a folder in the Diffusers layout; "
+            "paths are relative to the recipe",
+        )
+        return None
+    return _hub(draft, family, base)
+
+
+def _folder(recipe_folder: Path, base: str) -> Path | None:
+    try:
+        folder = (recipe_folder / Path(base).expanduser()).resolve()
+        return folder if folder.exists() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _hub(draft: Draft, family: FamilyCard, base: str) -> ModelFacts | None:
+    revision = draft.recipe.model.revision or "main"
+    for known in family.known:
+        if known.base == base:
+            return ModelFacts(
+                family=family,
+                base=base,
+                local=False,
+                revision=revision,
+                configs={name: dict(config) for name, config in known.configs.items()},
+                parameters=dict(known.parameters),
+                known=known,
+            )
+    draft.error(
+        "unknown-model",
+        ("model", "base"),
+        f"`{base}` is no folder here and no model that {family.name} knows",
+        help=_known_help(family, base),
+    )
+    return None
+
+
+def _known_help(family: FamilyCard, base: str) -> str:
+    names = [known.base for known in family.known]
+    guess = nearest(base, names)
+    start = f"did you mean `{guess}`? " if guess else f"known without a download: {choices(names)}. "
+    return start + f"For any other, `hf download {base} --local-dir FOLDER` and give that folder"
+
+
+def _local(draft: Draft, family: FamilyCard, folder: Path) -> ModelFacts | None:
+    where = ("model", "base")
+    if not folder.is_dir():
+        draft.error(
+            "not-a-pipeline",
+            where,
+            f"`{draft.recipe.model.base}` is a file; {family.name} needs a folder in the "
+            "Diffusers layout",
+        )
+        return None
+    index = _json(folder / "model_index.json")
+    if index is None:
+        draft.error(
+            "not-a-pipeline",
+            where,
+            f"`{draft.recipe.model.base}` holds no readable model_index.json",
+            help="the base must be a pipeline folder as Diffusers' `save_pretrained` writes it",
+        )
+        return None
+    if not _right_class(draft, family, index):
+        return None
+    configs = _configs(draft, family, folder)
+    if configs is None:
+        return None
+    counts = {name: _parameters(folder / name) for name in family.components}
+    return ModelFacts(
+        family=family,
+        base=str(folder),
+        local=True,
+        revision="",
+        configs=configs,
+        parameters=counts,
+        known=None,
+    )
+
+
+def _right_class(draft: Draft, family: FamilyCard, index: dict[str, Any]) -> bool:
+    name = index.get("_class_name")
+    if name == family.pipeline:
+        return True
+    other = next((card.name for card in FAMILIES.values() if card.pipeline == name), None)
+    draft.error(
+        "wrong-family",
+        ("model", "base"),
+        f"this base is a {name}, not a {family.pipeline}",
+        help=f'say `family = "{other}"`' if other else f"{family.name} trains {family.pipeline}",
+    )
+    return False
+
+
+def _configs(draft: Draft, family: FamilyCard, folder: Path) -> dict[str, dict[str, Any]] | None:
+    configs: dict[str, dict[str, Any]] = {}
+    missing = []
+    for name in family.components:
+        if name.startswith("tokenizer"):
+            if not (folder / name).is_dir():
+                missing.append(name)
+            continue
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        config = _json(folder / name / file)
+        if config is None:
+            missing.append(f"{name}/{file}")
+        else:
+            configs[name] = config
+    if missing:
+        draft.error(
+            "not-a-pipeline",
+            ("model", "base"),
+            f"`{draft.recipe.model.base}` lacks {choices(missing)}",
+            help="copy the whole pipeline folder, all components included",
+        )
+        return None
+    return configs
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parameters(folder: Path) -> int:
+    """Parameters in a component's safetensors files, from their headers alone."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        total += sum(_elements(entry) for entry in _header(path).values())
+    return total
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Header of a safetensors file: 8 bytes of length, then JSON; {} if it is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > HEADER_LIMIT:
+                return {}
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _elements(entry: Any) -> int:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list):
+        return 0
+    count = 1
+    for size in shape:
+        count *= int(size)
+    return count
+
+
+def _adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
+    recipe = draft.recipe.adapter
+    if recipe is None:
+        return None
+    alpha = float(recipe.rank) if recipe.alpha == "auto" else float(recipe.alpha)
+    draft.decide(("adapter", "rank"), recipe.rank)
+    draft.decide(("adapter", "alpha"), alpha, by="decided", why="alpha = rank, so the scale is 1")
+    return Adapter(
+        kind=recipe.kind,
+        rank=recipe.rank,
+        alpha=alpha,
+        dropout=recipe.dropout,
+        init=recipe.init,
+        targets=_targets(draft, family),
+    )
+
+
+def _targets(draft: Draft, family: FamilyCard) -> tuple[str, ...]:
+    assert draft.recipe.adapter is not None
+    asked = draft.recipe.adapter.targets
+    where = ("adapter", "targets")
+    if asked == "auto":
+        draft.decide(where, family.default_targets, by=f"family {family.name}")
+        return family.target_sets[family.default_targets]
+    draft.decide(where, asked)
+    if isinstance(asked, tuple):
+        for number, pattern in enumerate(asked):
+            _check_pattern(draft, (*where, number), pattern)
+        if not asked:
+            draft.error("no-targets", where, "an adapter without targets trains nothing")
+        return asked
+    if asked in family.target_sets:
+        return family.target_sets[asked]
+    if _check_pattern(draft, where, asked):
+        return (asked,)
+    return ()
+
+
+def _check_pattern(draft: Draft, where: tuple[str | int, ...], pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        draft.error(
+            "bad-pattern",
+            where,
+            f"`{pattern}` is neither a named set nor a valid pattern: {error}",
+            help=f"named sets: {choices(tuple(FAMILIES[draft.recipe.model.family].target_sets))}",
+        )
+        return False
+    return True
+
+
+def _text(draft: Draft, family: FamilyCard) -> None:
+    from compiler.plan import Text
+
+    asked = draft.recipe.text
+    length = family.prompt_length if asked.max_length == "auto" else asked.max_length
+    by = f"family {family.name}"
+    draft.decide(("text", "max_length"), length, by=by, why="as the pipeline at inference")
+    if length != family.prompt_length:
+        draft.warn(
+            "text-length",
+            ("text", "max_length"),
+            f"{length} tokens in training, but the pipeline uses {family.prompt_length} at inference",
+        )
+    wanted = bool(family.instruction) if asked.instruction == "auto" else asked.instruction
+    if wanted and not family.instruction:
+        draft.error(
+            "no-effect", ("text", "instruction"), f"{family.name} has no instruction to put before prompts"
+        )
+    if family.instruction:
+        draft.decide(("text", "instruction"), wanted, by=by, why="as the pipeline at inference")
+        if not wanted:
+            draft.warn(
+                "text-instruction",
+                ("text", "instruction"),
+                "trained without the instruction that the pipeline puts before prompts at inference",
+            )
+    draft.text = Text(max_length=length, instruction=family.instruction if wanted else ())
+
+
+def _init(draft: Draft) -> None:
+    if draft.recipe.model.transformer.init == "random" and draft.recipe.adapter is not None:
+        draft.error(
+            "conflict",
+            ("model", "transformer", "init"),
+            "an adapter on a randomly initialised transformer learns nothing of use",
+            help="leave out `[adapter]` to train from scratch, or leave out `init`",
+        )

@@ -1,0 +1,79 @@
+"""Where things are written, and whether they can be."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from compiler.draft import Draft
+from compiler.spans import KeyPath
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+def resolve_storage(draft: Draft) -> None:
+    """Fill in `draft.run_folder` and `draft.cache_folder`; touches nothing."""
+    name = draft.recipe.name
+    if not SAFE_NAME.fullmatch(name):
+        draft.error(
+            "bad-name",
+            ("name",),
+            f"`{name}` can't name a folder everywhere",
+            help="use letters, digits, `.`, `_` and `-`, at most 80, starting with a letter or digit",
+        )
+        return
+    output = _resolved(draft, ("output",), draft.recipe.output)
+    if output is None:
+        return
+    draft.run_folder = str(output / name)
+    draft.decide(("output",), draft.run_folder)
+    _check_writable(draft, ("output",), Path(draft.run_folder))
+    cache = draft.cache_default
+    if draft.recipe.cache.path:
+        own = _resolved(draft, ("cache", "path"), draft.recipe.cache.path)
+        if own is None:
+            return
+        cache = own
+        _check_writable(draft, ("cache", "path"), cache)
+    draft.cache_folder = str(cache)
+    draft.decide(("cache", "path"), draft.cache_folder, why="shared by all runs of this user")
+
+
+def _resolved(draft: Draft, path: KeyPath, text: str) -> Path | None:
+    try:
+        return (draft.folder / Path(text).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        draft.error("bad-path", path, f"this is no path: {error}")
+        return None
+
+
+def _check_writable(draft: Draft, path: KeyPath, folder: Path) -> None:
+    """Whether `folder` could be made and written; looks at the nearest parent that exists."""
+    place = path if draft.given(path) else ("name",)
+    try:
+        parent = folder
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        if not parent.is_dir():
+            draft.error("unwritable-output", place, f"`{parent}` is a file, not a folder")
+        elif not os.access(parent, os.W_OK | os.X_OK) or _read_only(parent):
+            draft.error(
+                "unwritable-output",
+                place,
+                f"`{parent}` can't be written to",
+                help="choose another folder, or change its permissions",
+            )
+    except OSError as error:
+        draft.error("unwritable-output", place, f"`{folder}` can't be used: {error.strerror or error}")
+
+
+def _read_only(folder: Path) -> bool:
+    """A file system that takes no writes, or a folder whose permissions forbid them to all.
+
+    `os.access` says yes to the administrator whatever the permission bits say; a folder that
+    nobody may write to is meant to stay as it is.
+    """
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return True
+    return folder.stat().st_mode & 0o222 == 0

@@ -1,0 +1,313 @@
+"""The plan: what a run will do, resolved to the last value.
+
+A plan holds no "auto", no default that is still open and no relative path. It is immutable, it is
+written into the run folder as `plan.lock.toml`, and its digest names it. The runtime executes a
+plan and decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import asdict, field, frozen
+
+PLAN_FORMAT = 1
+
+Device = Literal["cpu", "cuda", "mps", "xpu"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@frozen(kw_only=True)
+class Component:
+    """One part of the base model, named as Diffusers names it (`transformer`, `vae`, ...)."""
+
+    name: str
+    class_name: str
+    parameters: int  # 0 for tokenizers and schedulers
+    dtype: Dtype  # what it is loaded as
+    trained: bool
+
+
+@frozen(kw_only=True)
+class Model:
+    """The base model. `configs` holds each component's configuration as JSON text, as Diffusers
+    stores it (text, because TOML has no null)."""
+
+    family: str
+    base: str  # hub id or absolute folder
+    local: bool  # base is a folder on this machine
+    revision: str  # "" for a local folder
+    init: Literal["pretrained", "random"]  # of the trained component
+    trained_component: str  # "transformer" or "unet"
+    components: tuple[Component, ...]
+    configs: dict[str, str]
+
+
+@frozen(kw_only=True)
+class Adapter:
+    """An adapter; a plan without one is a full fine-tune."""
+
+    kind: Literal["lora"]
+    rank: int
+    alpha: float
+    dropout: float
+    init: str  # as peft names it: "gaussian" or "kaiming"
+    targets: tuple[str, ...]  # module name patterns (regular expressions, full match)
+
+
+@frozen(kw_only=True)
+class Precision:
+    """Number formats: of the forward pass, the frozen base, and what is trained."""
+
+    compute: Dtype
+    weights: Dtype  # frozen parts
+    trained: Dtype  # adapter or trained weights (masters)
+    cache: Dtype  # cached latents and embeddings
+
+
+@frozen(kw_only=True)
+class Text:
+    """How prompts become embeddings; the same in training, caching, validation and inference."""
+
+    max_length: int  # tokens, of the longest encoder
+    instruction: tuple[str, ...]  # lines put before each prompt; empty for none
+
+
+@frozen(kw_only=True)
+class Geometry:
+    """How one source's pictures become training samples."""
+
+    resolution: float  # pixels (an edge, or the root of the area), or megapixels for "area"
+    resolution_type: Literal["pixel", "area", "pixel_area"]
+    aspect: Literal["square", "preserve"]
+    crop: Literal["center", "corner", "random"]
+    multiple: int  # bucket edges are multiples of this many pixels
+
+
+@frozen(kw_only=True)
+class Captions:
+    """Where one source's captions come from."""
+
+    kind: Literal["textfile", "filename", "instance"]
+    prompt: str  # of kind "instance"
+    missing: Literal["error", "skip", "empty"]
+    multiline: Literal["join", "first"]
+    dropout: float  # share of samples trained with the empty prompt
+
+
+@frozen(kw_only=True)
+class DataSource:
+    """One folder of images, as the plan found it."""
+
+    id: str
+    path: str
+    repeats: str  # passes per epoch, as an exact decimal ("5", "0.25")
+    geometry: Geometry
+    captions: Captions
+    broken: Literal["error", "skip"]
+    images: int  # usable
+    skipped: int
+
+
+@frozen(kw_only=True)
+class Bucket:
+    """All samples of one source and one size."""
+
+    source: str
+    width: int  # pixels
+    height: int
+    images: int
+    samples: int  # per epoch: ceil(images * repeats)
+    batch_size: int
+    batches: int  # per epoch: ceil(samples / batch_size); the last one may be short
+
+
+@frozen(kw_only=True)
+class Steps:
+    """The arithmetic of the run; a step is one optimizer update."""
+
+    total: int
+    per_epoch: int  # ceil(batches_per_epoch / (ranks * accumulate))
+    epochs: int  # begun
+    batches_per_epoch: int  # over all ranks
+    samples_per_epoch: int
+    accumulate: int
+    ranks: int
+
+
+@frozen(kw_only=True)
+class Optimizer:
+    """An optimizer by its name in `compiler.optimizers`, and all of its arguments."""
+
+    name: str
+    lr: float
+    arguments: dict[str, Any]
+    fused: bool
+
+
+@frozen(kw_only=True)
+class Schedule:
+    """The learning rate over the run's steps; `warmup` and `length` are steps."""
+
+    name: Literal["constant", "linear", "cosine", "polynomial"]
+    warmup: int
+    length: int
+    end: float  # the last learning rate as a share of the first
+    power: float
+    cycles: float
+
+
+@frozen(kw_only=True)
+class Objective:
+    """What the loss compares, and at which noise levels."""
+
+    prediction: Literal["flow"]
+    sampling: Literal["uniform", "logit-normal", "mode", "cosmap"]
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    shift: float
+    loss: Literal["mse"]
+    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap"]
+
+
+@frozen(kw_only=True)
+class Ema:
+    """Exponential moving average of what is trained; absent: none."""
+
+    decay: float
+    device: Literal["cpu", "same"]
+    every: int  # steps
+
+
+@frozen(kw_only=True)
+class Checkpoints:
+    """`every` is steps (0: only at the end and when stopped); `keep` 0 keeps all."""
+
+    every: int
+    keep: int
+
+
+@frozen(kw_only=True)
+class Prompt:
+    """One validation picture is drawn per prompt, size and seed."""
+
+    name: str
+    text: str
+
+
+@frozen(kw_only=True)
+class Validation:
+    """Pictures drawn while training. No prompts: no validation."""
+
+    every: int  # steps; 0: only at the end
+    at_start: bool  # the untrained model's pictures, to set beside
+    prompts: tuple[Prompt, ...]
+    negative: str
+    sizes: tuple[tuple[int, int], ...]  # (width, height)
+    guidance: float
+    steps: int
+    seeds: tuple[int, ...]
+    score: str  # "" or a name in `runtime.scores`
+
+
+@frozen(kw_only=True)
+class Phase:
+    """Peak memory of one phase; `parts` adds up to `device_bytes`."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+    parts: dict[str, int]
+
+
+@frozen(kw_only=True)
+class Memory:
+    """`budget_bytes` 0: no budget was given."""
+
+    budget_bytes: int
+    activation_checkpointing: int  # every n-th block is recomputed; 0: off
+    phases: tuple[Phase, ...]
+    counts: dict[str, int] = field(factory=dict)
+    """Of the simulated step: "parameters", "trainable", "adapted" (modules), "flops"; empty where
+    nothing was simulated."""
+
+
+@frozen(kw_only=True)
+class Decision:
+    """One resolved value: who gave it (a line, a preset, a family, a pass) and why."""
+
+    key: str
+    value: str
+    source: str
+    why: str
+
+
+@frozen(kw_only=True)
+class Plan:
+    """Everything that a run does; see the classes above for units."""
+
+    format: int
+    name: str
+    seed: int
+    run_folder: str
+    cache_folder: str
+    device: Device
+    model: Model
+    adapter: Adapter | None = None
+    precision: Precision
+    text: Text
+    sources: tuple[DataSource, ...]
+    buckets: tuple[Bucket, ...]
+    manifest: str  # digest of the list of samples
+    steps: Steps
+    optimizer: Optimizer
+    schedule: Schedule
+    objective: Objective
+    max_grad_norm: float  # 0: no clipping
+    ema: Ema | None = None
+    checkpoints: Checkpoints
+    validation: Validation
+    memory: Memory
+    track: tuple[str, ...]
+    workers: int  # threads that decode and resize
+    threads: int  # of one operation on the CPU; sums are split by it, so results depend on it
+    decisions: tuple[Decision, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything but the decisions' wording and the memory estimate."""
+        return digest_of({k: v for k, v in plain(self).items() if k not in NOT_IN_DIGEST})
+
+
+NOT_IN_DIGEST = frozenset({"decisions", "memory"})
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """`value`, an attrs instance, as nested dicts and lists without absent entries (TOML has no null)."""
+    tree = asdict(value, recurse=True)
+    cleaned = _without_none(tree)
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
+def digest_of(tree: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `tree`."""
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: _without_none(v) for k, v in tree.items() if v is not None}
+    if isinstance(tree, list | tuple):
+        return [_without_none(v) for v in tree]
+    return tree
+
+
+def lock_path(run_folder: Path) -> Path:
+    """Where a run folder keeps its plan."""
+    return run_folder / "plan.lock.toml"

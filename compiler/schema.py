@@ -1,0 +1,372 @@
+"""The recipe as classes: every key, its type, range, default and one line of documentation.
+
+The same classes structure the file, feed the error messages, the editor schema and the reference
+page. A field without a default must be given; `"auto"` means that a pass decides and the plan says
+what and why. The docstring under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from attrs import field, frozen
+
+from compiler.structure import Range
+from compiler.units import ByteSize, Interval, Share
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Range(ge=1)]
+Count = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+Probability = Annotated[float, Range(ge=0, le=1)]
+Format = Literal["bf16", "fp16", "fp32"]
+
+
+@frozen(kw_only=True)
+class ComponentRecipe:
+    """One component of the base model, such as `[model.transformer]`."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the base's weights, or from fresh ones (only for what is trained, without adapter)."""
+
+
+@frozen(kw_only=True)
+class ModelRecipe:
+    """The base model."""
+
+    family: str
+    """The model family; `tuner doctor` lists them."""
+    base: str
+    """A hub id, or a folder in the Diffusers layout (relative to the recipe)."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id."""
+    transformer: ComponentRecipe = field(factory=ComponentRecipe)
+    """The diffusion transformer."""
+
+
+@frozen(kw_only=True)
+class AdapterRecipe:
+    """An adapter on the frozen base. Leave the table out for a full fine-tune."""
+
+    kind: Literal["lora"]
+    """Low-rank adaptation (arXiv 2106.09685)."""
+    rank: PositiveInt = 16
+    """Rank of the update."""
+    alpha: PositiveFloat | Auto = "auto"
+    """The update is scaled by alpha / rank. "auto": alpha = rank."""
+    dropout: Probability = 0.0
+    """Dropout on the adapter's input."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How the first matrix starts (the second one starts at zero)."""
+    targets: str | tuple[str, ...] = "auto"
+    """A named set of the family ("attention", "all-linear"), or module name patterns."""
+
+
+@frozen(kw_only=True)
+class MemoryRecipe:
+    """What the run may use."""
+
+    budget: ByteSize | Literal["auto", "none"] = "auto"
+    """Device memory. "auto": what the device has free; "none": do not compare."""
+    activation_checkpointing: Annotated[int, Range(ge=0)] | Literal["off", "auto"] = "auto"
+    """Recompute every n-th block in the backward pass. "off" or 0: none; 1: all."""
+
+
+@frozen(kw_only=True)
+class PrecisionRecipe:
+    """Number formats."""
+
+    compute: Format | Auto = "auto"
+    """Of the forward and backward pass."""
+    weights: Format | Auto = "auto"
+    """Of the frozen base."""
+    trained: Format | Auto = "auto"
+    """Of the adapter, or of the weights in a full fine-tune."""
+
+
+@frozen(kw_only=True)
+class TextRecipe:
+    """How prompts are encoded."""
+
+    max_length: PositiveInt | Auto = "auto"
+    """Tokens of the longest encoder. "auto": as the family's pipeline does at inference."""
+    instruction: bool | Auto = "auto"
+    """Put the family's instruction before each prompt, where it has one."""
+
+
+@frozen(kw_only=True)
+class CropRecipe:
+    """How a picture is cut to its bucket."""
+
+    style: Literal["center", "corner", "random"] = "center"
+    """Where the cut lies; "random" is drawn anew each epoch only where latents are not cached."""
+    aspect: Literal["square", "preserve"] = "preserve"
+    """Cut squares, or keep the aspect ratio as nearly as the bucket allows."""
+
+
+@frozen(kw_only=True)
+class CaptionsRecipe:
+    """Where captions come from."""
+
+    source: Literal["textfile", "filename", "instance"] = field(
+        default="textfile", metadata={"key": "from"}
+    )
+    """A .txt file beside each image, the file's name, or one prompt for all."""
+    prompt: str = ""
+    """The prompt of `from = "instance"`."""
+    missing: Literal["error", "skip", "empty"] = "error"
+    """What to do with an image that has no caption or an empty one."""
+    multiline: Literal["join", "first"] = "join"
+    """A caption file of several lines is one caption, or only its first line counts."""
+    dropout: Probability = 0.0
+    """Share of samples that are trained with the empty prompt, for guidance."""
+
+
+@frozen(kw_only=True)
+class SourceRecipe:
+    """One data source. What is left out is taken from `[data]`."""
+
+    path: str
+    """A folder of images (relative to the recipe)."""
+    id: str = ""
+    """Its name in the plan; by default the folder's."""
+    repeats: PositiveFloat = 1.0
+    """Passes over the source in each epoch; fractions are allowed."""
+    resolution: PositiveFloat | None = None
+    """Pixels (megapixels for resolution_type = "area")."""
+    resolution_type: Literal["pixel", "area", "pixel_area"] | None = None
+    """Whether `resolution` is the short edge, the area in megapixels, or the root of the area."""
+    crop: CropRecipe | None = None
+    """How pictures are cut."""
+    captions: CaptionsRecipe | None = None
+    """Where captions come from."""
+    min_size: Count | None = None
+    """Skip images whose shorter edge has fewer pixels."""
+    broken: Literal["error", "skip"] | None = None
+    """What to do with files that are no readable image."""
+
+
+@frozen(kw_only=True)
+class DataRecipe:
+    """Data sources and the defaults for all of them."""
+
+    source: tuple[SourceRecipe, ...]
+    """The sources, one `[[data.source]]` each."""
+    resolution: PositiveFloat | Auto = "auto"
+    """Pixels (megapixels for resolution_type = "area"). "auto": the size the base was made for."""
+    resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
+    """Whether `resolution` is the short edge, the area in megapixels, or the root of the area."""
+    multiple: PositiveInt | Auto = "auto"
+    """Bucket edges are multiples of this many pixels. "auto": 64, or what the family needs."""
+    crop: CropRecipe = field(factory=CropRecipe)
+    """How pictures are cut."""
+    captions: CaptionsRecipe = field(factory=CaptionsRecipe)
+    """Where captions come from."""
+    min_size: Count = 0
+    """Skip images whose shorter edge has fewer pixels."""
+    broken: Literal["error", "skip"] = "error"
+    """What to do with files that are no readable image."""
+    workers: PositiveInt | Auto = "auto"
+    """Threads that decode and resize."""
+
+
+@frozen(kw_only=True)
+class OptimizerRecipe:
+    """The optimizer."""
+
+    name: str = "adamw"
+    """A name of the optimizer table."""
+    lr: PositiveFloat
+    """Learning rate."""
+    betas: tuple[float, float] | None = None
+    """Decay of the moment estimates."""
+    eps: PositiveFloat | None = None
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Range(ge=0)] | None = None
+    """Decoupled weight decay."""
+
+
+@frozen(kw_only=True)
+class ScheduleRecipe:
+    """The learning rate over the run."""
+
+    name: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
+    """What it does after the warm-up, up to the last step."""
+    warmup: Share = field(factory=lambda: Share.parse("0 steps"))
+    """Linear rise from 0: "200 steps" or "10%" of the run."""
+    end: Probability = 0.0
+    """The last learning rate, as a share of `lr`."""
+    power: PositiveFloat = 1.0
+    """Of "polynomial"."""
+    cycles: PositiveFloat = 0.5
+    """Of "cosine": 0.5 falls once; 1.5 rises again."""
+
+
+@frozen(kw_only=True)
+class TimestepsRecipe:
+    """At which noise levels the model is trained."""
+
+    sampling: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = "auto"
+    """Density of u in [0, 1) before the shift."""
+    shift: PositiveFloat | Auto = "auto"
+    """sigma = shift u / (1 + (shift - 1) u). "auto": the family's."""
+    mean: float = 0.0
+    """Of "logit-normal": positive means less noise."""
+    std: PositiveFloat = 1.0
+    """Of "logit-normal"."""
+    mode_scale: PositiveFloat = 1.29
+    """Of "mode"."""
+
+
+@frozen(kw_only=True)
+class LossRecipe:
+    """The loss."""
+
+    kind: Literal["mse"] = "mse"
+    """Mean squared error."""
+    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap"] = "none"
+    """Weight by noise level; "diffusers-compat" is sigma^2, what the SD3 example scripts do."""
+
+
+@frozen(kw_only=True)
+class EmaRecipe:
+    """Exponential moving average of the trained weights."""
+
+    decay: Annotated[float, Range(gt=0, lt=1)] = 0.999
+    """Share kept at each update."""
+    device: Literal["cpu", "same"] = "cpu"
+    """Where the average lives."""
+    every: Interval = field(factory=lambda: Interval.parse("1 steps"))
+    """How often it is updated."""
+
+
+@frozen(kw_only=True)
+class TrainRecipe:
+    """The training run. Give exactly one of `epochs` and `steps`."""
+
+    optimizer: OptimizerRecipe
+    """The optimizer and its learning rate."""
+    epochs: PositiveInt | None = None
+    """Passes over the data."""
+    steps: PositiveInt | None = None
+    """Optimizer updates."""
+    batch_size: PositiveInt = 1
+    """Samples in one forward pass of one device."""
+    accumulate: PositiveInt = 1
+    """Batches in one optimizer update."""
+    schedule: ScheduleRecipe = field(factory=ScheduleRecipe)
+    """The learning rate over the run."""
+    max_grad_norm: Annotated[float, Range(ge=0)] = 1.0
+    """Clip gradients to this global L2 norm; 0 does not clip."""
+    timesteps: TimestepsRecipe = field(factory=TimestepsRecipe)
+    """At which noise levels the model is trained."""
+    loss: LossRecipe = field(factory=LossRecipe)
+    """The loss."""
+    ema: EmaRecipe | None = None
+    """Keep an exponential moving average."""
+
+
+@frozen(kw_only=True)
+class CheckpointsRecipe:
+    """What is kept to go on from."""
+
+    every: Interval = field(factory=lambda: Interval.parse("1 epoch"))
+    """How often a checkpoint is written; "off": only at the end."""
+    keep: Count = 3
+    """How many of the newest are kept; 0 keeps all."""
+
+
+@frozen(kw_only=True)
+class ValidationRecipe:
+    """Pictures drawn while training."""
+
+    prompts: dict[str, str] | str = field(factory=dict)
+    """Name -> prompt, or a .toml or .json file of them."""
+    every: Interval = field(factory=lambda: Interval.parse("1 epoch"))
+    """How often; "off": only at the end."""
+    at_start: bool = True
+    """Draw the untrained model's pictures first, to set beside."""
+    negative: str = ""
+    """The negative prompt."""
+    sizes: tuple[str, ...] | Auto = "auto"
+    """"WIDTHxHEIGHT" each. "auto": the training resolution, square."""
+    guidance: Annotated[float, Range(ge=0)] | Auto = "auto"
+    """Classifier-free guidance scale."""
+    steps: PositiveInt | Auto = "auto"
+    """Sampling steps."""
+    seed: Count = 42
+    """Of the first picture of each prompt."""
+    count: PositiveInt = 1
+    """Pictures of each prompt and size; the seeds are consecutive."""
+    score: str = ""
+    """A measure of prompt following: "shapes" for the quickstart's drawings."""
+
+
+@frozen(kw_only=True)
+class TrackRecipe:
+    """Where metrics go besides `metrics.jsonl` and the report."""
+
+    to: tuple[Literal["tensorboard"], ...] = ()
+    """Trackers."""
+
+
+@frozen(kw_only=True)
+class CacheRecipe:
+    """Cached latents and text embeddings."""
+
+    path: str = ""
+    """Folder (relative to the recipe); by default the user's cache folder. Shared by all runs."""
+    precision: Format | Auto = "auto"
+    """Number format of what is cached."""
+
+
+@frozen(kw_only=True)
+class LaunchRecipe:
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto": the first accelerator, else the processor."""
+    threads: PositiveInt | Auto = "auto"
+    """Threads of one operation on the processor."""
+
+
+@frozen(kw_only=True)
+class Recipe:
+    """A training recipe."""
+
+    schema: Annotated[int, Range(ge=1, le=1)] = 1
+    """Version of the recipe language."""
+    extends: str = ""
+    """A recipe file or `preset:NAME` that this one differs from; this one's values win."""
+    name: str
+    """Of the run; also its folder below `runs`."""
+    seed: Count = 0
+    """All randomness follows from it."""
+    output: str = "runs"
+    """Folder for run folders (relative to the recipe)."""
+    model: ModelRecipe
+    """The base model."""
+    adapter: AdapterRecipe | None = None
+    """An adapter on the frozen base; absent: a full fine-tune."""
+    memory: MemoryRecipe = field(factory=MemoryRecipe)
+    """What the run may use."""
+    precision: PrecisionRecipe = field(factory=PrecisionRecipe)
+    """Number formats."""
+    text: TextRecipe = field(factory=TextRecipe)
+    """How prompts are encoded."""
+    data: DataRecipe
+    """What it is trained on."""
+    train: TrainRecipe
+    """The training run."""
+    checkpoints: CheckpointsRecipe = field(factory=CheckpointsRecipe)
+    """What is kept to go on from."""
+    validation: ValidationRecipe = field(factory=ValidationRecipe)
+    """Pictures drawn while training."""
+    track: TrackRecipe = field(factory=TrackRecipe)
+    """Where metrics go."""
+    cache: CacheRecipe = field(factory=CacheRecipe)
+    """Cached latents and text embeddings."""
+    launch: LaunchRecipe = field(factory=LaunchRecipe)
+    """Where it runs."""
+
+

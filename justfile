@@ -1,0 +1,23 @@
+# What there is to do; `just --list` says it too.
+
+python := env("PYTHON", "python3")
+
+# Format, lint, types and the quick tests.
+check:
+    {{python}} -m ruff format --check .
+    {{python}} -m ruff check .
+    {{python}} -m mypy
+    {{python}} -m pytest -q -m "not slow and not gpu"
+
+# Put the code into the one format, and fix what can be fixed.
+format:
+    {{python}} -m ruff format .
+    {{python}} -m ruff check --fix .
+
+# All tests.
+test *arguments:
+    {{python}} -m pytest {{arguments}}
+
+# Start-up time as a ratio to importing typer and rich.
+bench:
+    {{python}} benchmarks/startup.py

@@ -1,0 +1,1 @@
+"""Plan -> trained weights. The only room where torch, diffusers and peft are imported."""

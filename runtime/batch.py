@@ -1,0 +1,24 @@
+"""What one forward pass is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import frozen
+from torch import Tensor
+
+
+@frozen(kw_only=True)
+class Batch:
+    """One batch of one bucket. All tensors live on the training device.
+
+    `latents` are scaled as the family states (unit variance); `sigmas` are the noise levels in
+    (0, 1], already shifted; `text` holds what `Family.predict` takes, padded to the batch's
+    longest prompt.
+    """
+
+    latents: Tensor  # (B, C, h, w) float32
+    noise: Tensor  # (B, C, h, w) float32
+    sigmas: Tensor  # (B,) float32
+    text: Mapping[str, Tensor]
+    weights: Tensor | None = None  # (B,) float32, per-sample loss weights; None: all 1

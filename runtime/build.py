@@ -1,0 +1,88 @@
+"""From the plan's description of a model to one that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from compiler.plan import Adapter, Model, Precision
+from runtime import rng
+from runtime.families.base import Family
+from runtime.families.common import DTYPES
+from runtime.methods import full, lora
+from runtime.methods.base import Built, load_state, state
+
+__all__ = ["Built", "build", "load_state", "state"]
+
+
+def build(
+    model: Model,
+    adapter: Adapter | None,
+    precision: Precision,
+    activation_checkpointing: int,
+    family: Family,
+    device: torch.device,
+    *,
+    empty: bool,
+    seed: int,
+) -> Built:
+    """The trained component on `device`, with its adapter, in training mode.
+
+    `empty` leaves its weights unset, for meta tensors. Fresh weights are functions of `seed`.
+    Raises ValueError for number formats that don't go together and for patterns that match
+    nothing.
+    """
+    check_precision(adapter, precision)
+    dtype = DTYPES[precision.trained if adapter is None else precision.weights]
+    name = model.trained_component
+    if empty:
+        component = family.empty(model, name, dtype, device)
+    else:
+        start = rng.key(seed, "weights") % (1 << 63)
+        component = family.load(model, name, dtype, device, seed=start)
+    if adapter is None:
+        built = full.prepare(component, precision)
+    else:
+        built = lora.prepare(component, adapter, precision, seed)
+    checkpoint_blocks(built.model, family.card.blocks, activation_checkpointing)
+    built.model.train()
+    return built
+
+
+def check_precision(adapter: Adapter | None, precision: Precision) -> None:
+    """Raise ValueError if the model can't be trained in these number formats."""
+    if "float16" in (precision.compute, precision.trained):
+        raise ValueError(
+            "float16 training needs loss scaling, which is not there: use bfloat16 or float32"
+        )
+    if adapter is not None and precision.weights != precision.compute:
+        raise ValueError(
+            f"frozen weights in {precision.weights} can't compute in {precision.compute}: "
+            "make `precision.weights` and `precision.compute` the same"
+        )
+
+
+def checkpoint_blocks(model: nn.Module, lists: tuple[str, ...], every: int) -> None:
+    """Recompute every `every`-th block of the module lists `lists` in the backward pass; 0: none.
+
+    Counted from the first block over all lists in turn. The recomputation is exact.
+    """
+    diffused: Any = model
+    if every == 0:
+        diffused.disable_gradient_checkpointing()
+        return
+    blocks = [block for name in lists for block in getattr(model, name)]
+    diffused.enable_gradient_checkpointing(_run_block({id(b) for b in blocks[::every]}))
+
+
+def _run_block(recomputed: set[int]) -> Callable[..., Any]:
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        if id(block) in recomputed:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    return run

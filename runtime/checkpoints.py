@@ -1,0 +1,152 @@
+"""Checkpoints: everything a run needs to go on bit for bit, complete or absent.
+
+    checkpoints/step-000400/
+        weights.safetensors     what is trained, by parameter name
+        ema.safetensors         its average, if the plan has one
+        optimizer.pt            the optimizer's state (torch.save, loads with weights_only)
+        state.json              steps done, position, plan, versions, and the size of each file
+
+There is no random state: randomness is a function of (seed, purpose, step, sample).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime import files
+from runtime.errors import RunFailed
+
+FORMAT = 1
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{6,})")
+
+
+@frozen(kw_only=True)
+class Snapshot:
+    """A checkpoint in host memory. Nothing in it changes when training goes on."""
+
+    step: int  # updates done
+    epoch: int  # of the last window
+    plan: str  # digest
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    ema: Mapping[str, Tensor] | None
+    versions: Mapping[str, str]
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def save(checkpoints: Path, snapshot: Snapshot) -> Path:
+    """Write `snapshot`; returns its folder. One of the same step and plan is left as it is.
+
+    Raises RunFailed if it can't be written (a full disk); older checkpoints are untouched then.
+    """
+    target = folder_of(checkpoints, snapshot.step)
+    if is_complete(target) and read_state(target)["plan"] == snapshot.plan:
+        return target
+    try:
+        with files.partial_folder(target) as folder:
+            _write(folder, snapshot)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        older = latest(checkpoints)
+        raise RunFailed(
+            f"could not save the checkpoint of step {snapshot.step}: {error}",
+            help=f"free space below {checkpoints} and run again: it goes on from "
+            + (f"step {read_state(older)['step']}" if older else "the start"),
+        ) from error
+    return target
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    save_file(_packed(snapshot.weights), folder / "weights.safetensors")
+    if snapshot.ema is not None:
+        save_file(_packed(snapshot.ema), folder / "ema.safetensors")
+    with (folder / "optimizer.pt").open("wb") as file:
+        torch.save(dict(snapshot.optimizer), file)
+    state = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "epoch": snapshot.epoch,
+        "plan": snapshot.plan,
+        "versions": dict(snapshot.versions),
+        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir())},
+    }
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, as safetensors wants them (channels-last weights are not)."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    assert isinstance(state, dict)
+    return state
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint with all of its files at their full size."""
+    try:
+        sizes = read_state(folder)["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints, oldest first; found by looking."""
+    if not checkpoints.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := NAME.fullmatch(path.name)) and is_complete(path)
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return next(reversed(complete(checkpoints)), None)
+
+
+def load(folder: Path) -> Snapshot:
+    """Read a checkpoint into host memory. Raises RunFailed if its format is not ours."""
+    state = read_state(folder)
+    if state["format"] != FORMAT:
+        raise RunFailed(
+            f"{folder} has checkpoint format {state['format']}; this version reads {FORMAT}"
+        )
+    ema = folder / "ema.safetensors"
+    return Snapshot(
+        step=state["step"],
+        epoch=state["epoch"],
+        plan=state["plan"],
+        weights=load_file(folder / "weights.safetensors"),
+        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
+        ema=load_file(ema) if "ema.safetensors" in state["files"] else None,
+        versions=state["versions"],
+    )
+
+
+def prune(checkpoints: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` complete checkpoints (0 keeps all); returns what went."""
+    doomed = complete(checkpoints)[:-keep] if keep else []
+    for folder in doomed:
+        files.remove_folder(folder)
+    return doomed

@@ -1,0 +1,1 @@
+"""From pictures to batches: decoded, encoded, cached, ordered and fed."""

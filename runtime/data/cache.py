@@ -1,0 +1,257 @@
+"""What encoders made, kept by content: append-only safetensors shards and an SQLite index.
+
+    cache-1.sqlite         entries (key -> shard and offsets), shards, hashes of files
+    shards-1/NAME.safetensors
+
+An entry is a dict of tensors. A shard is written beside, fsynced and renamed, and only then are its
+rows committed: whatever is killed at whatever instant, a row points at a whole file. At worst a
+file without rows remains (`sweep` removes it). Shards never change, so they are memory-mapped and
+readers need no lock; several processes may write at once, each its own shards. A shard that was
+deleted or cut off counts as absent, and what it held as missing. Deleting the folder costs only
+time. The index must lie on a disk with working locks (not on NFS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from compiler.data.stamp import Stamp
+from runtime.data.store import Store
+from runtime.errors import RunFailed
+from runtime.files import PARTIAL, partial_file
+
+FORMAT = 1
+SHARD_BYTES = 64 << 20
+"""A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
+SHARD_SECONDS = 30.0
+ORPHAN_SECONDS = 3600.0
+"""Files without rows are removed when they are this old: their writer may still be at work."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # as safetensors names them
+
+Entry = dict[str, Tensor]
+Layout = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+"""Of an entry: (name, type, shape) of each tensor, in the order of its offsets."""
+
+
+class CacheIncomplete(RunFailed):
+    """An entry that should be there is not."""
+
+
+@frozen(kw_only=True)
+class Located:
+    """Where many entries lie, in arrays: about 30 bytes an entry."""
+
+    shards: NDArray[np.int32]
+    layouts: NDArray[np.int32]
+    offsets: NDArray[np.int64]  # (entries, most tensors of one entry)
+
+
+class Cache:
+    """The cache in `folder`. May be used by several threads. Making one writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = Store(folder / f"cache-{FORMAT}.sqlite")
+        self._shard_folder = folder / f"shards-{FORMAT}"
+        self._pending: dict[bytes, Entry] = {}
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._layouts: dict[int, Layout] = {}
+        self._maps: dict[int, Tensor | None] = {}
+        self.folders: dict[tuple[Path, tuple[Stamp, ...]], str] = {}  # of `hashes.folder_hash`
+
+    def missing(self, keys: Iterable[bytes]) -> set[bytes]:
+        """Those of `keys` that have no entry."""
+        wanted = set(keys)
+        self._maps = {number: shard for number, shard in self._maps.items() if shard is not None}
+        return wanted - {row[0] for row in self._rows(wanted) if self._mapped(row[1]) is not None}
+
+    def get(self, key: bytes) -> Entry:
+        """The entry of `key`, memory-mapped. Raises CacheIncomplete if there is none."""
+        return self.read(self.locate([key]), 0)
+
+    def locate(self, keys: Sequence[bytes]) -> Located:
+        """Where the entries of `keys` lie. Raises CacheIncomplete if one is missing."""
+        if absent := self.missing(keys):
+            raise CacheIncomplete(
+                f"{len(absent)} of {len(set(keys))} entries are not in the cache {self.folder}",
+                help="run the recipe again: what is missing is made anew",
+            )
+        found = {row[0]: row[1:] for row in self._rows(set(keys))}
+        rows = [found[key] for key in keys]
+        widest = max((len(row[2]) // 8 for row in rows), default=0)
+        offsets = np.zeros((len(rows), widest), np.int64)
+        for number, (_, _, packed) in enumerate(rows):
+            offsets[number, : len(packed) // 8] = np.frombuffer(packed, np.int64)
+        return Located(
+            shards=np.array([row[0] for row in rows], np.int32),
+            layouts=np.array([row[1] for row in rows], np.int32),
+            offsets=offsets,
+        )
+
+    def read(self, located: Located, number: int) -> Entry:
+        """Entry `number` of those located, memory-mapped (a write to it stays in this process)."""
+        shard = self._mapped(int(located.shards[number]))
+        assert shard is not None, "what was located was mapped"
+        entry: Entry = {}
+        layout = self._layout(int(located.layouts[number]))
+        for (name, dtype, shape), offset in zip(layout, located.offsets[number], strict=False):
+            start = int(offset)
+            count = torch.Size(shape).numel() * dtype.itemsize
+            entry[name] = shard[start : start + count].view(dtype).view(shape)
+        return entry
+
+    def put(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
+        """Add an entry; it is safe on disk after the next `flush`, which large amounts cause.
+
+        Raises CacheNotWritable; what was not yet flushed is then lost, and nothing else.
+        """
+        # copies: views of one storage can't be saved, and would keep all of it in memory
+        held = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in entry.items()
+        }
+        with self.store.lock:
+            if not self._pending:
+                self._pending_since = time.monotonic()
+            self._pending[key] = held
+            self._pending_bytes += sum(tensor.nbytes for tensor in held.values())
+            waited = time.monotonic() - self._pending_since
+            if self._pending_bytes >= SHARD_BYTES or waited >= SHARD_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what was put as one shard and commit it. Raises CacheNotWritable."""
+        with self.store.lock, self.store.explained():
+            pending, self._pending, self._pending_bytes = self._pending, {}, 0
+            if not pending:
+                return
+            payload = save(
+                {
+                    f"{key.hex()}/{name}": tensor
+                    for key, entry in pending.items()
+                    for name, tensor in entry.items()
+                }
+            )
+            path = self._shard_folder / f"{uuid.uuid4().hex}.safetensors"
+            self._shard_folder.mkdir(parents=True, exist_ok=True)
+            with partial_file(path) as partial:
+                partial.write_bytes(payload)
+            try:
+                self._commit(path.name, payload, pending)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+
+    def sweep(self) -> list[str]:
+        """Remove files that no row points at, left by writers killed long ago; their names."""
+        removed: list[str] = []
+        if not self._shard_folder.is_dir():
+            return removed
+        with self.store.writing() as database:
+            known = {name for (name,) in database.execute("SELECT name FROM shards")}
+            for path in sorted(self._shard_folder.iterdir()):
+                old = time.time() - path.stat().st_mtime > ORPHAN_SECONDS
+                if old and (path.name.startswith(PARTIAL) or path.name not in known):
+                    path.unlink(missing_ok=True)
+                    removed.append(path.name)
+        return removed
+
+    def verify(self) -> list[str]:
+        """Names of shards whose content is not what was written, or that are gone."""
+        rows = self.store.rows("SELECT name, sha256 FROM shards WHERE 1 IN (?)", [1])
+        return sorted(name for name, digest in rows if self._digest(name) != digest)
+
+    def close(self) -> None:
+        """Flush and let go of the index; mapped entries stay valid."""
+        self.flush()
+        self.store.close()
+
+    def _digest(self, name: str) -> bytes:
+        try:
+            with open(self._shard_folder / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except FileNotFoundError:
+            return b""
+
+    def _rows(self, keys: Iterable[bytes]) -> Iterable[tuple[Any, ...]]:
+        query = "SELECT key, shard, layout, offsets FROM entries WHERE key IN (?)"
+        return self.store.rows(query, sorted(keys))
+
+    def _commit(self, name: str, payload: bytes, pending: Mapping[bytes, Entry]) -> None:
+        head = int.from_bytes(payload[:8], "little")
+        places = json.loads(payload[8 : 8 + head])
+        digest = hashlib.sha256(payload).digest()
+        with self.store.writing() as database:
+            shard = database.execute(
+                "INSERT INTO shards (name, bytes, sha256, written) VALUES (?, ?, ?, ?)",
+                (name, len(payload), digest, time.time()),
+            ).lastrowid
+            for key, entry in pending.items():
+                parts = [(part, places[f"{key.hex()}/{part}"]) for part in entry]
+                text = json.dumps([[part, p["dtype"], p["shape"]] for part, p in parts])
+                offsets = np.array([8 + head + p["data_offsets"][0] for _, p in parts], np.int64)
+                database.execute(
+                    "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)",
+                    (key, shard, _layout_number(database, text), offsets.tobytes()),
+                )
+
+    def _mapped(self, number: int) -> Tensor | None:
+        """The bytes of a shard as a (bytes,) tensor; None if the file is gone or cut off."""
+        with self.store.lock:
+            if number not in self._maps:
+                query = "SELECT name, bytes FROM shards WHERE id IN (?)"
+                ((name, size),) = self.store.rows(query, [number])
+                self._maps[number] = _map(self._shard_folder / name, size)
+            return self._maps[number]
+
+    def _layout(self, number: int) -> Layout:
+        if number not in self._layouts:
+            query = "SELECT text FROM layouts WHERE id IN (?)"
+            ((text,),) = self.store.rows(query, [number])
+            self._layouts[number] = tuple(
+                (name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in json.loads(text)
+            )
+        return self._layouts[number]
+
+
+def _layout_number(database: sqlite3.Connection, text: str) -> int:
+    database.execute("INSERT OR IGNORE INTO layouts (text) VALUES (?)", (text,))
+    row = database.execute("SELECT id FROM layouts WHERE text = ?", (text,)).fetchone()
+    return int(row[0])
+
+
+def _map(path: Path, size: int) -> Tensor | None:
+    try:
+        if path.stat().st_size != size:
+            return None
+    except FileNotFoundError:
+        return None
+    # private: pages are shared with other processes until one writes, which never reaches the file
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

@@ -1,0 +1,173 @@
+"""Feeds the training step: batches from the cache, on the device, ready before they are asked for.
+
+All that is random about a sample follows from (seed, purpose, step, slot), where `slot` is the
+sample's place in the whole window of its step. How a window is cut into batches or dealt out to
+ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from compiler.data.manifest import Manifest
+from compiler.plan import Plan
+from runtime import rng
+from runtime.batch import Batch
+from runtime.data.cache import Cache, Entry
+from runtime.data.fill import sample_keys
+from runtime.data.keys import text_keys
+from runtime.data.order import BatchRows, Order
+from runtime.families.base import Family
+from runtime.objective import draw_uniform, sigmas_from_uniform
+
+_AHEAD = 2  # windows made before they are asked for
+
+
+@frozen(kw_only=True)
+class Window:
+    """What one optimizer update is made of."""
+
+    step: int  # updates done before it
+    epoch: int  # counted from 1
+    batches: tuple[Batch, ...]  # this rank's
+    samples: int  # of the whole window, over all ranks
+    names: tuple[str, ...]  # of the samples in `batches`, in order: source/key
+
+
+class Feed:
+    """The windows of a plan's run, from a cache that was filled."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        family: Family,
+        cache: Cache,
+        device: torch.device,
+        *,
+        rank: int = 0,
+    ) -> None:
+        """Raises CacheIncomplete, and FileGone where a picture's content can't be told any more."""
+        self._plan, self._manifest, self._family, self._cache = plan, manifest, family, cache
+        self._device, self._rank = device, rank
+        self._order = Order.of_plan(plan, manifest)
+        self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
+        self._dropout = [source.captions.dropout for source in plan.sources]
+        self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
+        keys = text_keys(plan, family, cache)
+        self._captions = cache.locate([keys.key(text) for text in manifest.captions])
+        unconditional = [keys.key("", negative=True)] if any(self._dropout) else []
+        self._unconditional = [cache.get(key) for key in unconditional]
+
+    def windows(self, start: int) -> Iterator[Window]:
+        """Windows from step `start` (updates done) to the last; closing it ends its thread."""
+        ahead: queue.Queue[Window | BaseException | None] = queue.Queue(_AHEAD)
+        closed = threading.Event()
+        thread = threading.Thread(
+            target=self._produce, args=(start, ahead, closed), name="feed", daemon=True
+        )
+        thread.start()
+        try:
+            while (item := ahead.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def window(self, step: int) -> Window:
+        """The window of one step, made here and now."""
+        rows = self._order.window(step)
+        mine = rows[self._rank :: self._plan.steps.ranks]
+        return Window(
+            step=step,
+            epoch=self._order.epoch_of(step) + 1,
+            batches=tuple(self._batch(step, batch) for batch in mine),
+            samples=sum(len(batch.rows) for batch in rows),
+            names=tuple(self._manifest.name(int(row)) for batch in mine for row in batch.rows),
+        )
+
+    def _produce(
+        self,
+        start: int,
+        ahead: queue.Queue[Window | BaseException | None],
+        closed: threading.Event,
+    ) -> None:
+        try:
+            for step in range(start, self._plan.steps.total):
+                if not _hand_over(self.window(step), ahead, closed):
+                    return
+            _hand_over(None, ahead, closed)
+        except BaseException as error:
+            _hand_over(error, ahead, closed)
+
+    def _batch(self, step: int, batch: BatchRows) -> Batch:
+        slots = range(batch.first_slot, batch.first_slot + len(batch.rows))
+        cached = [self._cache.read(self._latents, int(row)) for row in batch.rows]
+        latents = self._family.latents(
+            _stacked(cached), self._vae, self._posterior(cached, step, slots)
+        )
+        uniform = torch.cat([self._uniform(step, slot) for slot in slots])
+        text = [
+            self._text(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
+        ]
+        noise = self._normal("noise", tuple(latents.shape[1:]), step, slots)
+        return Batch(
+            latents=latents.float().to(self._device),
+            noise=noise.to(self._device),
+            sigmas=sigmas_from_uniform(uniform, self._plan.objective).to(self._device),
+            text={n: t.to(self._device) for n, t in self._family.collate_text(text).items()},
+        )
+
+    def _posterior(self, cached: Sequence[Entry], step: int, slots: range) -> Tensor | None:
+        """Noise to draw the VAE's posterior with, where it has one."""
+        if "std" not in cached[0]:
+            return None
+        return self._normal("posterior", tuple(cached[0]["mean"].shape), step, slots)
+
+    def _normal(self, purpose: str, shape: tuple[int, ...], step: int, slots: range) -> Tensor:
+        seed = self._plan.seed
+        return torch.stack([rng.normal(shape, seed, purpose, step, slot) for slot in slots])
+
+    def _uniform(self, step: int, slot: int) -> Tensor:
+        generator = rng.generator(self._plan.seed, "timestep", step, slot)
+        return draw_uniform(self._plan.objective, generator, 1)
+
+    def _text(self, step: int, slot: int, row: int) -> Entry:
+        """The embedding of the row's caption, or the unconditional one where it is dropped."""
+        share = self._dropout[self._manifest.source(row)]
+        if share > 0:
+            drawn = rng.generator(self._plan.seed, "caption-dropout", step, slot).random()
+            if drawn < share:
+                return self._unconditional[0]
+        return self._cache.read(self._captions, self._manifest.caption_number(row))
+
+
+def _hand_over(
+    item: Window | BaseException | None,
+    ahead: queue.Queue[Window | BaseException | None],
+    closed: threading.Event,
+) -> bool:
+    """Put `item` in the queue; False if nobody waits for it any more."""
+    while not closed.is_set():
+        try:
+            ahead.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _stacked(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """One batch, float32 where it is floating point."""
+    stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+    return {n: t.float() if t.is_floating_point() else t for n, t in stacked.items()}

@@ -1,0 +1,245 @@
+"""Fills the cache: every prompt and every picture of a run is encoded once, then the encoders go.
+
+Prompts and pictures are encoded one at a time. What is cached must be a function of its key alone:
+kernels are chosen by batch size, so that the same picture in another company can differ in its last
+bits, and a run that was killed here and started again would then train on other numbers. It also
+makes the peak memory of these phases that of one item. Threads decode ahead of the encoder.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from compiler.compile import default_cache
+from compiler.data.index import HEADERS, Index
+from compiler.data.manifest import Manifest, Sample
+from compiler.data.scan import shown
+from compiler.plan import Plan
+from runtime.data.cache import Cache
+from runtime.data.hashes import file_hashes
+from runtime.data.keys import LatentKeys, latent_keys, text_keys, text_parts
+from runtime.data.pixels import BrokenPicture, Pixels, decode, to_tensor
+from runtime.errors import RunFailed
+from runtime.events import Events
+from runtime.families.base import Family, TextEmbedding
+from runtime.families.common import DTYPES
+
+_AHEAD = 3  # decoded pictures held per thread
+_NAMED = 20  # files named in one message
+
+
+class BrokenData(RunFailed):
+    """Pictures whose pixels can't be decoded. `files` are (path, why)."""
+
+    def __init__(self, files: Sequence[tuple[str, str]]) -> None:
+        lines = [f"  {shown(path)}: {why}" for path, why in files[:_NAMED]]
+        if len(files) > _NAMED:
+            lines.append(f"  and {len(files) - _NAMED} more")
+        count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
+        super().__init__(
+            f"{count} can't be decoded:\n" + "\n".join(lines),
+            help="headers and endings looked right, so the plan counts them, and its steps can't "
+            "change any more. They are noted now: run the recipe again and the plan will name "
+            'them, or leave them out with broken = "skip"; all others are cached',
+        )
+        self.files = tuple(files)
+
+
+@frozen
+class Prompt:
+    """One text to encode, in one of the pipeline's two ways."""
+
+    text: str
+    negative: bool
+
+
+def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
+    """Each distinct prompt that a run needs: captions, dropout, validation."""
+    wanted = [Prompt(text, False) for text in manifest.captions]
+    if any(source.captions.dropout > 0 for source in plan.sources):
+        wanted.append(Prompt("", True))
+    if plan.validation.prompts:
+        wanted += [Prompt(prompt.text, False) for prompt in plan.validation.prompts]
+        wanted.append(Prompt(plan.validation.negative, True))
+    return list(dict.fromkeys(wanted))
+
+
+def fill_text(plan: Plan, manifest: Manifest, family: Family, cache: Cache, events: Events) -> None:
+    """Encode all prompts that are not cached; loads nothing if there are none.
+
+    Raises CacheNotWritable.
+    """
+    wanted = prompts_of(plan, manifest)
+    keys = text_keys(plan, family, cache)
+    missing = cache.missing(keys.key(p.text, negative=p.negative) for p in wanted)
+    events.phase("text", len(wanted), "prompts")
+    events.advance(len(wanted) - len(missing))
+    if not missing:
+        return
+    parts = _loaded(plan, family, text_parts(plan))
+    done = len(wanted) - len(missing)
+    try:
+        for prompt in wanted:
+            key = keys.key(prompt.text, negative=prompt.negative)
+            if key not in missing:
+                continue
+            (embedding,) = family.encode_prompts(
+                parts, [prompt.text], plan.text, negative=prompt.negative
+            )
+            cache.put(key, _stored(embedding, plan))
+            done += 1
+            events.advance(done)
+    finally:
+        parts.clear()
+        _freed(plan)
+        cache.flush()
+
+
+def fill_latents(
+    plan: Plan, manifest: Manifest, family: Family, cache: Cache, events: Events
+) -> None:
+    """Encode all pictures that are not cached, bucket by bucket; loads nothing if there are none.
+
+    Raises BrokenData, after all others were cached, and CacheNotWritable.
+    """
+    keys = sample_keys(plan, manifest, family, cache)
+    missing = cache.missing(keys)
+    todo = _once(_by_bucket(manifest), keys, missing)
+    total, done = len(set(keys)), len(set(keys)) - len(missing)
+    events.phase("latents", total, "pictures")
+    events.advance(done)
+    if not todo:
+        return
+    parts = _loaded(plan, family, ("vae",))
+    latents = latent_keys(plan, family, cache)
+    broken: list[tuple[str, str]] = []
+    try:
+        for row, pixels in _decoded(todo, manifest, keys, latents, plan.workers):
+            if isinstance(pixels, BrokenPicture):
+                broken.append((manifest.path(row), str(pixels)))
+                continue
+            batch = to_tensor(pixels)[None].to(plan.device)
+            moments = family.encode_pixels(parts["vae"], batch)
+            cache.put(keys[row], _stored({name: t[0] for name, t in moments.items()}, plan))
+            done += 1
+            events.advance(done)
+    finally:
+        parts.clear()
+        _freed(plan)
+        cache.flush()
+    if broken:
+        _condemn(broken)
+        raise BrokenData(broken)
+
+
+def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> list[bytes]:
+    """The cache key of each row's latents. Raises FileGone."""
+    keys = latent_keys(plan, family, cache)
+    paths = [manifest.path(row) for row in range(len(manifest))]
+    contents = file_hashes(cache, paths, plan.workers)
+    return [keys.key(content, manifest.placement(row)) for row, content in enumerate(contents)]
+
+
+def prompt_embeddings(
+    plan: Plan, family: Family, cache: Cache, prompts: Iterable[str], *, negative: bool = False
+) -> dict[str, TextEmbedding]:
+    """The cached embeddings of prompts, by text. Raises CacheIncomplete."""
+    keys = text_keys(plan, family, cache)
+    return {text: cache.get(keys.key(text, negative=negative)) for text in prompts}
+
+
+def _loaded(plan: Plan, family: Family, names: Sequence[str]) -> dict[str, Any]:
+    dtypes = {component.name: DTYPES[component.dtype] for component in plan.model.components}
+    device = torch.device(plan.device)
+    return {name: family.load(plan.model, name, dtypes[name], device) for name in names}
+
+
+def _freed(plan: Plan) -> None:
+    """Give memory back to the device once no name holds a model any more."""
+    gc.collect()
+    if plan.device != "cpu":
+        getattr(torch, plan.device).empty_cache()
+
+
+def _stored(entry: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Numbers in the plan's cache format; masks and indices as they are."""
+    dtype = DTYPES[plan.precision.cache]
+    return {n: t.to("cpu", dtype) if t.is_floating_point() else t.cpu() for n, t in entry.items()}
+
+
+def _by_bucket(manifest: Manifest) -> Iterator[int]:
+    for members in manifest.buckets:
+        yield from members.samples
+
+
+def _once(rows: Iterable[int], keys: Sequence[bytes], missing: set[bytes]) -> list[int]:
+    """The first row of each missing key: equal pictures are encoded once."""
+    left, chosen = set(missing), []
+    for row in rows:
+        if keys[row] in left:
+            left.remove(keys[row])
+            chosen.append(row)
+    return chosen
+
+
+Decoded = tuple[int, Pixels | BrokenPicture]
+
+
+def _decoded(
+    rows: Sequence[int],
+    manifest: Manifest,
+    keys: Sequence[bytes],
+    latents: LatentKeys,
+    workers: int,
+) -> Iterator[Decoded]:
+    """Rows with their pixels, in order, a few ahead of who asks."""
+
+    def decode_row(row: int) -> Decoded:
+        return row, _pixels(manifest.path(row), manifest[row], keys[row], latents)
+
+    waiting: deque[Future[Decoded]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for row in rows:
+                waiting.append(pool.submit(decode_row, row))
+                if len(waiting) >= workers * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _pixels(path: str, sample: Sample, key: bytes, latents: LatentKeys) -> Pixels | BrokenPicture:
+    """The pixels of what was hashed; a file that has changed since then is an error."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        if latents.key(hashlib.sha256(data).digest(), sample.placement) != key:
+            raise RunFailed(
+                f"{shown(path)} was changed while the run began", help="run the recipe again"
+            )
+        return decode(data, sample.placement, (sample.width, sample.height))
+    except OSError as error:
+        return BrokenPicture(f"can't be read: {error.strerror or error}")
+    except BrokenPicture as broken:
+        return broken
+
+
+def _condemn(broken: Sequence[tuple[str, str]]) -> None:
+    """Tell the next plan, through the index of headers that plans are made with."""
+    index = Index(default_cache() / HEADERS)
+    for path, why in broken:
+        if os.path.exists(path):
+            index.condemn(path, why)

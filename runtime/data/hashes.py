@@ -1,0 +1,104 @@
+"""SHA-256 of files, remembered by path, length and times, so that each is read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from compiler.data.scan import shown
+from compiler.data.stamp import Stamp
+from runtime.data.cache import Cache
+from runtime.data.store import CacheNotWritable
+from runtime.errors import RunFailed
+
+_CHUNK = 1000  # files hashed between two commits
+_PARTS = (".safetensors", ".bin", ".json", ".txt", ".model")
+"""What a component's folder is made of: weights, configuration, vocabulary."""
+
+
+class FileGone(RunFailed):
+    """A file that the plan counts can't be read any more."""
+
+
+def file_hashes(cache: Cache, paths: Sequence[str], workers: int = 1) -> list[bytes]:
+    """SHA-256 of each file; only those that changed since the last time are read.
+
+    Raises FileGone where a file can't be read.
+    """
+    hashes: list[bytes] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(paths), _CHUNK):
+            hashes += _chunk(cache, paths[start : start + _CHUNK], pool)
+    return hashes
+
+
+def folder_hash(cache: Cache, folder: Path) -> str:
+    """SHA-256 (hex) over names and contents of a component: weights, configuration, vocabulary.
+
+    Raises FileGone where the folder holds nothing of the kind.
+    """
+    files = sorted(p for p in folder.glob("**/*") if p.suffix in _PARTS and p.is_file())
+    if not files:
+        raise FileGone(f"{folder} holds no model component", help="check the recipe's model.base")
+    known = (folder, tuple(_stamp(str(file)) for file in files))
+    if known not in cache.folders:
+        state = hashlib.sha256()
+        for file, digest in zip(files, file_hashes(cache, [str(p) for p in files]), strict=True):
+            state.update(os.fsencode(file.relative_to(folder).as_posix()) + b"\0" + digest)
+        cache.folders[known] = state.hexdigest()
+    return cache.folders[known]
+
+
+def _chunk(cache: Cache, paths: Sequence[str], pool: ThreadPoolExecutor) -> list[bytes]:
+    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+    query = "SELECT path, bytes, mtime_ns, ctime_ns, sha256 FROM files WHERE path IN (?)"
+    known = {row[0]: (Stamp(*row[1:4]), row[4]) for row in cache.store.rows(query, names)}
+    stamps = [_stamp(path) for path in paths]
+    fresh = [n not in known or known[n][0] != s for n, s in zip(names, stamps, strict=True)]
+    made = pool.map(_hash, [path for path, new in zip(paths, fresh, strict=True) if new])
+    found = list(_merged(names, fresh, known, made))
+    rows = [
+        (name, stamp.bytes, stamp.mtime_ns, stamp.ctime_ns, digest)
+        for name, stamp, digest, new in zip(names, stamps, found, fresh, strict=True)
+        if new and stamp.settled
+    ]
+    if rows:
+        with suppress(CacheNotWritable), cache.store.writing() as database:  # it costs only time
+            database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+    return found
+
+
+def _merged(
+    names: Sequence[bytes],
+    fresh: Sequence[bool],
+    known: dict[bytes, tuple[Stamp, bytes]],
+    made: Iterator[bytes],
+) -> Iterator[bytes]:
+    for name, new in zip(names, fresh, strict=True):
+        yield next(made) if new else known[name][1]
+
+
+def _stamp(path: str) -> Stamp:
+    try:
+        return Stamp.of(os.stat(path))
+    except OSError as error:
+        raise _gone(path, error) from error
+
+
+def _hash(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise _gone(path, error) from error
+
+
+def _gone(path: str, error: OSError) -> FileGone:
+    return FileGone(
+        f"{shown(path)} can't be read: {error.strerror or error}",
+        help="it was there when the recipe was planned; put it back, or run the recipe again",
+    )

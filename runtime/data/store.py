@@ -1,0 +1,163 @@
+"""The cache's SQLite index: one connection for reading and writing, made when first needed.
+
+WAL journal and full synchronisation: a commit that returned survives a power cut, readers never
+wait for a writer, and writers wait for each other. Nothing is created by reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from runtime.errors import RunFailed
+
+_PATIENCE = 60.0  # seconds to wait for another process that commits
+_CHUNK = 500  # values in one query
+_TABLES = """
+CREATE TABLE IF NOT EXISTS shards (
+    id INTEGER PRIMARY KEY, name TEXT UNIQUE, bytes INTEGER, sha256 BLOB, written REAL);
+CREATE TABLE IF NOT EXISTS layouts (id INTEGER PRIMARY KEY, text TEXT UNIQUE);
+CREATE TABLE IF NOT EXISTS entries (
+    key BLOB PRIMARY KEY, shard INTEGER, layout INTEGER, offsets BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, sha256 BLOB)
+    WITHOUT ROWID;
+"""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CacheNotWritable(RunFailed, OSError):
+    """The cache's disk is full, or the cache can't be written to. Nothing in it is torn."""
+
+
+class CacheDamaged(RunFailed):
+    """The index is no database. Deleting the cache costs only time."""
+
+
+class Store:
+    """The SQLite file at `path`. May be used by several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self._reader: sqlite3.Connection | None = None
+        self._writer: sqlite3.Connection | None = None
+
+    def rows(self, query: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Rows of `query`, in which `(?)` stands for a list of any number of `values`."""
+        with self.lock:
+            database = self._open_to_read()
+            if database is None:
+                return
+            for start in range(0, len(values), _CHUNK):
+                part = values[start : start + _CHUNK]
+                marks = ",".join("?" * len(part))
+                with self._explained():
+                    found = database.execute(query.replace("(?)", f"({marks})"), part).fetchall()
+                yield from found
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, committed when the block ends well. Raises CacheNotWritable."""
+        with self.lock, self.explained():
+            database = self._open_to_write()
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns what a disk that is full or closed to us raises inside into CacheNotWritable."""
+        try:
+            with self._explained():
+                yield
+        except RunFailed:
+            raise
+        except sqlite3.OperationalError as error:
+            raise self._not_writable(str(error), "full" in str(error)) from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise self._not_writable(reason, error.errno in _FULL) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self.lock:
+            for database in (self._reader, self._writer):
+                if database is not None:
+                    database.close()
+            self._reader = self._writer = None
+
+    def _open_to_read(self) -> sqlite3.Connection | None:
+        if self._writer is not None:
+            return self._writer
+        if self._reader is None and self.path.exists():
+            with self._explained():
+                self._reader = self._for_reading()
+        return self._reader
+
+    def _for_reading(self) -> sqlite3.Connection:
+        """A reader; on a medium that takes no writes SQLite must be told that nothing changes."""
+        try:
+            return self._checked(self._connect("mode=ro"))
+        except sqlite3.OperationalError:
+            return self._checked(self._connect("immutable=1"))
+
+    def _open_to_write(self) -> sqlite3.Connection:
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            database = self._connect("mode=rwc")
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("PRAGMA synchronous=FULL")
+                database.executescript(_TABLES)
+            except BaseException:
+                database.close()
+                raise
+            self._writer = database
+        return self._writer
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{quote(os.fsencode(self.path.absolute()))}?{mode}"
+        return sqlite3.connect(
+            uri, uri=True, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+        )
+
+    def _checked(self, database: sqlite3.Connection) -> sqlite3.Connection:
+        try:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise CacheDamaged(
+                f"the cache's index {self.path} is damaged: {error}",
+                help=f"delete the folder {self.path.parent}: that costs only the time to fill it",
+            ) from error
+
+    def _not_writable(self, reason: str, full: bool) -> CacheNotWritable:
+        return CacheNotWritable(
+            f"the cache {self.path.parent} can't be written: {reason}",
+            help="free some space, or put the cache elsewhere: [cache] path"
+            if full
+            else "put the cache where it can be written: [cache] path",
+        )

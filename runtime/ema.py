@@ -1,0 +1,73 @@
+"""Exponential moving average of the trained weights.
+
+At every n-th update: average <- decay * average + (1 - decay) * weights. The average starts at the
+weights and is kept in float32 or wider: in bfloat16 a share of 0.001 would round away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compiler import plan
+
+
+class Ema:
+    """The average of `named_parameters`, on the host or beside them (`device` "cpu" or "same")."""
+
+    def __init__(self, facts: plan.Ema, named_parameters: Iterable[tuple[str, nn.Parameter]]):
+        self.decay = facts.decay
+        self.every = facts.every
+        self.parameters = dict(named_parameters)
+        self.average = {
+            name: p.detach().to(
+                p.device if facts.device == "same" else "cpu",
+                torch.promote_types(p.dtype, torch.float32),
+                copy=True,
+            )
+            for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """Take in the weights after `done` updates, if their turn has come."""
+        if done % self.every:
+            return
+        averages = list(self.average.values())
+        weights = [
+            p.detach().to(a.device, a.dtype)
+            for p, a in zip(self.parameters.values(), averages, strict=True)
+        ]
+        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average by parameter name, copied to host memory."""
+        return {name: a.to("cpu", copy=True) for name, a in self.average.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave. Raises KeyError if a parameter is missing."""
+        for name, average in self.average.items():
+            average.copy_(state[name])
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the parameters hold the average; afterwards their own bits again.
+
+        The weights wait in host memory, so that swapping needs no device memory.
+        """
+        with torch.no_grad():
+            kept = {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
+            self._fill(self.average)
+        try:
+            yield
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

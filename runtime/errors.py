@@ -1,0 +1,24 @@
+"""Failures that a person can cause or repair; `tuner` prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class RunFailed(Exception):
+    """The run can't go on (exit code 1). `message` says what happened, `help` what to do."""
+
+    def __init__(self, message: str, help: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.help = help
+
+
+class MachineUnfit(RunFailed):
+    """The plan is right, but this machine can't run it (exit code 3)."""
+
+
+class PlanChanged(RunFailed):
+    """The run folder holds another plan. `changes` are (key, there, here) as text (exit code 2)."""
+
+    def __init__(self, message: str, help: str, changes: tuple[tuple[str, str, str], ...]) -> None:
+        super().__init__(message, help)
+        self.changes = changes

@@ -1,0 +1,15 @@
+"""The families there are, by the name of their card; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from runtime.families.base import Family
+
+MODULES = {"sana": "runtime.families.sana", "sd3": "runtime.families.sd3"}
+
+
+def family_of(name: str) -> Family:
+    """The family called `name` in its card. Raises KeyError if there is none."""
+    family: Family = import_module(MODULES[name]).FAMILY
+    return family

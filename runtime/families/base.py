@@ -1,0 +1,103 @@
+"""What a model family can do at run time: load, encode, predict, sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from compiler.families.card import FamilyCard
+from compiler.plan import Model, Text
+from runtime.batch import Batch
+
+# One prompt's embedding without padding, by the names that `predict` takes. Sequence tensors are
+# (tokens, channels), pooled ones (channels,).
+TextEmbedding = Mapping[str, Tensor]
+
+
+class Family(Protocol):
+    """One instance per family, without state; models are passed in."""
+
+    card: FamilyCard
+
+    def load(
+        self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    ) -> Any:
+        """One component from the base's folder or hub id.
+
+        With `init = "random"` the trained one is built fresh, its weights drawn from `seed`.
+        """
+        ...
+
+    def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """One component from its configuration alone, weights unset (for meta tensors)."""
+        ...
+
+    def encode_prompts(
+        self,
+        parts: Mapping[str, Any],
+        prompts: Sequence[str],
+        text: Text,
+        *,
+        negative: bool = False,
+    ) -> list[TextEmbedding]:
+        """Embeddings equal to the stock pipeline's `encode_prompt`, without padding.
+
+        `parts` holds tokenizers and text encoders by component name. `negative` encodes as the
+        pipeline encodes negative prompts (Sana: without the instruction); caption dropout uses
+        the negative encoding of "".
+        """
+        ...
+
+    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
+        """Stack embeddings, padded to the longest, with a mask where the model takes one."""
+        ...
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> what is cached per sample: {"mean"} or {"mean", "std"}."""
+        ...
+
+    def latents(
+        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
+    ) -> Tensor:
+        """Scaled latents (B, C, h, w) from cached moments; `noise` ~ N(0, 1) draws from them."""
+        ...
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The model's velocity for `noisy` (B, C, h, w) at noise levels `sigmas` (B,)."""
+        ...
+
+    def example_batch(
+        self,
+        model: Model,
+        width: int,
+        height: int,
+        batch_size: int,
+        text: Text,
+        device: torch.device,
+    ) -> Batch:
+        """A batch of the right shapes and types (pixels, full prompt length), for simulation."""
+        ...
+
+    def sample(
+        self,
+        parts: Mapping[str, Any],
+        positive: Sequence[TextEmbedding],
+        negative: Sequence[TextEmbedding],
+        *,
+        width: int,
+        height: int,
+        guidance: float,
+        steps: int,
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """Pictures by the stock pipeline from embeddings, one a seed.
+
+        `parts` holds vae, transformer and scheduler.
+        """
+        ...

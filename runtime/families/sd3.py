@@ -1,0 +1,178 @@
+"""Stable Diffusion 3 and 3.5 at run time. See `compiler.families.sd3` for the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from compiler.families import sd3
+from compiler.plan import Model, Text
+from runtime.batch import Batch
+from runtime.families import common
+from runtime.families.base import TextEmbedding
+
+
+class StableDiffusion3:
+    """StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL, two CLIPs and T5."""
+
+    card = sd3.CARD
+
+    def load(
+        self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    ) -> Any:
+        """See `Family.load`."""
+        return common.load_component(model, name, dtype, device, seed=seed)
+
+    def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """See `Family.empty`."""
+        return common.empty_component(model, name, dtype, device)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        parts: Mapping[str, Any],
+        prompts: Sequence[str],
+        text: Text,
+        *,
+        negative: bool = False,
+    ) -> list[TextEmbedding]:
+        """See `Family.encode_prompts`: states (77 + length, channels) and pooled (channels,) each.
+
+        There is no mask: padding positions are inputs like others, so all of them are kept.
+        Negative prompts are encoded like positive ones.
+        """
+        pipeline = common.stock_pipeline(self.card, parts)
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=parts["text_encoder"].device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=text.max_length,
+        )
+        return [
+            {"encoder_hidden_states": s, "pooled_projections": p}
+            for s, p in zip(states, pooled, strict=True)
+        ]
+
+    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
+        """See `Family.collate_text`. All prompts are of one length."""
+        keys = ("encoder_hidden_states", "pooled_projections")
+        return {key: torch.stack([e[key] for e in embeddings]) for key in keys}
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        """See `Family.encode_pixels`: mean and standard deviation of the posterior."""
+        codec: Any = vae
+        with torch.no_grad():
+            posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+
+    def latents(
+        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
+    ) -> Tensor:
+        """See `Family.latents`. Without `noise`, the posterior's mean."""
+        drawn = cached["mean"].float()
+        if noise is not None:
+            drawn = drawn + cached["std"].float() * noise
+        return (drawn - float(vae_config["shift_factor"])) * float(vae_config["scaling_factor"])
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See `Family.predict`. The time is 1000 sigma."""
+        prediction: Tensor = model(
+            hidden_states=noisy,
+            timestep=sigmas * 1000,
+            encoder_hidden_states=text["encoder_hidden_states"],
+            pooled_projections=text["pooled_projections"],
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def example_batch(
+        self,
+        model: Model,
+        width: int,
+        height: int,
+        batch_size: int,
+        text: Text,
+        device: torch.device,
+    ) -> Batch:
+        """See `Family.example_batch`."""
+        config = common.config_of(model, "transformer")
+        factor = self.card.vae_factor(common.config_of(model, "vae"))
+        clip = common.config_of(model, "text_encoder")["max_position_embeddings"]
+        shape = (batch_size, config["in_channels"], height // factor, width // factor)
+        tokens = (batch_size, clip + text.max_length, config["joint_attention_dim"])
+        return Batch(
+            latents=torch.zeros(shape, device=device),
+            noise=torch.zeros(shape, device=device),
+            sigmas=torch.full((batch_size,), 0.5, device=device),
+            text={
+                "encoder_hidden_states": torch.zeros(tokens, device=device),
+                "pooled_projections": torch.zeros(
+                    batch_size, config["pooled_projection_dim"], device=device
+                ),
+            },
+        )
+
+    def sample(
+        self,
+        parts: Mapping[str, Any],
+        positive: Sequence[TextEmbedding],
+        negative: Sequence[TextEmbedding],
+        *,
+        width: int,
+        height: int,
+        guidance: float,
+        steps: int,
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """See `Family.sample`. Bit-equal to `pipeline(prompt, ...)` where VAE and transformer have
+        one type; the VAE may have another here.
+        """
+        pipeline = common.stock_pipeline(self.card, parts)
+        pictures = []
+        with common.inference(parts["transformer"]):
+            for wanted, unwanted, seed in zip(positive, negative, seeds, strict=True):
+                latents = pipeline(
+                    width=width,
+                    height=height,
+                    guidance_scale=guidance,
+                    num_inference_steps=steps,
+                    generator=common.cpu_generator(seed),
+                    output_type="latent",
+                    **_prompt(wanted, unwanted, pipeline.transformer),
+                ).images
+                pictures.append(_decode(pipeline, latents))
+        return pictures
+
+
+def _prompt(
+    positive: TextEmbedding, negative: TextEmbedding, transformer: Any
+) -> dict[str, Tensor]:
+    def batched(embedding: TextEmbedding, key: str) -> Tensor:
+        return embedding[key][None].to(transformer.device, transformer.dtype)
+
+    return {
+        "prompt_embeds": batched(positive, "encoder_hidden_states"),
+        "pooled_prompt_embeds": batched(positive, "pooled_projections"),
+        "negative_prompt_embeds": batched(negative, "encoder_hidden_states"),
+        "negative_pooled_prompt_embeds": batched(negative, "pooled_projections"),
+    }
+
+
+def _decode(pipeline: Any, latents: Tensor) -> Image.Image:
+    """As the pipeline decodes, but in the VAE's own type."""
+    vae = pipeline.vae
+    unscaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+    picture: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+    return picture
+
+
+FAMILY = StableDiffusion3()

@@ -1,0 +1,225 @@
+"""The training loop: one for all families and methods.
+
+Steps are counted as updates done. After update number k (from 1) the order is: average, metrics,
+checkpoint, validation. Everything random in an update is a function of (seed, step, sample), so a
+loop that starts at any step does what an uninterrupted one does from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import field, frozen, mutable
+from torch import Tensor, nn
+
+from compiler.plan import Plan
+from compiler.schedules import multiplier
+from runtime.ema import Ema
+from runtime.errors import RunFailed
+from runtime.events import Events
+from runtime.families.base import Family
+from runtime.optimizers import set_lr
+from runtime.rng import seed_torch
+from runtime.step import gradient_norm, micro_step, update
+from runtime.stop import Stop
+from runtime.track import Tracker
+
+if TYPE_CHECKING:
+    from runtime.data.feed import Window
+
+LOG_EVERY = 10  # steps between two readings of an accelerator's metrics; reading waits for it
+
+
+@frozen(kw_only=True)
+class Trained:
+    """What the loop changes: the model, what of it is trained, and what follows it."""
+
+    family: Family
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+
+@frozen(kw_only=True)
+class Actions:
+    """What happens between steps. Both are given the updates done.
+
+    `checkpoint` may be called twice for one step and saves once.
+    """
+
+    checkpoint: Callable[[int, int], None]  # (done, epoch)
+    validate: Callable[[int], None]
+
+
+@frozen(kw_only=True)
+class Row:
+    """One step's metrics before they are read from the device."""
+
+    step: int  # updates done
+    epoch: int
+    samples: int
+    lr: float
+    loss: Tensor  # mean over the window's samples
+    grad_norm: Tensor  # L2, before clipping
+    names: Sequence[str]
+
+
+@mutable(kw_only=True)
+class Ledger:
+    """Metrics that are still on the device, and where they go once read."""
+
+    events: Events
+    trackers: Sequence[Tracker]
+    every: int
+    rows: list[Row] = field(factory=list)
+    since: float = field(factory=time.perf_counter)  # when the first of `rows` began
+
+    def add(self, row: Row) -> None:
+        """Take a step's metrics; reads all that wait when their turn has come."""
+        self.rows.append(row)
+        if len(self.rows) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read and report what waits. Raises RunFailed if a value is not finite."""
+        if not self.rows:
+            return
+        values = torch.stack([torch.stack((r.loss, r.grad_norm)) for r in self.rows]).tolist()
+        seconds = (time.perf_counter() - self.since) / len(self.rows)
+        rows, self.rows = self.rows, []
+        for row, (loss, norm) in zip(rows, values, strict=True):
+            check_finite(row, loss, norm)
+            metrics: dict[str, Any] = {
+                "epoch": row.epoch,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": row.lr,
+                "samples": row.samples,
+                "seconds": seconds,
+            }
+            for tracker in self.trackers:
+                tracker.metrics(row.step, metrics)
+            self.events.step({"step": row.step, **metrics})
+        self.since = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """Leave out the time since the last flush (a checkpoint or validation took it)."""
+        if not self.rows:
+            self.since = time.perf_counter()
+
+
+def check_finite(row: Row, loss: float, norm: float) -> None:
+    """Raises RunFailed if the loss or the gradient norm of `row` is not a number."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    raise RunFailed(
+        f"step {row.step}: {what}; the weights were not updated and are those of step "
+        f"{row.step - 1}. Samples: {', '.join(row.names)}",
+        help="likely causes: a learning rate that is too high, float16 where the model overflows, "
+        "or a damaged picture among the samples named; the last checkpoint is good",
+    )
+
+
+def train(
+    plan: Plan,
+    trained: Trained,
+    windows: Iterable[Window],
+    done: int,
+    *,
+    events: Events,
+    trackers: Sequence[Tracker],
+    actions: Actions,
+    stop: Stop,
+) -> int:
+    """Train from `done` updates to the plan's total; returns the updates done.
+
+    That is less than the total only if a stop was requested, after a checkpoint. `windows` begins
+    at the window of update `done`. Raises RunFailed where training can't go on.
+    """
+    device = torch.device(plan.device)
+    ledger = Ledger(
+        events=events, trackers=trackers, every=1 if device.type == "cpu" else LOG_EVERY
+    )
+    for window in windows:
+        row = one_update(plan, trained, window)
+        done += 1
+        if trained.ema is not None:
+            trained.ema.update(done)
+        ledger.add(row)
+        ended = done == plan.steps.total
+        if ended or due(done, plan.checkpoints.every):
+            ledger.flush()
+            actions.checkpoint(done, window.epoch)
+        if due(done, plan.validation.every) and not (ended or stop.requested):
+            ledger.flush()
+            actions.validate(done)
+        if stop.requested:
+            ledger.flush()
+            actions.checkpoint(done, window.epoch)
+        ledger.resume_clock()
+        if ended or stop.requested:
+            break
+    return done
+
+
+def due(done: int, every: int) -> bool:
+    """Whether an action that happens `every` steps (0: never) comes after `done` updates."""
+    return every > 0 and done % every == 0
+
+
+def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
+    """One optimizer update over a window of micro-batches, each weighted by its samples."""
+    lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
+    set_lr(trained.optimizer, lr)
+    losses: list[Tensor] = []
+    for index, batch in enumerate(window.batches):
+        seed_torch(plan.seed, "model", window.step, index)
+        losses.append(
+            micro_step(
+                trained.family,
+                trained.model,
+                batch,
+                plan.objective,
+                plan.precision,
+                window.samples,
+            )
+        )
+    norm = gradient_norm(trained.parameters.values())
+    row = Row(
+        step=window.step + 1,
+        epoch=window.epoch,
+        samples=window.samples,
+        lr=lr,
+        loss=torch.cat(losses).mean(),
+        grad_norm=norm.float(),
+        names=window.names,
+    )
+    guard(trained.optimizer, row)
+    update(trained.optimizer, norm, plan.max_grad_norm)
+    return row
+
+
+def guard(optimizer: torch.optim.Optimizer, row: Row) -> None:
+    """See to it that the update does not happen where the loss or the gradient is not finite.
+
+    On the processor the values are at hand. On an accelerator reading them would wait for it in
+    every step; there a fused optimizer is told on the device to leave weights and state alone
+    (`found_inf`, as a gradient scaler does), and the ledger stops the run when it reads them.
+    """
+    finite = torch.isfinite(row.loss) & torch.isfinite(row.grad_norm)
+    if row.loss.device.type != "cpu" and optimizer.param_groups[0].get("fused"):
+        skip_unless(finite, optimizer)
+    elif not finite.item():
+        check_finite(row, row.loss.item(), row.grad_norm.item())
+
+
+def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Make a fused optimizer's next update happen only if `finite` holds, without reading it."""
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]

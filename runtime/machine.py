@@ -1,0 +1,278 @@
+"""Looks at this machine. Imports no torch unless asked to look deep."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from compiler.machine import Machine
+from compiler.plan import Device
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "torchao",
+    "safetensors",
+    "tensorboard",
+    "bitsandbytes",
+    "triton",
+)
+BF16_CAPABILITY = 8.0  # Ampere
+SMI_SECONDS = 10.0
+
+
+@frozen(kw_only=True)
+class Gpu:
+    """One CUDA device as the driver reports it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: str
+    driver: str
+
+
+def look() -> Machine:
+    """The first accelerator that the installed torch can use, else the processor."""
+    total, free = host_memory()
+    gpus = cuda_devices() if torch_may_use("cuda") else []
+    if gpus:
+        gpu = gpus[0]
+        device: Device = "cuda"
+        facts = (gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.capability)
+        bf16 = float(gpu.capability or 0) >= BF16_CAPABILITY
+    elif sys.platform == "darwin" and platform.machine() == "arm64":
+        # Apple's devices share the host's memory.
+        device, facts, bf16 = "mps", (processor_name(), total, free, ""), True
+    else:
+        device, facts, bf16 = "cpu", (processor_name(), total, free, ""), processor_has_bf16()
+    return Machine(
+        device=device,
+        device_name=facts[0],
+        device_total_bytes=facts[1],
+        device_free_bytes=facts[2],
+        host_total_bytes=total,
+        host_free_bytes=free,
+        cores=cores(),
+        bf16=bf16,
+        capability=facts[3],
+    )
+
+
+def version(package: str) -> str:
+    """Installed version of a package; "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def torch_may_use(device: str) -> bool:
+    """Whether the installed torch is built for `device`, by its version's local label.
+
+    Wheels without a label come from PyPI: with CUDA on Linux, without it elsewhere.
+    """
+    label = version("torch").partition("+")[2]
+    if label:
+        return device == "cuda" and label.startswith("cu")
+    return device == "cuda" and sys.platform == "linux"
+
+
+def cuda_devices() -> list[Gpu]:
+    """The CUDA devices this process may use, in its own order; empty without a driver."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
+    try:
+        answer = subprocess.run(
+            [smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=SMI_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    return visible([row for row in rows if len(row) == 7], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(rows: list[list[str]], chosen: str | None) -> list[Gpu]:
+    """Rows of nvidia-smi as `Gpu`, filtered and ordered by CUDA_VISIBLE_DEVICES.
+
+    As CUDA does, the list ends at the first entry that names no device.
+    """
+    if chosen is not None:
+        wanted: list[list[str]] = []
+        for entry in (part.strip() for part in chosen.split(",")):
+            match = [r for r in rows if entry and (r[0] == entry or r[1].startswith(entry))]
+            if not match:
+                break
+            wanted.append(match[0])
+        rows = wanted
+    mib = 1 << 20
+    return [
+        Gpu(
+            name=name,
+            total_bytes=_whole(total) * mib,
+            free_bytes=_whole(free) * mib,
+            capability=capability,
+            driver=driver,
+        )
+        for _, _, name, total, free, capability, driver in rows
+    ]
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdigit() else 0  # "[N/A]" where a device does not tell
+
+
+def host_memory() -> tuple[int, int]:
+    """(total, free) bytes that this process may use: the machine's, or its container's if less."""
+    total, free = _machine_memory()
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit = _read_number(Path("/sys/fs/cgroup") / limit_file)
+        used = _read_number(Path("/sys/fs/cgroup") / used_file)
+        if limit is not None and used is not None and limit < total:
+            return limit, min(free, max(limit - used, 0))
+    return total, free
+
+
+def _machine_memory() -> tuple[int, int]:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        rows = (line.split(":") for line in meminfo.read_text().splitlines())
+        kib = {name: int(value.split()[0]) for name, value in rows}
+        return kib["MemTotal"] * 1024, kib.get("MemAvailable", kib["MemFree"]) * 1024
+    if not hasattr(os, "sysconf"):
+        return _windows_memory()
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return total, _mac_free(page) or total
+
+
+def _mac_free(page: int) -> int:
+    """Bytes that macOS calls free, inactive or speculative; 0 if it does not tell."""
+    try:
+        text = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    kinds = ("Pages free", "Pages inactive", "Pages speculative")
+    return page * sum(_whole(rows.get(kind, "0").strip().rstrip(".")) for kind in kinds)
+
+
+def _windows_memory() -> tuple[int, int]:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((f"n{i}", ctypes.c_ulonglong) for i in range(7)),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.n0), int(status.n1)
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None  # absent, or "max"
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's model name."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def processor_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (else it is emulated, slowly)."""
+    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def versions() -> dict[str, str]:
+    """Python's and the installed packages' versions."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+
+
+def facts(folder: Path, *, deep: bool = False) -> dict[str, Any]:
+    """What `tuner doctor` shows: machine, versions, and the disk that holds `folder`.
+
+    `deep` imports torch and tries the device; what fails stands in "torch" as a sentence.
+    """
+    from attrs import asdict
+
+    disk = shutil.disk_usage(_existing(folder))
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "versions": versions(),
+        "machine": asdict(look()),
+        "cuda": [asdict(gpu) for gpu in cuda_devices()],
+        "disk": {"folder": str(folder), "total_bytes": disk.total, "free_bytes": disk.free},
+    }
+    if deep:
+        found["torch"] = _try_torch()
+    return found
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def _try_torch() -> dict[str, Any]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {"error": f"torch can't be imported: {error}"}
+    found: dict[str, Any] = {
+        "version": torch.__version__,
+        "cuda_build": torch.version.cuda or "",
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "threads": torch.get_num_threads(),
+    }
+    if found["cuda"]:
+        try:
+            ones = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
+            found["cuda_bf16"] = bool((ones @ ones == 8).all())
+        except RuntimeError as error:
+            found["error"] = f"CUDA is there but does not compute: {error}"
+    return found

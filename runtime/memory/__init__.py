@@ -1,0 +1,1 @@
+"""What a training step allocates: simulated on meta tensors, measured on real ones."""

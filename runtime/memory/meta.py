@@ -1,0 +1,140 @@
+"""Runs operations on meta tensors quickly.
+
+PyTorch's own meta kernels are written in Python and cost about 200 microseconds each. A model of
+equal blocks calls the same operation on tensors of the same shape again and again, so the first
+result's form (shape, strides, type) is kept and later ones are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+Key = tuple[Any, ...]
+# One output: shape, strides, type; None where the operation returned None.
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
+
+
+@frozen
+class _Known:
+    """What a key's operation returns. `forms` None: run it (a view); `single`: not in a tuple."""
+
+    forms: tuple[Form, ...] | None
+    single: bool
+    in_place: bool
+    flops: int
+
+
+class MetaKernels:
+    """Callable for `Tracker(kernels=...)`; counts floating-point operations on the way.
+
+    `counters` maps an operation (overload packet) to a function of its arguments and its result
+    that gives its count, as `torch.utils.flop_counter.flop_registry` does. `device` is the type of
+    the device that the results are to have the form of.
+    """
+
+    def __init__(self, counters: Mapping[Any, Callable[..., int]], device: str):
+        self.counters = counters
+        self.device = device
+        self.flops = 0
+        self._known: dict[Key, _Known] = {}
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """`func`'s result; operations on other devices (a step counter on the CPU) really run."""
+        if func.is_view:
+            return func(*args, **kwargs)
+        try:
+            key = (func, _describe(args), _describe(tuple(kwargs.items())))
+            known = self._known.get(key)
+        except _NotMeta:
+            return func(*args, **kwargs)
+        if known is None:
+            return self._first(key, func, args, kwargs)
+        self.flops += known.flops
+        if known.in_place:
+            return args[0]
+        if known.forms is None:
+            return func(*args, **kwargs)
+        made = tuple(map(_make, known.forms))
+        return made[0] if known.single else made
+
+    def _first(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
+            out = _layer_norm_on_cpu(out, *args)
+        counter = self.counters.get(func.overloadpacket)
+        flops = int(counter(*args, **kwargs, out_val=out)) if counter else 0
+        self.flops += flops
+        self._known[key] = _learn(func, args, kwargs, out, flops)
+        return out
+
+
+def _layer_norm_on_cpu(
+    out: tuple[Tensor, Tensor, Tensor], given: Tensor, shape: Any, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU keeps mean and deviation in the weight's or the input's type, not in float32."""
+    kept = given.dtype if weight is None else weight.dtype
+    return out[0], out[1].to(kept), out[2].to(kept)
+
+
+class _NotMeta(Exception):
+    """An argument is a tensor of another device."""
+
+
+def _describe(values: tuple[Any, ...] | list[Any]) -> Key:
+    """A hashable account of `values`, tensors by their form."""
+    described: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                raise _NotMeta
+            described.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, tuple | list):
+            described.append(_describe(value))
+        else:
+            described.append((type(value), value))
+    return tuple(described)
+
+
+def _learn(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, flops: int
+) -> _Known:
+    """What may be kept of the result: its forms if all of it is new memory."""
+    single = isinstance(out, Tensor)
+    outputs = (out,) if single else out
+    if single and args and out is args[0]:
+        return _Known(None, True, True, flops)
+    given = {t.untyped_storage()._cdata for t in _tensors((*args, *kwargs.values()))}
+    fresh = isinstance(outputs, tuple) and all(
+        o is None or (isinstance(o, Tensor) and o.is_meta) for o in outputs
+    )
+    if not fresh or func._schema.is_mutable:
+        return _Known(None, single, False, flops)
+    stores = [o.untyped_storage()._cdata for o in outputs if o is not None]
+    if len(set(stores)) < len(stores) or given & set(stores):  # aliases that no schema admits
+        return _Known(None, single, False, flops)
+    return _Known(tuple(map(_form, outputs)), single, False, flops)
+
+
+def _tensors(values: tuple[Any, ...] | list[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found.extend(_tensors(value))
+    return found
+
+
+def _form(tensor: Tensor | None) -> Form:
+    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _make(form: Form) -> Tensor | None:
+    if form is None:
+        return None
+    return torch.empty_strided(form[0], form[1], dtype=form[2], device="meta")

@@ -1,0 +1,75 @@
+"""Makes PyTorch take, for meta tensors, the branches that it takes on another device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from runtime.memory.attention import attention_for
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Inside, meta tensors are treated as tensors on `device` ("cpu", "cuda", ...).
+
+    Functions are exchanged, not intercepted: an interception by torch's function modes is off while
+    checkpointed blocks are recomputed in the backward pass. Not for use in several threads.
+    """
+    from torch.optim import optimizer
+    from torch.utils import _foreach_utils
+
+    with ExitStack() as exchanged:
+        stock = functional.scaled_dot_product_attention
+        _exchange(
+            exchanged, functional, "scaled_dot_product_attention", attention_for(device, stock)
+        )
+        # Gradient norms: all tensors at once, on the CPU as well.
+        _exchange(
+            exchanged,
+            _foreach_utils,
+            "_get_foreach_kernels_supported_devices",
+            _with_meta(_foreach_utils._get_foreach_kernels_supported_devices),
+        )
+        _exchange(
+            exchanged,
+            optimizer,
+            "_get_fused_kernels_supported_devices",
+            _with_meta(optimizer._get_fused_kernels_supported_devices),
+        )
+        if device != "cpu":
+            # Optimizers: all tensors at once by default, except on the CPU.
+            _exchange(
+                exchanged,
+                optimizer,
+                "_get_foreach_kernels_supported_devices",
+                _with_meta(optimizer._get_foreach_kernels_supported_devices),
+            )
+            _exchange(exchanged, functional, "dropout", _fused_dropout(functional.dropout))
+        yield
+
+
+def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _with_meta(devices: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    return lambda: [*devices(), "meta"]
+
+
+def _fused_dropout(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Accelerators keep a mask of one byte per element, the CPU one of the input's type."""
+
+    def dropout(
+        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or not 0 < p < 1 or inplace or not input.is_meta:
+            return stock(input, p, training, inplace)
+        return torch.native_dropout(input, p, training)[0]
+
+    return dropout

@@ -1,0 +1,170 @@
+"""Counts the bytes of live tensors, the same on real and on meta tensors.
+
+Under a `Tracker` every operation's outputs are looked at; a storage that is new enters the table,
+one that is freed leaves it. What a kernel allocates inside itself is not seen (see `workspace`),
+and neither is what exists before (see `register`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The CUDA caching allocator rounds each request up to this many bytes (kMinBlockSize in
+# c10/cuda/CUDACachingAllocator.h). Used for every device, so that figures compare.
+GRANULE = 512
+
+
+def rounded(nbytes: int) -> int:
+    """`nbytes` as the allocator hands it out; nothing for an empty tensor."""
+    return -(-nbytes // GRANULE) * GRANULE
+
+
+class Kernels(Protocol):
+    """Runs an operation; `runtime.memory.meta` has a quick one for meta tensors."""
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The operation's result."""
+        ...
+
+
+class _Block:
+    """One storage's time in the table; `died` -1: it is live."""
+
+    __slots__ = ("born", "category", "died", "nbytes", "ref")
+
+    def __init__(self, nbytes: int, category: str, born: int):
+        self.nbytes = nbytes
+        self.category = category
+        self.born = born
+        self.died = -1
+        self.ref: weakref.ref[Any] | None = None
+
+
+class Tracker(TorchDispatchMode):
+    """Current and peak bytes of tensors on `devices` (device types), by category.
+
+    New storages get the category that `category` holds at the time; `mark` renames them later, as
+    a gradient is only known to be one when it has arrived. Not for use in several threads.
+    """
+
+    def __init__(
+        self,
+        devices: Collection[str],
+        kernels: Kernels | None = None,
+        workspaces: Mapping[Any, Callable[..., int]] | None = None,
+    ):
+        """`workspaces` gives, by operation, what its kernel allocates inside (see `workspace`)."""
+        super().__init__()
+        self.devices = frozenset(devices)
+        self.kernels = kernels
+        self.workspaces = workspaces or {}
+        self.category = "activations"
+        self.current = 0
+        self.peak = 0
+        self._clock = 0  # counts births and deaths
+        self._peak_at = 0
+        self._live: dict[int, _Block] = {}
+        self._all: list[_Block] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled; the guard around each call would cost a fifth
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and look at what it returned."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs) if self.kernels is None else self.kernels(func, args, kwargs)
+        if isinstance(out, Tensor):
+            self._see(out)
+        elif isinstance(out, tuple | list):
+            self._see_all(out)
+        inside = self.workspaces.get(func)
+        if inside is not None:
+            self.workspace(inside(*args, **kwargs))
+        return out
+
+    def register(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Enter storages that exist already, or rename those in the table."""
+        for tensor in tensors:
+            block = self._see(tensor)
+            if block is not None:
+                block.category = category
+
+    mark = register
+
+    def workspace(self, nbytes: int, category: str = "workspace") -> None:
+        """Count what a kernel allocates inside and frees before it returns."""
+        block = self._enter(rounded(nbytes), category)
+        self._leave(block)
+
+    def reset_peak(self) -> None:
+        """Forget the past: the peak is what is live now."""
+        self._all = list(self._live.values())
+        self.peak, self._peak_at = self.current, self._clock
+
+    def categories(self) -> dict[str, int]:
+        """Bytes by category now; they add up to `current`."""
+        return _sums(self._live.values())
+
+    def breakdown(self) -> dict[str, int]:
+        """Bytes by category when the peak was reached; they add up to `peak`."""
+        at = self._peak_at
+        parts = _sums(b for b in self._all if b.born <= at and (b.died < 0 or b.died > at))
+        assert sum(parts.values()) == self.peak, "every byte at the peak has one category"
+        return parts
+
+    def _see_all(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._see(value)
+            elif isinstance(value, tuple | list):
+                self._see_all(value)
+
+    def _see(self, tensor: Tensor) -> _Block | None:
+        if tensor.device.type not in self.devices:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        block = self._live.get(key)
+        nbytes = rounded(storage.nbytes())
+        if block is not None:
+            if block.nbytes == nbytes:
+                return block
+            self._drop(key)  # resized: counts as a new one
+        block = self._enter(nbytes, block.category if block else self.category)
+        self._live[key] = block
+        block.ref = weakref.ref(storage, lambda _: self._drop(key))
+        return block
+
+    def _enter(self, nbytes: int, category: str) -> _Block:
+        self._clock += 1
+        block = _Block(nbytes, category, self._clock)
+        self._all.append(block)
+        self.current += nbytes
+        if self.current > self.peak:
+            self.peak, self._peak_at = self.current, self._clock
+        return block
+
+    def _drop(self, key: int) -> None:
+        block = self._live.pop(key)
+        block.ref = None
+        self._leave(block)
+
+    def _leave(self, block: _Block) -> None:
+        self._clock += 1
+        block.died = self._clock
+        self.current -= block.nbytes
+
+
+def _sums(blocks: Iterable[_Block]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for block in blocks:
+        parts[block.category] = parts.get(block.category, 0) + block.nbytes
+    return parts

@@ -1,0 +1,1 @@
+"""Training methods: what is trained, and what is saved of it."""

@@ -1,0 +1,71 @@
+"""Full fine-tuning: every weight of the trained component."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiler.plan import Model, Precision
+from runtime.families.base import Family
+from runtime.families.common import DTYPES, base_folder
+from runtime.methods.base import Built, check_names, masters, state
+
+
+def prepare(model: nn.Module, precision: Precision) -> Built:
+    """Make all of `model` trainable, given in `precision.trained` so that masters lose nothing."""
+    model.requires_grad_(True)
+    loaded = {name: p.detach() for name, p in model.named_parameters()}
+    owned = masters(model.to(DTYPES[precision.compute]), loaded)
+    count = sum(p.numel() for p in loaded.values())
+    return Built(model=model, trainable=owned, parameters=count, adapted_modules=0)
+
+
+def export(
+    built: Built,
+    model: Model,
+    family: Family,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a complete pipeline in the Diffusers layout into `folder`: the base's, newly trained.
+
+    `weights` replace the trained ones (an average of them, say); `dtype` is what the trained
+    component is saved as, by default what it is trained in. Other components are copied.
+    """
+    values = state(built) if weights is None else weights
+    check_names(built, values)
+    names = [c.name for c in model.components if c.name != model.trained_component]
+    source = base_folder(model, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _present(source, names):
+        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+    _save(built.model, values, dtype, folder / model.trained_component)
+
+
+def _present(source: Path, names: list[str]) -> list[str]:
+    """Those of `names`, and what else the base's index lists, that have a folder there."""
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    return [name for name in names if name in index and (source / name).is_dir()]
+
+
+@torch.no_grad()
+def _save(
+    model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None, folder: Path
+) -> None:
+    """Save `values` as a component of the class and configuration of `model`."""
+    source: Any = model
+    with torch.device("meta"):
+        shell = type(source).from_config(source.config)
+    tensors = {**dict(source.named_buffers()), **values}
+    kept = {k: tensors[k].to(dtype or tensors[k].dtype) for k in shell.state_dict()}
+    shell.load_state_dict(kept, assign=True)
+    shell.save_pretrained(folder)

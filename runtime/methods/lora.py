@@ -1,0 +1,127 @@
+"""LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685).
+
+W x + (alpha / rank) B A x with W frozen; peft holds the layers, as in Diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiler.plan import Adapter, Model, Precision
+from runtime import rng
+from runtime.families.base import Family
+from runtime.families.common import DTYPES
+from runtime.methods.base import Built, check_names, masters, state
+
+NAME = "default"  # peft's and Diffusers' own name for an adapter
+
+
+def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int) -> Built:
+    """Freeze `model` and put the adapter on the modules that its patterns match.
+
+    The start is a function of (seed, module name, shape): matrix A as `init` says, B zero. Raises
+    ValueError if a pattern matches no linear layer or 1x1 convolution.
+    """
+    from peft import LoraConfig
+
+    count = sum(p.numel() for p in model.parameters())
+    targets = matching(model, adapter.targets)
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        init_lora_weights=True,  # drawn anew below, independent of torch's generator
+        target_modules="|".join(re.escape(name) for name in targets),
+    )
+    adapted: Any = model
+    adapted.add_adapter(config, adapter_name=NAME)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.to(DTYPES[precision.compute])
+    trained = DTYPES[precision.trained]
+    start = {n: p.detach().to(trained) for n, p in model.named_parameters() if p.requires_grad}
+    trainable = masters(model, start)
+    _initialise(trainable, adapter, seed)
+    return Built(model=model, trainable=trainable, parameters=count, adapted_modules=len(targets))
+
+
+def matching(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that any of `patterns` matches in full, in the model's order."""
+    layers = [name for name, module in model.named_modules() if is_linear(module)]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in layers if re.fullmatch(pattern, name)}
+        if not hits:
+            raise ValueError(f"`{pattern}` matches none of the {len(layers)} linear layers")
+        found |= hits
+    return [name for name in layers if name in found]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies channels by one matrix: a linear layer or a 1x1 convolution."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+@torch.no_grad()
+def _initialise(trainable: Mapping[str, nn.Parameter], adapter: Adapter, seed: int) -> None:
+    """A as peft's "gaussian" (deviation 1 / rank) or "kaiming" (uniform, a = sqrt 5); B zero."""
+    for name, parameter in trainable.items():
+        if parameter.is_meta:
+            continue
+        if ".lora_B." in name:
+            parameter.zero_()
+            continue
+        shape = tuple(parameter.shape)
+        generator = rng.generator(seed, f"lora {name}")
+        if adapter.init == "gaussian":
+            values = generator.standard_normal(shape) / adapter.rank
+        else:
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            values = generator.uniform(-bound, bound, shape)
+        parameter.copy_(torch.from_numpy(values))
+
+
+def export(
+    built: Built,
+    model: Model,
+    family: Family,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `pytorch_lora_weights.safetensors` into `folder`, for `pipeline.load_lora_weights`.
+
+    Rank, alpha and targets stand in the file's metadata, so that it loads at the right strength.
+    `weights` replace the trained ones; `dtype` is by default what they are trained in.
+    """
+    import diffusers
+    from peft import get_peft_model_state_dict
+
+    values = state(built) if weights is None else weights
+    check_names(built, values)
+    adapted: Any = built.model
+    layers = get_peft_model_state_dict(adapted, state_dict=dict(values), adapter_name=NAME)
+    saved = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in layers.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    component = model.trained_component
+    arguments: dict[str, Any] = {
+        f"{component}_lora_layers": saved,
+        f"{component}_lora_adapter_metadata": metadata(adapted.peft_config[NAME]),
+    }
+    getattr(diffusers, family.card.pipeline).save_lora_weights(folder, **arguments)
+
+
+def metadata(config: Any) -> dict[str, Any]:
+    """peft's configuration as plain values, in an order that is always the same."""
+    values: dict[str, Any] = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}

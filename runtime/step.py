@@ -1,0 +1,56 @@
+"""The training step: what the loop runs on real tensors and the memory simulation on meta tensors.
+
+The model runs in `precision.compute` throughout, as it does at inference, without autocast: norms,
+residuals and attention then round alike in training and in the pipeline (autocast would also turn
+Sana's float32 linear attention into bfloat16). Noise levels, noising and loss are float32.
+Gradients arrive in `precision.trained`, see `runtime.methods.base`. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from compiler.plan import Objective, Precision
+from runtime.batch import Batch
+from runtime.families.base import Family
+from runtime.families.common import DTYPES
+from runtime.objective import add_noise, per_sample_loss
+
+
+def micro_step(
+    family: Family,
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    precision: Precision,
+    window_samples: int,
+) -> Tensor:
+    """Forward and backward of one batch; gradients add up until `update`. Returns losses (B,).
+
+    `window_samples` is the number of samples in the whole accumulation window, so that each sample
+    weighs the same however the window is cut into batches.
+    """
+    compute = DTYPES[precision.compute]
+    noisy = add_noise(batch.latents, batch.noise, batch.sigmas).to(compute)
+    text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
+    prediction = family.predict(model, noisy, batch.sigmas, text)
+    losses = per_sample_loss(prediction, batch, objective)
+    (losses.sum() / window_samples).backward()  # type: ignore[no-untyped-call]
+    return losses.detach()
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients together, float32."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def update(optimizer: torch.optim.Optimizer, norm: Tensor, max_grad_norm: float) -> None:
+    """Scale gradients of L2 norm `norm` down to `max_grad_norm` (0: don't), step, drop them."""
+    if max_grad_norm > 0:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

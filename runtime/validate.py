@@ -1,0 +1,177 @@
+"""Validation pictures: what the model draws for the plan's prompts, while it is trained.
+
+    samples/step-000400/NAME-WIDTHxHEIGHT-SEED.png      NAME is percent-encoded where it must be
+    samples/step-000400/scores.json                     if the plan names a measure
+
+Nothing here touches what training depends on: noise comes from generators of its own, embeddings
+from the cache, and with an average (EMA) the weights are put back bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from urllib.parse import quote
+
+from attrs import frozen
+from PIL import Image
+from torch import nn
+
+from compiler.plan import Plan, Prompt, Validation
+from runtime import files
+from runtime.ema import Ema
+from runtime.events import Events
+from runtime.families.base import Family, TextEmbedding
+from runtime.stop import Stop
+from runtime.track import Tracker
+
+SCORES = "scores.json"
+
+
+@frozen(kw_only=True)
+class Picture:
+    """One picture to draw."""
+
+    prompt: Prompt
+    width: int
+    height: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Its file's name; different pictures have different names."""
+        name = quote(self.prompt.name, safe=" ,()+=@")
+        return f"{name}-{self.width}x{self.height}-{self.seed}.png"
+
+
+@frozen(kw_only=True)
+class Painter:
+    """What drawing needs besides the weights in training."""
+
+    plan: Plan
+    family: Family
+    model: nn.Module
+    vae: nn.Module
+    scheduler: Any
+    positive: Mapping[str, TextEmbedding]  # by prompt text
+    negative: TextEmbedding
+    ema: Ema | None
+    trackers: Sequence[Tracker]
+    events: Events
+    stop: Stop
+
+
+def pictures(validation: Validation) -> list[Picture]:
+    """All pictures of one validation, in the order in which they are drawn."""
+    return [
+        Picture(prompt=prompt, width=width, height=height, seed=seed)
+        for prompt in validation.prompts
+        for width, height in validation.sizes
+        for seed in validation.seeds
+    ]
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    """Where the pictures drawn after `step` updates lie."""
+    return run_folder / "samples" / f"step-{step:06d}"
+
+
+def is_complete(plan: Plan, step: int) -> bool:
+    """Whether all pictures of `step` are there, and their scores where the plan wants them."""
+    folder = folder_of(Path(plan.run_folder), step)
+    wanted = [p.file for p in pictures(plan.validation)]
+    if plan.validation.score and wanted:
+        wanted.append(SCORES)
+    return all((folder / name).exists() for name in wanted)
+
+
+def validate(painter: Painter, step: int) -> None:
+    """Draw what is missing of the pictures after `step` updates, and score them.
+
+    Returns early if a stop is requested; what is missing is drawn when the run goes on.
+    """
+    plan = painter.plan
+    if is_complete(plan, step):
+        return
+    folder = folder_of(Path(plan.run_folder), step)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.clean(folder)
+    wanted = pictures(plan.validation)
+    painter.events.phase("validate", len(wanted), "pictures")
+    with _drawing(painter):
+        for index, picture in enumerate(wanted):
+            if painter.stop.requested:
+                return
+            if not (folder / picture.file).exists():
+                _draw(painter, picture, folder / picture.file)
+            for tracker in painter.trackers:
+                with Image.open(folder / picture.file) as image:
+                    tracker.picture(step, Path(picture.file).stem, image.convert("RGB"))
+            painter.events.advance(index + 1)
+    if plan.validation.score:
+        _score(plan, folder, step, "ema" if painter.ema else "trained")
+
+
+@contextmanager
+def _drawing(painter: Painter) -> Iterator[None]:
+    """Inside, the model holds its average if there is one, and the VAE is on the device."""
+    with painter.ema.swapped() if painter.ema else nullcontext():
+        painter.vae.to(painter.plan.device)
+        try:
+            yield
+        finally:
+            painter.vae.to("cpu")
+
+
+def _draw(painter: Painter, picture: Picture, path: Path) -> None:
+    validation = painter.plan.validation
+    parts = {
+        painter.plan.model.trained_component: painter.model,
+        "vae": painter.vae,
+        "scheduler": painter.scheduler,
+    }
+    (image,) = painter.family.sample(
+        parts,
+        [painter.positive[picture.prompt.text]],
+        [painter.negative],
+        width=picture.width,
+        height=picture.height,
+        guidance=validation.guidance,
+        steps=validation.steps,
+        seeds=[picture.seed],
+    )
+    with files.partial_file(path) as partial:
+        image.save(partial, "png")
+
+
+def measure(name: str) -> Callable[[Image.Image, str], float | None]:
+    """The function `score(image, prompt)` of a module in `runtime.scores`. Raises ImportError."""
+    module = importlib.import_module(f"runtime.scores.{name}")
+    score: Callable[[Image.Image, str], float | None] = module.score
+    return score
+
+
+def _score(plan: Plan, folder: Path, step: int, weights: str) -> None:
+    score = measure(plan.validation.score)
+    by_prompt: dict[str, list[float]] = {p.name: [] for p in plan.validation.prompts}
+    for picture in pictures(plan.validation):
+        with Image.open(folder / picture.file) as image:
+            value = score(image.convert("RGB"), picture.prompt.text)
+        if value is not None:
+            by_prompt[picture.prompt.name].append(value)
+    means = {name: fmean(values) for name, values in by_prompt.items() if values}
+    every = [value for values in by_prompt.values() for value in values]
+    content = {
+        "step": step,
+        "measure": plan.validation.score,
+        "weights": weights,
+        "mean": fmean(every) if every else None,
+        "scored": len(every),
+        "prompts": means,
+    }
+    files.write_whole(folder / SCORES, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,100 @@
+"""Captions: each rule of the module's docstring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiler.data.captions import MAX_BYTES, caption, caption_all, from_name
+from compiler.data.scan import Fault
+from compiler.plan import Captions
+
+
+def settings(**changes: Any) -> Captions:
+    values: dict[str, Any] = {
+        "kind": "textfile",
+        "prompt": "",
+        "missing": "error",
+        "multiline": "join",
+        "dropout": 0.0,
+    }
+    return Captions(**(values | changes))
+
+
+def read(folder: Path, data: bytes, **changes: Any) -> str | Fault:
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "a.txt").write_bytes(data)
+    return caption(str(folder), "sub/a.jpg", settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("data", "join", "first"),
+    [
+        (b"a dog", "a dog", "a dog"),
+        (b"  a\tdog \r\n\r\n in snow\n", "a dog in snow", "a dog"),
+        (b"\n \n second line\nthird", "second line third", "second line"),
+        (b"\xef\xbb\xbfa dog", "a dog", "a dog"),
+        ("K\u00e4se,\u00a0\u3000\u72ac".encode(), "K\u00e4se, \u72ac", "K\u00e4se, \u72ac"),
+        (b"", "", ""),
+        (b" \n\t\n", "", ""),
+    ],
+)
+def test_textfile(tmp_path: Path, data: bytes, join: str, first: str) -> None:
+    assert read(tmp_path, data) == join
+    assert read(tmp_path, data, multiline="first") == first
+
+
+def test_no_textfile_is_no_caption(tmp_path: Path) -> None:
+    assert caption(str(tmp_path), "a.jpg", settings()) == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"caf\xe9", "not UTF-8 text"),
+        ("a dog".encode("utf-16"), "looks like UTF-16"),
+        ("a dog".encode("utf-16-be"), "looks like UTF-16"),
+        (b"x" * (MAX_BYTES + 1), "longer than 1,048,576 bytes"),
+    ],
+)
+def test_textfile_faults(tmp_path: Path, data: bytes, words: str) -> None:
+    found = read(tmp_path, data)
+    assert isinstance(found, Fault) and words in found.why
+    assert found.path == str(tmp_path / "sub" / "a.txt")
+
+
+def test_unreadable_textfile_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    found = caption(str(tmp_path), "a.jpg", settings())
+    assert isinstance(found, Fault) and "directory" in found.why
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("a_red_car.jpg", "a red car"),
+        ("deep/er/a red car.png", "a red car"),
+        ("a_red_car_007.jpg", "a red car"),
+        ("a red car (12).jpg", "a red car"),
+        ("a-red-car-3.jpg", "a-red-car"),
+        ("close-up of 2 dogs.jpg", "close-up of 2 dogs"),
+        ("0012_a dog.jpg", "a dog"),
+        ("2_dogs.jpg", "2 dogs"),
+        ("v2.final_cut.webp", "v2.final cut"),
+        ("00.jpg", ""),
+        ("2024-01-05.jpg", ""),
+        ("a__b   c.jpg", "a b c"),
+        ("caf\udce9 au lait.jpg", "caf\ufffd au lait"),
+        ("two\nlines.jpg", "two lines"),
+    ],
+)
+def test_filename(key: str, expected: str) -> None:
+    assert from_name(key) == expected
+    assert caption("", key, settings(kind="filename")) == expected
+
+
+def test_instance() -> None:
+    rule = settings(kind="instance", prompt="  a photo of  sks dog\n")
+    assert caption_all("", ["a.jpg", "b.jpg"], rule) == ["a photo of sks dog"] * 2

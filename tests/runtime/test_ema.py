@@ -1,0 +1,82 @@
+"""The average against its formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compiler import plan
+from runtime.ema import Ema
+
+
+def facts(decay=0.9, every=1, device="cpu") -> plan.Ema:
+    return plan.Ema(decay=decay, device=device, every=every)
+
+
+def walk(p: nn.Parameter, step: int) -> None:
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(step)
+        p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", "same"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
+def test_formula(dtype, rtol, every, device):
+    p = nn.Parameter(torch.ones(40, dtype=dtype))
+    ema = Ema(facts(0.9, every, device), [("p", p)])
+    expected = p.detach().double().clone()
+    for done in range(1, 21):
+        walk(p, done)
+        ema.update(done)
+        if done % every == 0:
+            expected = 0.9 * expected + 0.1 * p.detach().double()
+    assert ema.average["p"].dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(ema.average["p"].double(), expected, rtol=rtol, atol=rtol)
+
+
+def test_bfloat16_weights_do_not_stall_the_average():
+    p = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+    ema = Ema(facts(0.999), [("p", p)])
+    with torch.no_grad():
+        p.fill_(2.0)
+    for done in range(1, 101):
+        ema.update(done)
+    assert ema.average["p"][0].item() == pytest.approx(2 - 0.999**100, rel=1e-5)
+
+
+def test_swapped_shows_the_average_and_gives_every_bit_back():
+    p = nn.Parameter(torch.randn(16).bfloat16())
+    ema = Ema(facts(), [("p", p)])
+    walk(p, 1)
+    ema.update(1)
+    weights, pointer = p.detach().clone(), p.data_ptr()
+    with ema.swapped():
+        assert torch.equal(p, ema.average["p"].bfloat16())
+        assert not torch.equal(p, weights)
+    assert torch.equal(p, weights)
+    with pytest.raises(ValueError, match="drawing failed"), ema.swapped():
+        raise ValueError("drawing failed")
+    assert torch.equal(p, weights)
+    assert p.data_ptr() == pointer
+
+
+def test_state_goes_on_exactly():
+    def trained(stop: int | None) -> torch.Tensor:
+        p = nn.Parameter(torch.zeros(8))
+        ema = Ema(facts(every=2), [("p", p)])
+        for done in range(1, 9):
+            walk(p, done)
+            ema.update(done)
+            if done == stop:
+                state = ema.state()
+                ema = Ema(facts(every=2), [("p", p)])
+                ema.load_state(state)
+        return ema.average["p"]
+
+    assert torch.equal(trained(None), trained(5))
+    with pytest.raises(KeyError):
+        Ema(facts(), [("p", nn.Parameter(torch.zeros(1)))]).load_state({})

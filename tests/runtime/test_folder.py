@@ -1,0 +1,122 @@
+"""The run folder: one plan, one process, whole files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from compiler import lock
+from compiler.plan import Checkpoints, lock_path
+from runtime import folder
+from runtime.errors import PlanChanged, RunFailed
+from tests.runtime.plans import PICTURES, draw_data, tiny_plan
+from tests.runtime.tiny import make_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny("sana", tmp_path_factory.mktemp("sana"))
+
+
+@pytest.fixture
+def plan(base, tmp_path):
+    return tiny_plan("sana", base, draw_data(tmp_path / "data"), tmp_path / "runs" / "one")[0]
+
+
+def test_the_plan_and_the_recipe_are_kept(plan):
+    with folder.opened(plan, 'name = "one"\n') as place:
+        assert (place / "recipe.toml").read_text() == 'name = "one"\n'
+        assert lock.read(lock_path(place)).digest == plan.digest
+    with folder.opened(plan, ""):
+        assert (place / "recipe.toml").exists()
+
+
+def test_another_plan_is_refused_with_what_differs(plan):
+    with folder.opened(plan, ""):
+        pass
+    text = lock_path(Path(plan.run_folder)).read_text()
+    changed = evolve(plan, optimizer=evolve(plan.optimizer, lr=5e-4), max_grad_norm=0.5)
+    with pytest.raises(PlanChanged) as caught, folder.opened(changed, ""):
+        pytest.fail("opened")
+    assert caught.value.changes == (
+        ("optimizer.lr", "0.001", "0.0005"),
+        ("max_grad_norm", "1.0", "0.5"),
+    )
+    assert "optimizer.lr: 0.001 -> 0.0005" in caught.value.message
+    assert lock_path(Path(plan.run_folder)).read_text() == text
+
+
+def test_what_alters_no_weight_may_change(plan):
+    with folder.opened(plan, ""):
+        pass
+    changed = evolve(
+        plan, checkpoints=Checkpoints(every=3, keep=1), validation=PICTURES, track=("tensorboard",)
+    )
+    with folder.opened(changed, ""):
+        pass
+    assert lock.read(lock_path(Path(plan.run_folder))).digest == changed.digest
+
+
+def test_a_lock_that_is_no_plan(plan):
+    place = Path(plan.run_folder)
+    place.mkdir(parents=True)
+    lock_path(place).write_text("format = 99\n")
+    with pytest.raises(RunFailed, match="no plan that this version can go on with"):
+        folder.opened(plan, "").__enter__()
+
+
+def test_one_process_at_a_time(plan):
+    script = f"""
+        from pathlib import Path
+        from compiler import lock
+        from runtime import folder
+        from runtime.errors import RunFailed
+        plan = lock.read(Path({plan.run_folder!r}) / "plan.lock.toml")
+        try:
+            with folder.opened(plan, ""):
+                print("opened")
+        except RunFailed as error:
+            print("refused:", error)
+    """
+
+    def other() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    with folder.opened(plan, ""):
+        assert other().startswith("refused: another process is running")
+    assert other() == "opened\n"
+
+
+def test_what_a_killed_writer_left_is_removed(plan):
+    place = Path(plan.run_folder)
+    (place / "checkpoints" / ".partial-step-000004").mkdir(parents=True)
+    (place / ".partial-measured.json").write_text("{")
+    with folder.opened(plan, ""):
+        assert list((place / "checkpoints").iterdir()) == []
+        assert not (place / ".partial-measured.json").exists()
+
+
+def test_an_unwritable_place_is_said(plan, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailed, match="can't write the run folder") as caught:
+        folder.opened(evolve(plan, run_folder=str(tmp_path / "file" / "run")), "").__enter__()
+    assert "output" in caught.value.help
+
+
+def test_space(tmp_path):
+    folder.check_space(tmp_path, 1)
+    with pytest.raises(RunFailed, match="GiB are free"):
+        folder.check_space(tmp_path, 1 << 60)

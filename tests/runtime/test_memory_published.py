@@ -1,0 +1,121 @@
+"""Figures that others published, and how the estimate moves.
+
+Published: "Stable Diffusion 3.5 Large Fine-tuning Tutorial" (a LoRA of to_q, to_k, to_v and
+to_out.0 with activation checkpointing at 1024 px; its trainer reads 77 CLIP and 77 T5 tokens), the
+device's total in 10^9 bytes; "about 12G" as the least that Sana 1.6B needs, in 2^30 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compiler.plan import Phase
+from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel, worst
+from runtime.memory.tracker import rounded
+from tests.runtime.memory_cases import (
+    IMAGE_ATTENTION,
+    SANA,
+    SD35_LARGE,
+    candidate,
+    known,
+    small,
+)
+
+MODEL = RuntimeMemoryModel()
+
+
+def train_phase(*arguments: Any, **options: Any) -> Phase:
+    """The training step's memory."""
+    load, train = MODEL.simulate(candidate(*arguments, **options)).phases
+    assert (load.name, train.name) == ("load", "train")
+    assert sum(load.parts.values()) == load.device_bytes < train.device_bytes
+    assert sum(train.parts.values()) == train.device_bytes
+    return train
+
+
+@pytest.mark.parametrize(
+    ("rank", "batch", "published"), [(768, 6, 32e9), (128, 1, 19.65e9), (64, 1, 18.83e9)]
+)
+def test_sd35_large_lora(rank: int, batch: int, published: float) -> None:
+    train = train_phase(
+        known(SD35_LARGE),
+        rank=rank,
+        targets=IMAGE_ATTENTION,
+        tokens=77,
+        checkpointing=1,
+        shapes=((1024, 1024, batch),),
+    )
+    assert train.device_bytes == pytest.approx(published, rel=0.03)
+    assert train.parts["weights"] == pytest.approx(2 * 8_056_627_520 + 179_306_496, rel=0.001)
+
+
+@pytest.mark.parametrize(("checkpointing", "tensors"), [(1, 12.84e9), (0, 13.62e9)])
+def test_sana_full_bfloat16(checkpointing: int, tensors: float) -> None:
+    train = train_phase(known(SANA), trained="bfloat16", checkpointing=checkpointing)
+    assert train.device_bytes - train.parts["context"] == pytest.approx(tensors, rel=0.01)
+    if checkpointing:
+        assert train.device_bytes == pytest.approx(12 * 2**30, rel=0.05)
+
+
+def test_counts() -> None:
+    found = MODEL.simulate(
+        small("sd3", rank=4, device="cuda", compute="bfloat16", trained="float32")
+    )
+    assert found.adapted_modules == 4 * 8 - 1  # the last block has no to_add_out
+    assert found.trainable == 4 * (96 + 96) * found.adapted_modules
+    assert found.phases[1].parts["optimizer"] >= 8 * found.trainable
+    assert found.phases[1].parts["context"] == rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
+    assert found.phases[0].host_bytes == found.phases[0].parts["weights"]
+
+
+def test_flops_of_a_full_step() -> None:
+    """Three times the forward pass, and four with recomputation (all blocks, not the ends)."""
+    off, on = (
+        MODEL.simulate(small("sd3", checkpointing=every, device="cuda")).flops for every in (0, 1)
+    )
+    assert 1.30 < on / off < 1.34
+
+
+def peak(family: str, **options: Any) -> int:
+    """Bytes of a small model's step on a CUDA device."""
+    given = {"rank": 4, "device": "cuda", "compute": "bfloat16", **options}
+    return MODEL.simulate(small(family, **given)).phases[1].device_bytes
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("rank", [1, 4, 5, 16]),
+        ("checkpointing", [1, 2, 3, 0]),
+        ("tokens", [16, 17, 64]),
+        ("shapes", [((256, 256, n),) for n in (1, 2, 3, 5)]),
+        ("shapes", [((w, h, 2),) for w, h in ((128, 128), (256, 128), (256, 192), (384, 384))]),
+        ("accumulate", [1, 2, 3]),
+        ("ema", [False, True]),
+    ],
+)
+def test_more_never_needs_less(family: str, name: str, values: list[Any]) -> None:
+    peaks = [peak(family, **{name: value}) for value in values]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1] or name == "accumulate"
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_worst_bucket_is_found(family: str) -> None:
+    shapes = ((256, 128, 2), (128, 256, 3), (256, 192, 2), (128, 128, 4))
+    each = [peak(family, shapes=(shape,)) for shape in shapes]
+    assert peak(family, shapes=shapes) == max(each)
+
+
+def test_worst_keeps_what_no_other_exceeds() -> None:
+    shapes = ((64, 64, 8), (64, 64, 4), (128, 64, 4), (128, 128, 2), (128, 128, 1), (512, 16, 4))
+    assert worst(shapes) == [(128, 128, 2), (512, 16, 4), (64, 64, 8)]
+    assert worst(((1024, 1024, 4), (512, 512, 5))) == [(1024, 1024, 4)]
+
+
+def test_model_that_cannot_be_built_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        MODEL.simulate(small("sana", rank=4, targets=("nothing_like_it",)))

@@ -1,0 +1,235 @@
+"""The report: what it says, that it needs nothing from outside, and that nothing breaks it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from compiler.plan import Prompt
+from tests.tuner.examples import fake_run, quickstart
+from tuner.charts import MAX_POINTS, chart, envelope, moving_average, thinned, ticks
+from tuner.exits import DONE, REFUSED
+from tuner.report import rewrite_report, write_report
+from tuner.report_pictures import MAX_COLUMNS, chosen, embedded
+
+HOSTILE = "</title><script>alert(1)</script>\"'&"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a document; fails if tags do not close as they opened."""
+
+    VOID = frozenset({"meta", "img", "line", "polyline"})
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_is_told_whole(tmp_path: Path) -> None:
+    plan = quickstart()
+    page = page_of(fake_run(tmp_path / "quickstart"))
+    for words in (
+        "finished",
+        f"Plan {plan.digest[:12]}",
+        "LoRA of rank 16 on /app/recipes/quickstart/base (sana)",
+        "50% of the pictures showed what their prompt asks for before training;",
+        "95% do after 250 steps.",
+        "Untrained",
+        "Step 250",
+        "Gradient norm",
+        "train.optimizer.lr 0.001 quickstart.toml:20",
+        "2.13.0+cpu",
+    ):
+        assert words in page.text, words
+    assert re.search(r"train 61\.0 MiB 60\.1 MiB \+1\.5%", page.text)
+    assert page.count("svg") == 4
+    # 2 prompts x 1 size x 2 seeds at 0, 50, ..., 250
+    assert page.count("img") == 2 * 2 * 6
+
+
+def test_it_needs_nothing_from_outside(tmp_path: Path) -> None:
+    source = write_report(fake_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//\w+\.|@import|url\(|<script|<link", source)
+    assert "default-src 'none'" in source
+    page = Page(source)
+    assert all(str(a.get("src", "data:")).startswith("data:") for _, a in page.tags)
+    assert all(a.get("alt") for tag, a in page.tags if tag == "img")
+
+
+def test_the_untrained_picture_stands_first(tmp_path: Path) -> None:
+    page = page_of(fake_run(tmp_path / "run"))
+    columns = [
+        a.get("class") for tag, a in page.tags if tag == "figure" and a.get("class") != "chart"
+    ]
+    assert columns == (["base"] + [None] * 5) * 2
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    plan = quickstart()
+    plan = evolve(
+        plan,
+        name=HOSTILE,
+        model=evolve(plan.model, base=HOSTILE),
+        sources=(evolve(plan.sources[0], id=HOSTILE, path=HOSTILE),),
+        buckets=(evolve(plan.buckets[0], source=HOSTILE),),
+        validation=evolve(plan.validation, prompts=(Prompt(name="zorp", text=HOSTILE),)),
+        decisions=tuple(evolve(d, value=HOSTILE, why=HOSTILE) for d in plan.decisions),
+    )
+    folder = fake_run(tmp_path / "run", plan)
+    (folder / "recipe.toml").write_text(HOSTILE)
+    (folder / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (folder / "samples" / "step-000050" / f"{'%3Cb%3E'}-64x64-1.png").write_bytes(
+        (folder / "samples" / "step-000050" / "zorp-64x64-42.png").read_bytes()
+    )
+    page = page_of(folder)
+    assert page.count("script") == 0 and page.count("title") == 1
+    assert page.text.count("alert(1)") > 8
+    assert "<b>" in page.text
+
+
+def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
+    page = page_of(fake_run(tmp_path / "run", done=120))
+    assert "step 120 of 250" in page.text and "finished" not in page.text
+    assert "do after 100 steps." in page.text
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "metrics.jsonl",
+        "measured.json",
+        "environment.json",
+        "recipe.toml",
+        "samples",
+        "plan.lock.toml",
+    ],
+)
+def test_what_is_missing_is_left_out(tmp_path: Path, missing: str) -> None:
+    folder = fake_run(tmp_path / "run")
+    (folder / missing).rename(tmp_path / "gone")
+    page = page_of(folder)
+    assert "run" in page.text or "quickstart" in page.text
+    assert (page.count("svg") == 0) is (missing == "metrics.jsonl")
+    assert (page.count("img") == 0) is (missing == "samples")
+
+
+def test_damage_is_left_out(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 251, "loss": NaN, "lr": "x"}\n[1]\n{"step"')
+    (folder / "measured.json").write_text("[" * 100_000)
+    (folder / "environment.json").write_text("[]")
+    (folder / "samples" / "step-000050" / "zorp-64x64-42.png").write_bytes(b"no picture")
+    (folder / "samples" / "step-000050" / "scores.json").write_text('{"mean": null}')
+    (folder / "samples" / "step-000250" / "scores.json").write_text('{"mean": 1.0, "prompts": 3}')
+    page = page_of(folder)
+    assert page.count("img") == 2 * 2 * 6 - 1 and page.count("svg") == 4
+    assert "By prompt" not in page.text
+
+
+def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
+    from tuner.run_data import read_run
+
+    folder = fake_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 250, "loss": 7.0}\n')
+    points = read_run(folder).series("loss")
+    assert len(points) == 250 and points[-1] == (250.0, 7.0)
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fake_run(tmp_path / "run")
+    assert rewrite_report(folder) == DONE
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    assert rewrite_report(tmp_path / "nothing") == REFUSED
+    assert rewrite_report(tmp_path) == REFUSED
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_large_pictures_are_embedded_small(tmp_path: Path) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    noise = Image.effect_noise((1280, 768), 90.0)
+    noise.save(tmp_path / "x.png")
+    kind, _, content = embedded(tmp_path / "x.png").partition(",")
+    small = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert kind == "data:image/jpeg;base64" and small.size == (448, 269)
+
+
+def test_of_many_steps_the_first_and_the_last_are_shown() -> None:
+    found = chosen(range(0, 3001, 100))
+    assert len(found) == MAX_COLUMNS and found[0] == 0 and found[-1] == 3000
+    assert chosen({5, 0}) == [0, 5]
+
+
+def test_the_moving_average_is_bias_corrected() -> None:
+    constant = [(float(n), 3.0) for n in range(50)]
+    assert all(abs(value - 3.0) < 1e-12 for _, value in moving_average(constant))
+    # window 5: decay 0.8; by hand: (0.2 * 0.8 * 1 + 0.2 * 2) / (1 - 0.8**2)
+    assert moving_average([(1.0, 1.0), (2.0, 2.0)])[1][1] == pytest.approx(0.56 / 0.36)
+
+
+def test_long_curves_keep_their_spikes_and_ends() -> None:
+    points = [(float(n), 100.0 if n == 7777 else n % 7 / 7) for n in range(12_000)]
+    assert max(value for _, value in envelope(points)) == 100.0
+    assert len(envelope(points)) <= 2 * MAX_POINTS
+    assert len(thinned(points)) <= MAX_POINTS + 1 and thinned(points)[-1] == points[-1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 250, [0, 50, 100, 150, 200, 250]),
+        (3, 4.1, [3, 3.5, 4]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high, 5 if low == 0 else 3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("values", [[1.0], [], [float("nan")] * 3])
+def test_nothing_to_draw_is_no_chart(values: list[float]) -> None:
+    assert chart("x", list(enumerate(values, 1))) == ""
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 5.0], [-1.0, 1e9], [1e-30, 2e-30]])
+def test_any_range_can_be_drawn(values: list[float]) -> None:
+    drawn = chart("x", list(enumerate(values, 1)), smooth=True)
+    assert Page(drawn).count("polyline") == 2 and "nan" not in drawn

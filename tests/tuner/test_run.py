@@ -1,0 +1,158 @@
+"""`tuner run` around the runtime: exit codes, what is said, what is kept in the run folder."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from compiler import lock
+from compiler.data.manifest import Folder, Manifest
+from compiler.plan import Plan, lock_path
+from runtime.errors import MachineUnfit, PlanChanged, RunFailed
+from tests.tuner.examples import quickstart
+from tuner import run
+from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
+from tuner.run import Job, below
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    manifest = Manifest([Folder(id="zorps", path="/zorps")], [])
+    plan = evolve(
+        quickstart(), run_folder=str(tmp_path / "runs" / "quickstart"), manifest=manifest.digest
+    )
+    return Job(plan=plan, manifest=manifest, recipe='name = "quickstart"\n')
+
+
+def ends(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> list[Plan]:
+    """Let the runtime end as told, once for each call; returns the plans that it was given."""
+    waiting, seen = list(outcomes), []
+
+    def execute(job: Job) -> Any:
+        seen.append(job.plan)
+        Path(job.plan.run_folder).mkdir(parents=True, exist_ok=True)
+        outcome = waiting.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(run, "_execute", execute)
+    return seen
+
+
+def outcome(job: Job, status: str) -> SimpleNamespace:
+    folder = Path(job.plan.run_folder)
+    return SimpleNamespace(status=status, run_folder=folder, step=120, result=folder / "lora")
+
+
+def test_a_finished_run_says_where_things_are(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends(monkeypatch, outcome(job, "finished"))
+    assert run._run(job, ()) == DONE
+    said, folder = capsys.readouterr(), job.plan.run_folder
+    assert said.out.splitlines() == [
+        f"result  {folder}/lora", f"report  {folder}/report.html", f"run     {folder}",
+    ]  # fmt: skip
+    assert "Plan: cache 30 images" in said.err
+    assert (Path(folder) / "report.html").exists()
+
+
+def test_a_stopped_run_is_exit_130_with_a_report(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends(monkeypatch, outcome(job, "stopped"))
+    assert run._run(job, ()) == STOPPED
+    said = capsys.readouterr()
+    assert "stopped after step 120; run it again to go on" in said.err and said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RunFailed("step 7: loss nan", help="lower the learning rate"), FAILED),
+        (MachineUnfit("no cuda here", help="`tuner doctor` shows"), UNFIT),
+    ],
+)
+def test_a_failure_is_a_sentence_and_a_code(
+    error: RunFailed, code: int, job: Job, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ends(monkeypatch, error)
+    assert run._run(job, ()) == code
+    assert f"error: {error.message}\nhelp: {error.help}" in capsys.readouterr().err
+
+
+def changed(*keys: str) -> PlanChanged:
+    rows = tuple((key, "1", "2") for key in keys)
+    listed = "\n".join(f"  {key}: 1 -> 2" for key in keys)
+    return PlanChanged(f"was begun with another plan; what differs:\n{listed}", "undo it", rows)
+
+
+def test_a_changed_plan_is_exit_2_with_the_keys_and_a_way_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends(monkeypatch, changed("optimizer.lr"))
+    assert run._run(job, ()) == REFUSED
+    said = capsys.readouterr().err
+    assert "optimizer.lr: 1 -> 2" in said and "--accept-change optimizer.lr" in said
+
+
+def test_an_accepted_change_goes_on_with_the_new_plan(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = ends(monkeypatch, changed("optimizer.lr", "schedule.warmup"), outcome(job, "finished"))
+    assert run._run(job, ("train.optimizer.lr", "schedule")) == DONE
+    assert len(seen) == 2
+    assert lock.read(lock_path(Path(job.plan.run_folder))).digest == job.plan.digest
+
+
+@pytest.mark.parametrize("key", ["adapter.rank", "seed"])
+def test_what_a_checkpoint_rests_on_is_never_accepted(
+    key: str, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends(monkeypatch, changed(key))
+    assert run._run(job, (key,)) == REFUSED
+    assert "--accept-change" not in capsys.readouterr().err
+
+
+def test_keys_lie_below_names() -> None:
+    assert below("optimizer.lr", ["train.optimizer.lr"]) and below("schedule.warmup", ["schedule"])
+    assert not below("schedules", ["schedule"]) and not below("steps.total", [])
+
+
+def test_a_saved_plan_runs_with_its_list_of_samples(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.lock.toml"
+    path.write_text(lock.dumps(job.plan))
+    job.manifest.save(tmp_path / run.MANIFEST)
+    seen = ends(monkeypatch, outcome(job, "finished"))
+    assert run.run_recipe(path, (), accepted=(), strict=False) == DONE
+    assert seen == [job.plan]
+
+
+@pytest.mark.parametrize("fault", ["no manifest", "other manifest", "no plan", "override"])
+def test_a_saved_plan_that_does_not_hold_together_is_refused(
+    fault: str, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.lock.toml"
+    path.write_text("x = 1" if fault == "no plan" else lock.dumps(job.plan))
+    other = Manifest([Folder(id="other", path="/other")], [])
+    if fault != "no manifest":
+        (other if fault == "other manifest" else job.manifest).save(tmp_path / run.MANIFEST)
+    overrides = ("seed=1",) if fault == "override" else ()
+    assert run.run_recipe(path, overrides, accepted=(), strict=False) == REFUSED
+    assert "help: run the recipe instead" in capsys.readouterr().err
+
+
+def test_the_list_of_samples_is_kept_for_a_new_run_only(job: Job) -> None:
+    folder = Path(job.plan.run_folder)
+    run._keep_manifest(job)
+    assert Manifest.load(folder / run.MANIFEST).digest == job.plan.manifest
+    (folder / run.MANIFEST).unlink()
+    lock_path(folder).write_text("begun earlier")
+    run._keep_manifest(job)
+    assert not (folder / run.MANIFEST).exists()

@@ -1,0 +1,146 @@
+"""The commands and their options. Each body imports what it needs, so `--help` costs little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from tuner import __version__
+from tuner.exits import DONE, REFUSED, STOPPED
+from tuner.screen import err, out, prepare
+
+app = typer.Typer(
+    name="tuner",
+    help="Fine-tune diffusion models from a TOML recipe.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe (.toml).", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key, as in the file: --set train.epochs=2",
+        show_default=False,
+    ),
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out(f"tuner {__version__}")
+        raise typer.Exit(DONE)
+
+
+@app.callback()
+def _tuner(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Fine-tune diffusion models from a TOML recipe."""
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    json: JsonOption = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Every setting and where it came from.")
+    ] = False,
+    strict: StrictOption = False,
+) -> int:
+    """Say what `run` would do: steps, data, memory, every setting. Writes nothing."""
+    from tuner.plan import show_plan
+
+    return show_plan(recipe, set_ or (), as_json=json, verbose=verbose, strict=strict)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE_OR_LOCK",
+            help="A recipe, or the plan.lock.toml of a run.",
+            show_default=False,
+        ),
+    ],
+    set_: SetOption = None,
+    accept_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept-change",
+            metavar="KEY",
+            help="Go on with a begun run although this key of the plan differs.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: StrictOption = False,
+) -> int:
+    """Cache, train, validate and save. Run it again and it goes on where it was."""
+    from tuner.run import run_recipe
+
+    return run_recipe(recipe, set_ or (), accepted=accept_change or (), strict=strict)
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> int:
+    """Say what this machine is and what it allows."""
+    from tuner.doctor import show_machine
+
+    return show_machine(as_json=json)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ],
+) -> int:
+    """Write report.html of a run anew."""
+    from tuner.report import rewrite_report
+
+    return rewrite_report(run_folder)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code and lets no traceback reach the screen."""
+    prepare()
+    try:
+        code = app(args=list(arguments), prog_name="tuner", standalone_mode=False)
+    except TyperException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return STOPPED
+    except Exception as error:
+        from tuner.crash import report_bug
+
+        return report_bug(error, arguments)
+    return code if isinstance(code, int) else DONE
+
+
+def _usage(error: TyperException) -> int:
+    """A wrong command line: what is wrong, and where the right form is told."""
+    message = error.format_message().rstrip(".")
+    if message.startswith("Usage:"):  # no command at all: the message is the help
+        err(message)
+        return REFUSED
+    err(f"error: {message[:1].lower()}{message[1:]}")
+    command = getattr(getattr(error, "ctx", None), "command_path", "tuner")
+    err(f"help: `{command} --help` lists what it takes")
+    return REFUSED

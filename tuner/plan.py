@@ -1,0 +1,34 @@
+"""`tuner plan`: say what a run would do. Writes nothing to disk but what the caches hold."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+from tuner.exits import DONE
+from tuner.screen import out, style_for
+
+
+def show_plan(
+    recipe: Path, overrides: Sequence[str], *, as_json: bool, verbose: bool, strict: bool
+) -> int:
+    """The plan on stdout, diagnostics on stderr (in the JSON object with `as_json`)."""
+    compiled = compile_here(recipe, overrides)
+    diagnostics = judged(compiled, strict=strict)
+    code = exit_code(diagnostics)
+    plan = compiled.plan if code == DONE else None
+    if as_json:
+        from tuner.plan_json import json_object
+
+        out(json.dumps(json_object(plan, diagnostics), indent=2))
+        return code
+    show_diagnostics(diagnostics, compiled, str(recipe))
+    if plan is not None:
+        from tuner.plan_view import decorated, text
+
+        style = style_for(sys.stdout)
+        out(decorated(text(plan, recipe=str(recipe), verbose=verbose), style))
+    return code

@@ -1,0 +1,344 @@
+"""`report.html`: what a run did, in one file that needs no network and no program but a browser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from compiler.plan import Plan
+from tuner import __version__
+from tuner.charts import chart, moving_average
+from tuner.exits import DONE, REFUSED
+from tuner.formats import amount, counted, duration, number, size
+from tuner.plan_view import text as plan_text
+from tuner.report_pictures import strips
+from tuner.run_data import RunData, read_run
+from tuner.screen import err, out
+
+REPORT = "report.html"
+KINDS = {"lora": "LoRA"}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def rewrite_report(folder: Path) -> int:
+    """`tuner report RUN`: write the report anew and say where it is."""
+    if not folder.is_dir():
+        err(f"error: there is no folder `{folder}`")
+        return REFUSED
+    if not any((folder / name).exists() for name in ("plan.lock.toml", "metrics.jsonl")):
+        err(f"error: `{folder}` is no run folder: it has no plan.lock.toml")
+        return REFUSED
+    out(str(write_report(folder)))
+    return DONE
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write the report of the run in `run_folder` and return its path.
+
+    What the folder lacks is left out. Raises OSError if the file can't be written.
+    """
+    path = run_folder / REPORT
+    partial = run_folder / f".partial-{REPORT}"
+    partial.write_text(page(read_run(run_folder)), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def page(run: RunData) -> str:
+    """The whole document."""
+    name = run.plan.name if run.plan else run.folder.resolve().name
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    sections: Sequence[Callable[[RunData], str]] = (
+        _score,
+        _pictures,
+        _curves,
+        _memory,
+        _time,
+        _data,
+        _settings,
+        _details,
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)} - tuner report</title><style>{style}</style></head><body>"
+        f"{_header(run, name)}<main>{''.join(section(run) for section in sections)}</main>"
+        f"<footer>Written by tuner {__version__}</footer></body></html>\n"
+    )
+
+
+def _header(run: RunData, name: str) -> str:
+    plan = run.plan
+    if plan is None:
+        words = f"<p>There is no plan to read: {escape(run.plan_fault)}</p>"
+        return f"<header><h1>{escape(name)}</h1>{words}</header>"
+    done = run.step >= plan.steps.total
+    status = "finished" if done else f"step {run.step:,} of {plan.steps.total:,}"
+    method = "Full fine-tune of"
+    if plan.adapter:
+        method = f"{KINDS[plan.adapter.kind]} of rank {plan.adapter.rank} on"
+    return (
+        f'<header><div class="title"><h1>{escape(name)}</h1>'
+        f'<span class="chip{" done" if done else ""}">{status}</span></div>'
+        f"<p>{escape(method)} {escape(plan.model.base)} "
+        f'<span class="soft">({escape(plan.model.family)})</span></p>'
+        f'<p class="soft small">Plan <code>{plan.digest[:12]}</code></p>'
+        f"{_facts(run, plan)}</header>"
+    )
+
+
+def _facts(run: RunData, plan: Plan) -> str:
+    """The figures that a person looks for first."""
+    facts = [("Steps", f"{run.step:,}", f"of {plan.steps.total:,}")]
+    losses = run.series("loss")
+    if losses:
+        facts.append(("Loss", f"{moving_average(losses)[-1][1]:.3g}", "smoothed, at the end"))
+    seconds = [value for _, value in run.series("seconds")]
+    if seconds:
+        mean = sum(seconds) / len(seconds)
+        facts.append(("Training", duration(sum(seconds)), f"{mean:.2g} s a step"))
+    trainable = plan.memory.counts.get("trainable", 0)
+    if trainable:
+        whole = plan.memory.counts["parameters"] + (trainable if plan.adapter else 0)
+        facts.append(("Trained", amount(trainable), f"of {amount(whole)} parameters"))
+    if run.scores:
+        first, last = _first_and_last(run)
+        facts.append((f"{_measure(run).capitalize()} score", f"{last:.0%}", f"from {first:.0%}"))
+    cells = "".join(
+        f"<div><dt>{escape(title)}</dt><dd>{escape(value)} <small>{escape(note)}</small></dd></div>"
+        for title, value, note in facts
+    )
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def _measure(run: RunData) -> str:
+    content = run.scores[max(run.scores)]
+    return str(content.get("measure") or content.get("score") or "prompt")
+
+
+def _first_and_last(run: RunData) -> tuple[float, float]:
+    steps = sorted(run.scores)
+    return float(run.scores[steps[0]]["mean"]), float(run.scores[steps[-1]]["mean"])
+
+
+def _score(run: RunData) -> str:
+    """Before and after, in words, then prompt by prompt."""
+    if not run.scores:
+        return ""
+    steps = sorted(run.scores)
+    first, last = _first_and_last(run)
+    before = "before training" if steps[0] == 0 else f"at step {steps[0]:,}"
+    sentence = f"{first:.0%} of the pictures show what their prompt asks for"
+    if len(steps) > 1:
+        sentence = (
+            f"{first:.0%} of the pictures showed what their prompt asks for {before}; "
+            f"<b>{last:.0%}</b> do after {steps[-1]:,} steps."
+        )
+    table = _by_prompt(run, steps[0], steps[-1]) if len(steps) > 1 else ""
+    return (
+        f"<h2>Does it draw what it is asked?</h2><p class='verdict'>{sentence}</p>"
+        f"<p class='soft small'>Measure <code>{escape(_measure(run))}</code></p>{table}"
+    )
+
+
+def _by_prompt(run: RunData, first: int, last: int) -> str:
+    before, after = run.scores[first].get("prompts"), run.scores[last].get("prompts")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return ""
+    texts = {p.name: p.text for p in run.plan.validation.prompts} if run.plan else {}
+    rows = [
+        (escape(str(name)), escape(texts.get(name, "")), _share(before.get(name)), _share(value))
+        for name, value in after.items()
+    ]
+    titles = (("Prompt", ""), ("Text", ""), ("Before", "number"), ("After", "number"))
+    return f"<details open><summary>By prompt</summary>{_table(titles, rows)}</details>"
+
+
+def _share(value: Any) -> str:
+    return f"{value:.0%}" if isinstance(value, int | float) else "-"
+
+
+def _pictures(run: RunData) -> str:
+    blocks = strips(run)
+    if not blocks:
+        return ""
+    return (
+        "<h2>Pictures</h2><p class='soft'>The same prompt and seed from the untrained model to the "
+        f"last step.</p>{''.join(blocks)}"
+    )
+
+
+def _curves(run: RunData) -> str:
+    charts = [
+        chart("Loss", run.series("loss"), note="each step, and smoothed", smooth=True),
+        chart("Learning rate", run.series("lr"), spell=number),
+        chart("Gradient norm", run.series("grad_norm"), note="before clipping", smooth=True),
+        chart("Seconds a step", run.series("seconds"), smooth=True),
+    ]
+    drawn = "".join(charts)
+    return f"<h2>Curves</h2><div class='charts'>{drawn}</div>" if drawn else ""
+
+
+def _memory(run: RunData) -> str:
+    """Planned beside measured, phase by phase."""
+    planned = (
+        {phase.name: phase.device_bytes for phase in run.plan.memory.phases} if run.plan else {}
+    )
+    measured = measured_bytes(run.measured)
+    names = [*planned, *(name for name in measured if name not in planned)]
+    most = max([*planned.values(), *measured.values()], default=0)
+    if not most:
+        return ""
+    rows = []
+    for name in names:
+        plan, real = planned.get(name), measured.get(name)
+        bars = _bar(plan, most, "") + _bar(real, most, " measured")
+        off = f"{(plan - real) / real:+.1%}" if plan and real else "-"
+        rows.append((escape(name), bars, _bytes(plan), _bytes(real), off))
+    titles = (
+        ("Phase", "tight"),
+        ("", "bars"),
+        ("Planned", "number"),
+        ("Measured", "number"),
+        ("Off by", "number"),
+    )
+    key = "<span class='key'><i></i>planned<i class='measured'></i>measured</span>"
+    if run.measured and not measured:
+        key = "Planned only: this device does not tell what was allocated."
+    return (
+        f"<h2>Device memory at its peak</h2><p class='soft small'>{key}</p>{_table(titles, rows)}"
+    )
+
+
+def measured_bytes(measured: Mapping[str, Any]) -> dict[str, int]:
+    """Peak device bytes by phase, from `measured.json`; a device may not tell of them."""
+    phases = measured.get("memory")
+    return {
+        str(name): facts["measured_bytes"]
+        for name, facts in (phases.items() if isinstance(phases, Mapping) else ())
+        if isinstance(facts, Mapping) and isinstance(facts.get("measured_bytes"), int)
+    }
+
+
+def _bar(value: int | None, most: int, kind: str) -> str:
+    return f'<div class="bar{kind}" style="width:{100 * value / most:.1f}%"></div>' if value else ""
+
+
+def _bytes(value: int | None) -> str:
+    return size(value) if value else "-"
+
+
+def _time(run: RunData) -> str:
+    """Where the time of the run went."""
+    seconds = run.measured.get("seconds")
+    if not isinstance(seconds, Mapping):
+        return ""
+    spent = {str(k): float(v) for k, v in seconds.items() if isinstance(v, int | float)}
+    whole = sum(spent.values())
+    if not whole:
+        return ""
+    rows = [
+        (escape(name), _bar(round(1000 * value), round(1000 * whole), " measured"), duration(value))
+        for name, value in sorted(spent.items(), key=lambda item: -item[1])
+    ]
+    titles = (("Phase", "tight"), ("", "bars"), ("Time", "number"))
+    return f"<h2>Where the time went</h2>{_table(titles, rows)}"
+
+
+def _data(run: RunData) -> str:
+    if run.plan is None:
+        return ""
+    rows = [
+        (
+            escape(bucket.source),
+            f"{bucket.width} x {bucket.height}",
+            f"{bucket.images:,}",
+            f"{bucket.samples:,}",
+            f"{bucket.batches:,}",
+        )
+        for bucket in run.plan.buckets
+    ]
+    titles = (
+        ("Source", ""),
+        ("Bucket", "tight"),
+        ("Images", "number"),
+        ("Samples an epoch", "number"),
+        ("Batches", "number"),
+    )
+    steps = run.plan.steps
+    words = f"{counted(steps.per_epoch, 'step')} an epoch, {counted(steps.total, 'step')} in all"
+    return f"<h2>Data</h2><p class='soft'>{words}</p>{_table(titles, rows)}"
+
+
+def _settings(run: RunData) -> str:
+    if run.plan is None or not run.plan.decisions:
+        return ""
+    rows = [
+        (
+            f"<code>{escape(decision.key)}</code>",
+            f"<code>{escape(decision.value)}</code>",
+            escape(decision.source),
+            escape(decision.why),
+        )
+        for decision in run.plan.decisions
+    ]
+    titles = (("Key", ""), ("Value", ""), ("From", ""), ("Why", ""))
+    optimizer = run.plan.optimizer
+    words = (
+        f"{optimizer.name}, learning rate {number(optimizer.lr)}; all settings and who gave them"
+    )
+    table = _table(titles, rows, "settings")
+    return f"<h2>Settings</h2><details><summary>{escape(words)}</summary>{table}</details>"
+
+
+def _details(run: RunData) -> str:
+    parts = []
+    if run.plan is not None:
+        parts.append(("Plan", plan_text(run.plan, recipe="recipe.toml")))
+    if run.recipe:
+        parts.append(("Recipe", run.recipe))
+    blocks = [
+        f"<details><summary>{title}</summary><pre>{escape(words)}</pre></details>"
+        for title, words in parts
+    ]
+    environment = _flat(run.environment)
+    if environment:
+        rows = [(escape(key), f"<code>{escape(value)}</code>") for key, value in environment]
+        table = _table((("", "tight"), ("", "")), rows)
+        blocks.append(f"<details><summary>Environment</summary>{table}</details>")
+    return f"<h2>Details</h2>{''.join(blocks)}" if blocks else ""
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as rows of dotted names; bytes are spelt with their unit."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{name}.")
+        elif name.endswith("_bytes") and isinstance(value, int):
+            rows.append((name.removesuffix("_bytes"), size(value)))
+        elif isinstance(value, list):
+            rows += _flat({str(n): item for n, item in enumerate(value)}, f"{name}.")
+        else:
+            rows.append((name, str(value)))
+    return rows
+
+
+def _table(titles: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of finished HTML cells; each title comes with the class of its column."""
+    head = "".join(f'<th class="{name}">{title}</th>' for title, name in titles)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{name}">{cell}</td>' for (_, name), cell in zip(titles, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    thead = f"<thead><tr>{head}</tr></thead>" if any(title for title, _ in titles) else ""
+    return f'<div class="scroll"><table class="{kind}">{thead}<tbody>{body}</tbody></table></div>'

@@ -1,0 +1,199 @@
+"""`tuner run`: compile, execute, report. Decides nothing about the training itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from compiler import lock
+from compiler.data.manifest import Manifest, ManifestDamaged
+from compiler.plan import Plan, lock_path
+from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
+from tuner.screen import err, out
+
+if TYPE_CHECKING:
+    from runtime.errors import PlanChanged, RunFailed
+    from runtime.execute import Outcome
+
+MANIFEST = "manifest.jsonl"  # beside plan.lock.toml: the list of samples that it was made for
+LOCK_SUFFIX = ".lock.toml"
+# What a begun run can go on with although it differs: nothing that a checkpoint's shape rests on.
+ACCEPTABLE = (
+    "optimizer.lr",
+    "optimizer.arguments",
+    "schedule",
+    "steps",
+    "objective",
+    "max_grad_norm",
+)
+
+
+@frozen(kw_only=True)
+class Job:
+    """What is to be run."""
+
+    plan: Plan
+    manifest: Manifest
+    recipe: str  # its text; "" where a saved plan is run
+
+
+def run_recipe(
+    path: Path, overrides: Sequence[str], *, accepted: Sequence[str], strict: bool
+) -> int:
+    """Run a recipe or a saved plan; returns the exit code."""
+    if path.name.endswith(LOCK_SUFFIX):
+        job = _from_lock(path, overrides)
+    else:
+        job = _from_recipe(path, overrides, strict=strict)
+    return job if isinstance(job, int) else _run(job, accepted)
+
+
+def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool) -> Job | int:
+    from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+
+    compiled = compile_here(path, overrides)
+    diagnostics = judged(compiled, strict=strict)
+    show_diagnostics(diagnostics, compiled, str(path))
+    code = exit_code(diagnostics)
+    if code != DONE:
+        return code
+    assert compiled.plan is not None and compiled.manifest is not None
+    text = path.read_text(encoding="utf-8-sig")
+    return Job(plan=compiled.plan, manifest=compiled.manifest, recipe=text)
+
+
+def _from_lock(path: Path, overrides: Sequence[str]) -> Job | int:
+    """A saved plan with its list of samples, which must be the one that it names."""
+    if overrides:
+        return _refused(f"`--set` can't change a saved plan (`{path}`)", "run the recipe instead")
+    try:
+        plan = lock.read(path)
+        manifest = Manifest.load(path.parent / MANIFEST)
+    except (lock.LockError, ManifestDamaged, OSError) as error:
+        return _refused(f"`{path}` can't be run: {error}", "run the recipe instead")
+    if manifest.digest != plan.manifest:
+        return _refused(
+            f"{path.parent / MANIFEST} is not the list of samples that `{path}` was made for",
+            "run the recipe instead",
+        )
+    return Job(plan=plan, manifest=manifest, recipe="")
+
+
+def _refused(message: str, help: str) -> int:
+    err(f"error: {message}\nhelp: {help}")
+    return REFUSED
+
+
+def _run(job: Job, accepted: Sequence[str]) -> int:
+    from runtime.errors import MachineUnfit, PlanChanged, RunFailed
+    from tuner.plan_view import summary
+
+    err(summary(job.plan))
+    try:
+        outcome = _execute(job)
+    except PlanChanged as error:
+        if not _accept(job.plan, error, accepted):
+            return _changed(error)
+        return _run(job, ())
+    except MachineUnfit as error:
+        return _failed(error, UNFIT)
+    except RunFailed as error:
+        _report(job.plan)
+        return _failed(error, FAILED)
+    return _ended(outcome, _report(job.plan))
+
+
+def _execute(job: Job) -> Outcome:
+    """Execute the plan; Ctrl-C anywhere in it ends in an outcome, not in an exception."""
+    from runtime.execute import execute
+    from tuner.progress import progress
+
+    _keep_manifest(job)
+    events = progress(job.plan)
+    try:
+        return execute(job.plan, job.manifest, events, recipe=job.recipe)
+    finally:
+        events.close()
+
+
+def _keep_manifest(job: Job) -> None:
+    """Save the list of samples beside the plan, so that `tuner run plan.lock.toml` has it."""
+    from runtime.errors import RunFailed
+
+    folder = Path(job.plan.run_folder)
+    if lock_path(folder).exists() or (folder / MANIFEST).exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        job.manifest.save(folder / MANIFEST)
+    except OSError as error:
+        raise RunFailed(f"can't write the run folder: {error}") from error
+
+
+def _accept(plan: Plan, error: PlanChanged, accepted: Sequence[str]) -> bool:
+    """Take over the changed plan if the person accepts each change and a checkpoint can bear it."""
+    from runtime.files import write_whole
+    from runtime.folder import MEASURED
+
+    keys = [key for key, _, _ in error.changes]
+    folder = Path(plan.run_folder)
+    if (folder / MEASURED).exists() or not all(
+        below(key, accepted) and below(key, ACCEPTABLE) for key in keys
+    ):
+        return False
+    write_whole(lock_path(folder), lock.dumps(plan))
+    return True
+
+
+def below(key: str, names: Sequence[str]) -> bool:
+    """Whether a key of the plan is one of `names` or lies below it; `train.` may stand before."""
+    bare = [name.removeprefix("train.") for name in names]
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in bare)
+
+
+def _changed(error: PlanChanged) -> int:
+    err(f"error: {error.message}")
+    possible = [key for key, _, _ in error.changes if below(key, ACCEPTABLE)]
+    if len(possible) == len(error.changes):
+        options = " ".join(f"--accept-change {key}" for key in possible)
+        err(f"help: {error.help};\n  or go on all the same with {options}")
+    else:
+        err(f"help: {error.help}")
+    return REFUSED
+
+
+def _failed(error: RunFailed, code: int) -> int:
+    err(f"error: {error.message}")
+    if error.help:
+        err(f"help: {error.help}")
+    return code
+
+
+def _report(plan: Plan) -> Path | None:
+    """Write the report; that it can't be written is said, but spoils no run."""
+    from runtime.files import write_whole
+    from runtime.machine import facts
+    from tuner.report import write_report
+
+    folder = Path(plan.run_folder)
+    try:
+        environment = json.dumps(facts(folder), indent=2) + "\n"
+        write_whole(folder / "environment.json", environment)
+        return write_report(folder)
+    except OSError as error:
+        err(f"warning: the report can't be written: {error}")
+        return None
+
+
+def _ended(outcome: Outcome, report: Path | None) -> int:
+    """Say where things are."""
+    if outcome.status == "stopped":
+        err(f"stopped after step {outcome.step:,}; run it again to go on from the last checkpoint")
+        return STOPPED
+    rows = [("result", outcome.result), ("report", report), ("run", outcome.run_folder)]
+    out("\n".join(f"{name:<8}{path}" for name, path in rows if path is not None))
+    return DONE
