@@ -21,3 +21,8 @@ test *arguments:
 # Start-up time as a ratio to importing typer and rich.
 bench:
     {{python}} benchmarks/startup.py
+
+# Write what is generated from the schema classes: the editors' schema and the reference page.
+generate:
+    {{python}} -m tuner schema --out recipes/recipe.schema.json
+    {{python}} -m tuner reference --out docs/reference.md

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -16,14 +16,16 @@ from compiler.draft import Draft
 from compiler.inherit import chain
 from compiler.machine import Machine
 from compiler.memory import MemoryModel
-from compiler.passes import PASSES
-from compiler.passes.memory import model_plan
 from compiler.plan import PLAN_FORMAT, Plan
 from compiler.schema import Recipe
-from compiler.source import Merged, Source, dotted, merge, parse_overrides, read_source
+from compiler.source import Source, dotted, merge, parse_overrides, read_source
 from compiler.spans import KeyPath
 from compiler.structure import structure, tagged_paths
 from compiler.synonyms import SYNONYMS
+
+if TYPE_CHECKING:
+    from compiler.costs import Outlook
+    from compiler.site import Site
 
 
 @frozen(kw_only=True)
@@ -34,21 +36,23 @@ class Compiled:
     manifest: Manifest | None
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]  # by file name, for `render`
-    counts: Mapping[str, int]  # parameters, trainable, adapted, flops; empty without simulation
+    outlook: Outlook | None = None  # what the plan costs here; None without a plan
 
 
 def compile_file(
     path: Path,
     *,
     overrides: Sequence[str] = (),
-    machine: Machine,
+    machine: Machine | Callable[[], Machine],
     memory_model: MemoryModel | None = None,
     index: Index | None = None,
     cache_default: Path | None = None,
     presets: Path | None = None,
+    site: Site | None = None,
 ) -> Compiled:
     """Compile the recipe at `path`. Mistakes of the user become diagnostics; nothing is
-    written. `presets` is the folder of shipped presets."""
+    written. `presets` is the folder of shipped presets; a `machine` that takes time to look at is
+    handed in as a function, because many recipes are refused before it matters."""
     source, faults = read_source(path, _shown(path))
     layers, more = parse_overrides(overrides)
     faults = [*faults, *more]
@@ -68,24 +72,35 @@ def compile_file(
         recipe, _ = structure(_without(located.data, blamed), Recipe, located, SYNONYMS)
     if recipe is None:
         return _refused(faults, located.texts)
-    draft = Draft(
-        recipe=recipe,
-        located=located,
-        folder=path.resolve().parent,
-        cache_default=cache_default or default_cache(),
-        machine=machine,
-        memory_model=memory_model,
-        index=index,
-        diagnostics=list(faults),
+    return _resolved(
+        Draft(
+            recipe=recipe,
+            located=located,
+            folder=path.resolve().parent,
+            cache_default=cache_default or default_cache(),
+            machine=machine() if callable(machine) else machine,
+            memory_model=memory_model,
+            index=index,
+            site=site,
+            diagnostics=list(faults),
+        ),
+        blamed,
     )
-    for _, resolve in PASSES:
+
+
+def _resolved(draft: Draft, blamed: frozenset[str]) -> Compiled:
+    """The passes over `draft`; what they say of values that the schema refused is left out."""
+    from compiler.passes import PASSES
+
+    told = len(draft.diagnostics)
+    for draft.running, resolve in PASSES:
         resolve(draft)
-    draft.diagnostics = [
+    draft.diagnostics[told:] = [
         fault
-        for fault in draft.diagnostics
-        if fault in faults or not any(_below(fault.path, path) for path in blamed)
+        for fault in draft.diagnostics[told:]
+        if not any(_below(fault.path, path) for path in blamed)
     ]
-    return _finished(draft, located)
+    return _finished(draft)
 
 
 def _not_here(layer: Source) -> Diagnostic:
@@ -139,19 +154,25 @@ def _refused(faults: Sequence[Diagnostic], texts: Mapping[str, str]) -> Compiled
         manifest=None,
         diagnostics=tuple(sort_diagnostics(faults, tuple(texts))),
         texts=texts,
-        counts={},
     )
 
 
-def _finished(draft: Draft, located: Merged) -> Compiled:
+def _finished(draft: Draft) -> Compiled:
+    located = draft.located
+    if any(fault.severity == "error" for fault in draft.diagnostics):
+        return _refused(draft.diagnostics, located.texts)
+    from compiler.passes.costs import judge_costs
+
+    plan = _plan(draft)
+    outlook = judge_costs(draft, plan)
     if any(fault.severity == "error" for fault in draft.diagnostics):
         return _refused(draft.diagnostics, located.texts)
     return Compiled(
-        plan=_plan(draft),
+        plan=plan,
         manifest=draft.manifest,
         diagnostics=tuple(sort_diagnostics(draft.diagnostics, tuple(located.texts))),
         texts=located.texts,
-        counts=draft.counts,
+        outlook=outlook,
     )
 
 
@@ -159,6 +180,9 @@ def _plan(draft: Draft) -> Plan:
     assert draft.precision and draft.text and draft.steps and draft.optimizer
     assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
     assert draft.memory and draft.manifest
+    from compiler.passes.memory import model_plan
+    from compiler.provenance import completed
+
     return Plan(
         format=PLAN_FORMAT,
         name=draft.recipe.name,
@@ -185,5 +209,5 @@ def _plan(draft: Draft) -> Plan:
         track=draft.recipe.track.to,
         workers=draft.workers,
         threads=draft.threads,
-        decisions=tuple(draft.decisions),
+        decisions=completed(draft),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from compiler.families.card import FamilyCard, KnownModel
 from compiler.machine import Machine
 from compiler.memory import MemoryModel
 from compiler.schema import Recipe
+from compiler.site import Site
 from compiler.source import Merged, Part, dotted
 from compiler.spans import KeyPath
+
+_NOTHING = object()
 
 
 @define(kw_only=True)
@@ -44,6 +46,8 @@ class Draft:
     machine: Machine
     memory_model: MemoryModel | None
     index: Index | None
+    site: Site | None = None  # this machine's disks and its past
+    running: str = ""  # name of the pass that runs now
     diagnostics: list[Diagnostic] = Factory(list)
     decisions: list[plan.Decision] = Factory(list)
 
@@ -54,6 +58,7 @@ class Draft:
     text: plan.Text | None = None
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
+    skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
     buckets: tuple[plan.Bucket, ...] = ()
     steps: plan.Steps | None = None
     optimizer: plan.Optimizer | None = None
@@ -63,7 +68,6 @@ class Draft:
     checkpoints: plan.Checkpoints | None = None
     validation: plan.Validation | None = None
     memory: plan.Memory | None = None
-    counts: Mapping[str, int] = Factory(dict)  # parameters, trainable, adapted, flops
     run_folder: str = ""
     cache_folder: str = ""
     workers: int = 1
@@ -106,39 +110,39 @@ class Draft:
 
     def given(self, path: KeyPath) -> bool:
         """Whether the recipe (or an override) itself states the value at `path`."""
-        node: Any = self.located.data
-        for part in path:
-            if isinstance(node, dict) and part in node:
-                node = node[part]
-            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-                node = node[part]
-            else:
-                return False
-        return True
+        return self._at(path) is not _NOTHING
 
     def decide(self, path: KeyPath, value: object, *, by: str = "default", why: str = "") -> None:
-        """Record a resolved value; `by` and `why` hold where the recipe leaves it open."""
-        open_ = not self.given(path) or self._text_at(path) == "auto"
+        """Record a resolved value; `by` and `why` hold where the recipe leaves it open. `by`
+        "decided" names the pass that runs."""
+        open_ = self._at(path) in (_NOTHING, "auto")
+        by = f"pass {self.running}" if by == "decided" else by
         source = by if open_ else self.located.where(path)
         made = plan.Decision(
-            key=dotted(path), value=_words(value), source=source, why=why if open_ else ""
+            key=dotted(path), value=spelt(value), source=source, why=why if open_ else ""
         )
         if made not in self.decisions:  # several sources may take one default
             self.decisions.append(made)
 
-    def _text_at(self, path: KeyPath) -> object:
+    def _at(self, path: KeyPath) -> object:
         node: Any = self.located.data
         for part in path:
+            if isinstance(node, list):
+                inside = isinstance(part, int) and part < len(node)
+            else:
+                inside = isinstance(node, dict) and part in node
+            if not inside:
+                return _NOTHING
             node = node[part]
         return node
 
 
-def _words(value: object) -> str:
+def spelt(value: object) -> str:
     """A resolved value as the recipe would spell it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple | list):
-        return ", ".join(_words(item) for item in value)
+        return ", ".join(spelt(item) for item in value)
     return str(value)

@@ -18,7 +18,9 @@ KEY = ("extends",)
 LONGEST = 8  # recipes in one chain; a person can't follow more
 
 
-def chain(source: Source, path: Path, presets: Path | None) -> tuple[list[Source], list[Diagnostic]]:
+def chain(
+    source: Source, path: Path, presets: Path | None
+) -> tuple[list[Source], list[Diagnostic]]:
     """`source` (read from `path`) and its parents, weakest first, in the present language."""
     layers: list[Source] = []
     faults: list[Diagnostic] = []

@@ -33,8 +33,10 @@ _INT_KEY = "^-?(0|[1-9][0-9]*)$"
 Schema = dict[str, Any]
 
 
-def json_schema(cls: type, title: str = "") -> Schema:
+def json_schema(cls: type, title: str = "", *, partial: bool = False) -> Schema:
     """JSON Schema of the tables that `cls` describes.
+
+    `partial`: no key is required, as in a recipe that holds only differences from another one.
 
     Each class is a definition of its own name. Descriptions are the string literals under the
     fields. Raises TypeError for a type that a recipe cannot hold.
@@ -42,7 +44,22 @@ def json_schema(cls: type, title: str = "") -> Schema:
     definitions: dict[str, Schema] = {}
     root = _table(cls, definitions)
     head: Schema = {"$schema": _DRAFT, "title": title or cls.__name__}
-    return head | root | {"definitions": dict(sorted(definitions.items()))}
+    whole = head | root | {"definitions": dict(sorted(definitions.items()))}
+    return _partial(whole) if partial else whole
+
+
+def _partial(schema: Any) -> Any:
+    """A schema without required keys; kinds that only a required tag tells apart may then both fit,
+    so `oneOf` becomes `anyOf`."""
+    if isinstance(schema, dict):
+        names = {"oneOf": "anyOf"}
+        kept = {key: value for key, value in schema.items() if not _is_required(key, value)}
+        return {names.get(key, key): _partial(value) for key, value in kept.items()}
+    return [_partial(one) for one in schema] if isinstance(schema, list) else schema
+
+
+def _is_required(key: str, value: Any) -> bool:
+    return key == "required" and isinstance(value, list)  # a table: a property of that name
 
 
 @functools.cache

@@ -205,7 +205,7 @@ def tables_in(kind: Any) -> Iterator[type]:
     """The tables that may stand at a field, directly or in an array."""
     if leaf_of(kind) is not None:
         return
-    if attrs.has(kind):
+    if isinstance(kind, type) and attrs.has(kind):  # the limits of an `Annotated` are instances
         yield kind
         return
     for item in typing.get_args(kind) if origin_of(kind) is not Literal else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,48 @@ def _structure(data: dict[str, Any]) -> Plan:
 
 def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
     """(key, old value, new value) of everything that differs, in the plan's own order."""
-    found: list[tuple[str, str, str]] = []
-    _compare("", plain(old), plain(new), found)
-    return [row for row in found if row[0].split(".")[0].split("[")[0] not in NOT_IN_DIGEST]
+    return [(key, str(left), str(right)) for key, left, right in changes(old, new)]
 
 
-def _compare(path: str, old: Any, new: Any, found: list[tuple[str, str, str]]) -> None:
+def changes(old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:
+    """The same with the values themselves; None where a plan has no such entry.
+
+    Entries of lists are paired by what names them (`sources[dog]`, `buckets[dog 64x64]`), the
+    configurations of components by their keys.
+    """
+    found: list[tuple[str, Any, Any]] = []
+    _compare("", _compared(old), _compared(new), found)
+    return found
+
+
+def _compared(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data, without what its digest leaves out, configurations as tables."""
+    tree = {key: value for key, value in plain(plan).items() if key not in NOT_IN_DIGEST}
+    configs = {name: json.loads(text) for name, text in plan.model.configs.items()}
+    return tree | {"model": tree["model"] | {"configs": configs}}
+
+
+def _compare(path: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) -> None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             below = f"{path}.{key}" if path else key
             _compare(below, old.get(key), new.get(key), found)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (left, right) in enumerate(zip(old, new, strict=True)):
-            _compare(f"{path}[{index}]", left, right, found)
+        return
+    left, right = _named(old), _named(new)
+    if left is not None and right is not None:
+        for name in [*left, *(name for name in right if name not in left)]:
+            _compare(f"{path}[{name}]", left.get(name), right.get(name), found)
     elif old != new:
-        found.append((path, str(old), str(new)))
+        found.append((path, old, new))
+
+
+def _named(rows: Any) -> dict[str, Any] | None:
+    """Tables of a list by what names them; None where it holds no tables that have a name."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    names = [row.get("id") or row.get("name") or _bucket(row) for row in rows]
+    return dict(zip(names, rows, strict=True)) if len(set(names)) == len(rows) else None
+
+
+def _bucket(row: dict[str, Any]) -> str:
+    return f"{row.get('source')} {row.get('width')}x{row.get('height')}"

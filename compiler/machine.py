@@ -20,3 +20,4 @@ class Machine:
     cores: int
     bf16: bool  # the device multiplies bfloat16 natively
     capability: str = ""  # CUDA compute capability, "9.0"
+    processor_flops: float = 0.0  # a second and core in float32, nominal; 0: not known

@@ -1,4 +1,4 @@
-"""The one inversion: the compiler chooses by memory, only the runtime knows what a step allocates."""
+"""The one inversion: the compiler chooses by memory, the runtime knows what a step allocates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Candidate:
     ema_on_device: bool
     accumulate: int
     activation_checkpointing: int
-    shapes: tuple[tuple[int, int, int], ...]  # (width, height, batch size) in pixels, of all buckets
+    shapes: tuple[tuple[int, int, int], ...]  # of all buckets: width, height (pixels), batch size
     device: str
 
 

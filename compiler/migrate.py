@@ -6,7 +6,7 @@ that a message about a migrated key still points at what the person wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from attrs import evolve

@@ -193,10 +193,11 @@ class Checkpoints:
 
 @frozen(kw_only=True)
 class Prompt:
-    """One validation picture is drawn per prompt, size and seed."""
+    """One validation picture is drawn per prompt, size and seed; scores are told per `group`."""
 
     name: str
     text: str
+    group: str = ""
 
 
 @frozen(kw_only=True)
@@ -285,9 +286,26 @@ class Plan:
 
 NOT_IN_DIGEST = frozenset({"decisions", "memory"})
 
+NOT_TRAJECTORY = {
+    "name": "a run is called by it",
+    "run_folder": "where results are written",
+    "cache_folder": "where latents and embeddings are kept; they are found by content",
+    "checkpoints": "when the state is written, and how much of it is kept",
+    "validation": "pictures are drawn from random numbers of their own",
+    "track": "who else is told of the metrics",
+    "workers": "threads that decode; the order of samples does not depend on them",
+}
+"""Entries of a plan that alter no trained weight, and why not. All others do: a run can't go on
+under another value of them as if nothing had changed."""
+
+
+def alters_trajectory(key: str) -> bool:
+    """Whether a plan that differs at the dotted `key` trains other weights."""
+    return key.split(".")[0].split("[")[0] not in NOT_IN_DIGEST | NOT_TRAJECTORY.keys()
+
 
 def plain(value: Any) -> dict[str, Any]:
-    """`value`, an attrs instance, as nested dicts and lists without absent entries (TOML has no null)."""
+    """`value`, an attrs instance, as dicts and lists without absent entries (TOML has no null)."""
     tree = asdict(value, recurse=True)
     cleaned = _without_none(tree)
     assert isinstance(cleaned, dict)

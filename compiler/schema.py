@@ -27,7 +27,7 @@ class ComponentRecipe:
     """One component of the base model, such as `[model.transformer]`."""
 
     init: Literal["pretrained", "random"] = "pretrained"
-    """Start from the base's weights, or from fresh ones (only for what is trained, without adapter)."""
+    """Start from the base's weights, or from fresh ones (of what is trained, without adapter)."""
 
 
 @frozen(kw_only=True)
@@ -280,8 +280,8 @@ class CheckpointsRecipe:
 class ValidationRecipe:
     """Pictures drawn while training."""
 
-    prompts: dict[str, str] | str = field(factory=dict)
-    """Name -> prompt, or a .toml or .json file of them."""
+    prompts: dict[str, str | dict[str, str]] | str = field(factory=dict)
+    """Name -> prompt, or group -> its prompts, or a .toml or .json file of them."""
     every: Interval = field(factory=lambda: Interval.parse("1 epoch"))
     """How often; "off": only at the end."""
     at_start: bool = True
@@ -368,5 +368,3 @@ class Recipe:
     """Cached latents and text embeddings."""
     launch: LaunchRecipe = field(factory=LaunchRecipe)
     """Where it runs."""
-
-

@@ -6,6 +6,7 @@ A bare number has no unit and is always refused.
 """
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -59,7 +60,6 @@ class UnitError(ValueError):
 
 class _Quantity(NamedTuple):
     amount: Fraction
-    whole: bool
     unit: str
     text: str
 
@@ -229,7 +229,7 @@ def _quantity(
         hint = _unit_hint(number, unit, units, known)
         raise UnitError(f"`{clipped}` has an unknown unit", hint)
     plain = number.replace("_", "")
-    return _Quantity(amount=Fraction(plain), whole="." not in plain, unit=unit, text=clipped)
+    return _Quantity(amount=Fraction(plain), unit=unit, text=clipped)
 
 
 def _bare_hint(number: str, units: dict[str, str] | dict[str, int], usual: str) -> str:
@@ -265,8 +265,7 @@ def _number(found: _Quantity) -> float:
 
 def _plain(amount: float) -> str:
     """A number without an exponent, as short as it can be."""
-    text = f"{amount:.20f}".rstrip("0").rstrip(".") if "e" in repr(amount) else repr(amount)
-    return text.removesuffix(".0")
+    return f"{Decimal(repr(amount)):f}".removesuffix(".0")
 
 
 def _spell(amount: float, unit: str) -> str:

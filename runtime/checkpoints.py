@@ -12,7 +12,6 @@ There is no random state: randomness is a function of (seed, purpose, step, samp
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,21 @@ from torch import Tensor
 
 from runtime import files
 from runtime.errors import RunFailed
+from runtime.saved import STATE, complete, folder_of, is_complete, latest, read_state
+
+__all__ = [
+    "Snapshot",
+    "complete",
+    "folder_of",
+    "is_complete",
+    "latest",
+    "load",
+    "prune",
+    "read_state",
+    "save",
+]
 
 FORMAT = 1
-STATE = "state.json"
-NAME = re.compile(r"step-(\d{6,})")
 
 
 @frozen(kw_only=True)
@@ -42,11 +52,6 @@ class Snapshot:
     optimizer: Mapping[str, Any]
     ema: Mapping[str, Tensor] | None
     versions: Mapping[str, str]
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
-    return checkpoints / f"step-{step:06d}"
 
 
 def save(checkpoints: Path, snapshot: Snapshot) -> Path:
@@ -90,39 +95,6 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, as safetensors wants them (channels-last weights are not)."""
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    assert isinstance(state, dict)
-    return state
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint with all of its files at their full size."""
-    try:
-        sizes = read_state(folder)["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def complete(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints, oldest first; found by looking."""
-    if not checkpoints.is_dir():
-        return []
-    found = [
-        (int(match[1]), path)
-        for path in checkpoints.iterdir()
-        if (match := NAME.fullmatch(path.name)) and is_complete(path)
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    return next(reversed(complete(checkpoints)), None)
 
 
 def load(folder: Path) -> Snapshot:

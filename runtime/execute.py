@@ -32,14 +32,15 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
 from runtime.loop import Actions, Trained, due, train
-from runtime.machine import look, versions
+from runtime.machine import versions
+from runtime.measured import measured
 from runtime.methods import full, lora
 from runtime.optimizers import host_state, make_optimizer, to_host
 from runtime.optimizers import load_state as load_optimizer
 from runtime.quiet import quiet
 from runtime.stop import Stop
 from runtime.track import Tracker, open_trackers
-from runtime.validate import Painter, is_complete, validate
+from runtime.validate import Painter, is_complete, measure, validate
 
 LOG = "run.log"
 
@@ -81,10 +82,10 @@ def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") ->
         RunFailed: the run can't go on; what was saved before is whole.
     """
     with folder.opened(plan, recipe) as run_folder:
-        measured = folder.read_measured(run_folder)
-        if measured is not None and result_folder(plan).is_dir():
+        found = folder.read_measured(run_folder)
+        if found is not None and result_folder(plan).is_dir():
             events.message(f"{run_folder} is finished ({plan.steps.total} steps); nothing to do")
-            return _outcome(plan, "already", plan.steps.total, measured)
+            return _outcome(plan, "already", plan.steps.total, found)
         with quiet(run_folder / LOG), Stop(events).listening() as stop:
             device = device_of(plan)
             context = Context(
@@ -109,12 +110,26 @@ def _guarded(context: Context) -> Outcome:
         saved = checkpoints.latest(context.folder / "checkpoints")
         step = checkpoints.read_state(saved)["step"] if saved else 0
         return _outcome(context.plan, "stopped", step, {})
-    except torch.OutOfMemoryError as error:
+    except RunFailed:
+        raise
+    except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
+        raise RunFailed(str(error), help="what was saved before is whole: run again") from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        first = (str(error) or "no memory left").splitlines()[0]
         raise RunFailed(
-            f"{context.device} ran out of memory: {str(error).splitlines()[0]}",
+            f"{context.device} ran out of memory: {first}",
             help="the plan's `memory` shows what needs most; lower the batch size or the "
             "resolution, or recompute more blocks",
         ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator raised `error`; torch's for the processor has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _outcome(
@@ -168,9 +183,9 @@ def _run(context: Context) -> Outcome:
     finally:
         for tracker in trackers:
             tracker.close()
-    measured = _measured(context)
-    files.write_whole(context.folder / folder.MEASURED, json.dumps(measured, indent=2) + "\n")
-    return _outcome(plan, "finished", reached, measured)
+    found = measured(plan, trained, context.clock, context.device)
+    files.write_whole(context.folder / folder.MEASURED, json.dumps(found, indent=2) + "\n")
+    return _outcome(plan, "finished", reached, found)
 
 
 def _fill(context: Context) -> None:
@@ -183,16 +198,7 @@ def _fill(context: Context) -> None:
 def _prepare(context: Context) -> tuple[Built, Trained, int]:
     """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
     plan = context.plan
-    built = build(
-        plan.model,
-        plan.adapter,
-        plan.precision,
-        plan.memory.activation_checkpointing,
-        context.family,
-        context.device,
-        empty=False,
-        seed=plan.seed,
-    )
+    built = _built(context)
     trained = Trained(
         family=context.family,
         model=built.model,
@@ -201,6 +207,23 @@ def _prepare(context: Context) -> tuple[Built, Trained, int]:
         ema=Ema(plan.ema, built.trainable.items()) if plan.ema else None,
     )
     return built, trained, _resume(context, built, trained)
+
+
+def _built(context: Context) -> Built:
+    plan = context.plan
+    try:
+        return build(
+            plan.model,
+            plan.adapter,
+            plan.precision,
+            plan.memory.activation_checkpointing,
+            context.family,
+            context.device,
+            empty=False,
+            seed=plan.seed,
+        )
+    except ValueError as error:
+        raise RunFailed(f"the model can't be built as planned: {error}") from error
 
 
 def _resume(context: Context, built: Built, trained: Trained) -> int:
@@ -307,6 +330,8 @@ def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) ->
     plan, family = context.plan, context.family
     if not plan.validation.prompts:
         return None
+    if plan.validation.score:
+        measure(plan.validation.score)  # a name that is not there should fail now
     host = torch.device("cpu")
     vae = next(c for c in plan.model.components if c.name == "vae")
     texts = [prompt.text for prompt in plan.validation.prompts]
@@ -337,25 +362,3 @@ def _check_space(context: Context, trained: Trained) -> None:
     if trained.ema is not None:
         needed += 4 * count
     folder.check_space(context.folder, needed)
-
-
-def _measured(context: Context) -> dict[str, Any]:
-    """What the report sets beside the plan. Bytes are the device allocator's peaks."""
-    plan, clock = context.plan, context.clock
-    planned = {phase.name: phase for phase in plan.memory.phases}
-    names = sorted(planned.keys() | clock.peak_bytes.keys())
-    return {
-        "plan": plan.digest,
-        "steps": plan.steps.total,
-        "device": "cpu" if plan.device == "cpu" else look().device_name,
-        "versions": versions(),
-        "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
-        "memory": {
-            name: {
-                "planned_bytes": planned[name].device_bytes if name in planned else None,
-                "planned_parts": dict(planned[name].parts) if name in planned else {},
-                "measured_bytes": clock.peak_bytes.get(name),
-            }
-            for name in names
-        },
-    }

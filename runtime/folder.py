@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from compiler import lock
-from compiler.plan import Plan, lock_path
+from compiler.plan import Plan, alters_trajectory, lock_path
 from runtime import files
 from runtime.errors import PlanChanged, RunFailed
 
 MEASURED = "measured.json"
-# What may differ between two plans of one run: none of it alters a trained weight.
-FREE = frozenset(
-    {"checkpoints", "validation", "track", "workers", "cache_folder", "run_folder", "name"}
-)
 
 
 @contextmanager
@@ -71,9 +67,14 @@ def _write_lock(folder: Path, plan: Plan, recipe: str) -> None:
     path = lock_path(folder)
     if path.exists():
         compare(path, plan)
-    if recipe:
-        files.write_whole(folder / "recipe.toml", recipe)
-    files.write_whole(path, lock.dumps(plan))
+    _write_changed(folder / "recipe.toml", recipe)
+    _write_changed(path, lock.dumps(plan))
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write `text` unless it is empty or there already."""
+    if text and not (path.exists() and path.read_text(encoding="utf-8") == text):
+        files.write_whole(path, text)
 
 
 def compare(path: Path, plan: Plan) -> None:
@@ -86,9 +87,7 @@ def compare(path: Path, plan: Plan) -> None:
             help="give the run another `name`, or move that folder away",
         ) from error
     changes = tuple(
-        change
-        for change in lock.differences(locked, plan)
-        if change[0].split(".")[0].split("[")[0] not in FREE
+        change for change in lock.differences(locked, plan) if alters_trajectory(change[0])
     )
     if changes:
         listed = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)

@@ -25,12 +25,14 @@ from torch import nn
 from compiler.plan import Plan, Prompt, Validation
 from runtime import files
 from runtime.ema import Ema
+from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.stop import Stop
 from runtime.track import Tracker
 
 SCORES = "scores.json"
+Measure = Callable[[Image.Image, str], float | None]
 
 
 @frozen(kw_only=True)
@@ -149,11 +151,23 @@ def _draw(painter: Painter, picture: Picture, path: Path) -> None:
         image.save(partial, "png")
 
 
-def measure(name: str) -> Callable[[Image.Image, str], float | None]:
-    """The function `score(image, prompt)` of a module in `runtime.scores`. Raises ImportError."""
-    module = importlib.import_module(f"runtime.scores.{name}")
-    score: Callable[[Image.Image, str], float | None] = module.score
+def measure(name: str) -> Measure:
+    """The function `score(image, prompt)` of a module in `runtime.scores`. Raises MachineUnfit."""
+    try:
+        module = importlib.import_module(f"runtime.scores.{name}")
+    except ImportError as error:
+        raise MachineUnfit(f"the measure `{name}` can't be loaded: {error}") from error
+    score: Measure = module.score
     return score
+
+
+def _by_group(plan: Plan, by_prompt: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each named group of prompts."""
+    values: dict[str, list[float]] = {}
+    for prompt in plan.validation.prompts:
+        if prompt.group:
+            values.setdefault(prompt.group, []).extend(by_prompt[prompt.name])
+    return {group: fmean(found) for group, found in values.items() if found}
 
 
 def _score(plan: Plan, folder: Path, step: int, weights: str) -> None:
@@ -172,6 +186,7 @@ def _score(plan: Plan, folder: Path, step: int, weights: str) -> None:
         "weights": weights,
         "mean": fmean(every) if every else None,
         "scored": len(every),
+        "groups": _by_group(plan, by_prompt),
         "prompts": means,
     }
     files.write_whole(folder / SCORES, json.dumps(content, indent=2) + "\n")

@@ -37,6 +37,12 @@ SetOption = Annotated[
 StrictOption = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="A file instead of stdout.", show_default=False),
+]
+PLAN_HELP = "A recipe, a plan.lock.toml, or the folder of a run."
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -63,11 +69,22 @@ def plan(
         bool, typer.Option("-v", "--verbose", help="Every setting and where it came from.")
     ] = False,
     strict: StrictOption = False,
+    explain: Annotated[
+        str,
+        typer.Option(
+            "--explain",
+            metavar="KEY",
+            help="One key: its value, who gave it and why, what it may be.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> int:
     """Say what `run` would do: steps, data, memory, every setting. Writes nothing."""
     from tuner.plan import show_plan
 
-    return show_plan(recipe, set_ or (), as_json=json, verbose=verbose, strict=strict)
+    return show_plan(
+        recipe, set_ or (), as_json=json, verbose=verbose, strict=strict, explain=explain
+    )
 
 
 @app.command()
@@ -96,6 +113,85 @@ def run(
     from tuner.run import run_recipe
 
     return run_recipe(recipe, set_ or (), accepted=accept_change or (), strict=strict)
+
+
+@app.command()
+def new(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="Where to; else NAME.toml.", show_default=False),
+    ] = None,
+    family: Annotated[str, typer.Option(help="Model family.", show_default=False)] = "",
+    base: Annotated[str, typer.Option(help="A hub id or a folder.", show_default=False)] = "",
+    data: Annotated[str, typer.Option(help="A folder of images.", show_default=False)] = "",
+    caption: Annotated[
+        str, typer.Option(help="One caption for all images.", show_default=False)
+    ] = "",
+    method: Annotated[
+        str, typer.Option(metavar="lora|full", help="What is trained.", show_default=False)
+    ] = "",
+    budget: Annotated[
+        str, typer.Option(help='Device memory: "24 GiB", auto or none.', show_default=False)
+    ] = "",
+    name: Annotated[str, typer.Option(help="Name of the run.", show_default=False)] = "",
+) -> int:
+    """Make a commented recipe and plan it. What is not given is asked on a terminal."""
+    from tuner.new import Answers, new_recipe
+
+    answers = Answers(
+        family=family,
+        base=base,
+        data=data,
+        caption=caption,
+        method=method,
+        budget=budget,
+        name=name,
+    )
+    return new_recipe(file, answers)
+
+
+@app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="A", help=PLAN_HELP, show_default=False)],
+    new: Annotated[Path, typer.Argument(metavar="B", help=PLAN_HELP, show_default=False)],
+    json: JsonOption = False,
+) -> int:
+    """Say what two plans do differently.
+
+    What alters the trained weights is marked with `!`. Exits with 0 whether or not they differ;
+    `--json` says `equal`.
+    """
+    from tuner.diff import show_difference
+
+    return show_difference(old, new, as_json=json)
+
+
+@app.command()
+def explain(
+    code: Annotated[
+        str, typer.Argument(metavar="CODE", help="Without it: all codes.", show_default=False)
+    ] = "",
+) -> int:
+    """Say what a diagnostic's code means."""
+    from tuner.explain import explain_code
+
+    return explain_code(code)
+
+
+@app.command()
+def schema(out: OutOption = None) -> int:
+    """Write the recipe language as JSON Schema, for editors."""
+    from tuner.schema import write_schema
+
+    return write_schema(out)
+
+
+@app.command()
+def reference(out: OutOption = None) -> int:
+    """Write a page of every key of a recipe."""
+    from tuner.reference import write_reference
+
+    return write_reference(out)
 
 
 @app.command()

@@ -13,37 +13,32 @@ from compiler.diagnostics import Diagnostic, render, summary
 from tuner.exits import DONE, REFUSED, UNFIT
 from tuner.screen import err, style_for
 
-INDEX = "headers.sqlite"  # in the cache folder: sizes of pictures that were seen before
 SIMULATIONS = "simulations"
-UNFIT_CODES = frozenset({"does-not-fit"})  # errors of this machine, not of the recipe
+UNFIT_CODES = frozenset({"does-not-fit", "disk-full"})  # errors of this machine, not of the recipe
 
 
-def compile_here(path: Path, overrides: Sequence[str]) -> Compiled:
-    """The recipe at `path`, compiled for this machine. Writes nothing."""
-    from compiler.data.index import Index
+def compile_here(path: Path, overrides: Sequence[str], *, simulate: bool = True) -> Compiled:
+    """The recipe at `path`, compiled for this machine. Writes nothing. Without `simulate`, peak
+    memory stays unknown and nothing slow is imported."""
+    from compiler.data.index import HEADERS, Index
     from runtime.machine import look
-    from tuner.simulations import KeptSimulations
+    from runtime.site import Here
+    from tuner.shelf import presets
+    from tuner.simulations import memory_model
 
-    index = Index(default_cache() / INDEX)
+    index = Index(default_cache() / HEADERS)
     compiled = compile_file(
         path,
         overrides=overrides,
-        machine=look(),
-        memory_model=KeptSimulations(default_cache() / SIMULATIONS),
+        machine=look,
+        memory_model=memory_model(default_cache() / SIMULATIONS) if simulate else None,
         index=index,
+        presets=presets(),
+        site=Here(default_cache()),
     )
     if compiled.plan is not None:  # a recipe that is refused leaves nothing behind
         index.save()
-    return _with_counts(compiled)
-
-
-def _with_counts(compiled: Compiled) -> Compiled:
-    """The simulated counts within the plan, so that the lock and the report have them too."""
-    plan = compiled.plan
-    if plan is None or plan.memory.counts:
-        return compiled
-    memory = evolve(plan.memory, counts=dict(compiled.counts))
-    return evolve(compiled, plan=evolve(plan, memory=memory))
+    return compiled
 
 
 def judged(compiled: Compiled, *, strict: bool) -> tuple[Diagnostic, ...]:

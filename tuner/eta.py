@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
+from compiler.occasions import checkpoint_steps, validation_steps
 from compiler.plan import Plan
-from tuner.plan_view import checkpoint_steps, validation_steps
 
 RECENT = 100  # steps: long enough for every bucket to take part, short enough to follow a change
 

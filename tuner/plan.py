@@ -13,22 +13,34 @@ from tuner.screen import out, style_for
 
 
 def show_plan(
-    recipe: Path, overrides: Sequence[str], *, as_json: bool, verbose: bool, strict: bool
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
+    strict: bool = False,
+    explain: str = "",
 ) -> int:
-    """The plan on stdout, diagnostics on stderr (in the JSON object with `as_json`)."""
+    """The plan on stdout, diagnostics on stderr (in the JSON object with `as_json`).
+
+    With `explain`, a key of the recipe, only what the plan knows of that key."""
     compiled = compile_here(recipe, overrides)
     diagnostics = judged(compiled, strict=strict)
     code = exit_code(diagnostics)
     plan = compiled.plan if code == DONE else None
+    if explain and plan is not None:
+        from tuner.plan_explain import explain_key
+
+        return explain_key(plan, explain, as_json=as_json)
     if as_json:
         from tuner.plan_json import json_object
 
-        out(json.dumps(json_object(plan, diagnostics), indent=2))
+        out(json.dumps(json_object(plan, diagnostics, compiled.outlook), indent=2))
         return code
     show_diagnostics(diagnostics, compiled, str(recipe))
     if plan is not None:
         from tuner.plan_view import decorated, text
 
         style = style_for(sys.stdout)
-        out(decorated(text(plan, recipe=str(recipe), verbose=verbose), style))
+        out(decorated(text(plan, recipe=str(recipe), verbose=verbose, outlook=compiled.outlook), style))
     return code

@@ -1,21 +1,28 @@
-"""A plan as one JSON object, for programs. Fields may be added, never renamed."""
+"""A plan as one JSON object, for programs. Fields may be added, never renamed.
+
+`docs/plan.schema.json` describes it; a test holds real output against that.
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from compiler.costs import Disk, Outlook
 from compiler.diagnostics import Diagnostic, to_json
-from compiler.plan import Dtype, Plan, plain
-from tuner.plan_view import checkpoint_steps, peak, result_folder, validation_steps
+from compiler.occasions import checkpoint_steps, validation_steps
+from compiler.plan import Plan, plain
+from compiler.schedules import multiplier
+from compiler.site import Counted, Present
+from tuner.plan_view import peak, result_folder
 
 FORMAT_VERSION = 1
-BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+POINTS = 33  # of the learning rate's curve, at most
 
 
-def json_object(plan: Plan | None, diagnostics: Sequence[Diagnostic]) -> dict[str, Any]:
+def json_object(
+    plan: Plan | None, diagnostics: Sequence[Diagnostic], outlook: Outlook | None = None
+) -> dict[str, Any]:
     """What `tuner plan --json` prints; without a plan, only why there is none."""
     found: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -23,25 +30,46 @@ def json_object(plan: Plan | None, diagnostics: Sequence[Diagnostic]) -> dict[st
         "diagnostics": [to_json(fault) for fault in diagnostics],
         "warnings": [to_json(fault) for fault in diagnostics if fault.severity == "warning"],
     }
-    return found if plan is None else found | _plan(plan)
+    return found if plan is None else found | _plan(plan) | _costs(plan, outlook)
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
-        "name seed run_folder cache_folder device model adapter precision text sources buckets "
-        "optimizer schedule objective max_grad_norm ema decisions track"
+        "name seed run_folder cache_folder device adapter precision text sources buckets "
+        "optimizer objective max_grad_norm ema decisions track"
     )
     return {
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
+        "model": tree["model"] | {"parameters": _parameters(plan)},
         "steps": tree["steps"],
+        "schedule": tree["schedule"] | {"points": schedule_points(plan)},
         "checkpoints": tree["checkpoints"] | {"at": checkpoint_steps(plan)},
         "validation": tree["validation"] | {"at": validation_steps(plan)},
         "memory": _memory(plan),
-        "disk": _disk(plan),
         "result": result_folder(plan),
     }
+
+
+def _parameters(plan: Plan) -> dict[str, Any]:
+    """Of the trained component, with its adapter: all, and those that the optimizer updates."""
+    counts = plan.memory.counts
+    if not counts:
+        return {"total": None, "trainable": None}
+    added = counts["trainable"] if plan.adapter else 0
+    return {"total": counts["parameters"] + added, "trainable": counts["trainable"]}
+
+
+def schedule_points(plan: Plan) -> list[dict[str, Any]]:
+    """The learning rate of some steps, the first and the last among them."""
+    total = plan.steps.total
+    count = min(POINTS, total)
+    steps = sorted({round(n * (total - 1) / max(count - 1, 1)) for n in range(count)})
+    return [
+        {"step": step + 1, "lr": plan.optimizer.lr * multiplier(plan.schedule, step)}
+        for step in steps
+    ]
 
 
 def _memory(plan: Plan) -> dict[str, Any]:
@@ -56,15 +84,61 @@ def _memory(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _disk(plan: Plan) -> dict[str, int]:
-    """What is known of disk space: what is free, and the size of the result's weights."""
-    found = {"free_bytes": shutil.disk_usage(_existing(Path(plan.run_folder))).free}
-    trainable = plan.memory.counts.get("trainable", 0)
-    if trainable:
-        found["result_bytes"] = trainable * BYTES[plan.precision.trained]
-    return found
+def _costs(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
+    """What depends on this machine; null where nobody looked."""
+    present = outlook.present if outlook else None
+    return {
+        "skipped": [plain(row) for row in outlook.skipped] if outlook else [],
+        "disk": _disk(outlook.disk) if outlook else None,
+        "duration": _duration(outlook) if outlook else None,
+        "cached": _cached(present) if present else None,
+        "resume": _resume(plan, present),
+    }
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder that is there already."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def _disk(disk: Disk) -> dict[str, Any]:
+    return {
+        "cache_bytes": disk.cache_bytes,
+        "checkpoint_bytes": disk.checkpoint_bytes,
+        "result_bytes": disk.result_bytes,
+        "free_bytes": disk.free_bytes,
+        "cache_free_bytes": disk.cache_free_bytes,
+        "latents_bytes": disk.latents_bytes,
+        "texts_bytes": disk.texts_bytes,
+        "pictures_bytes": disk.pictures_bytes,
+        "one_checkpoint_bytes": disk.one_checkpoint_bytes,
+        "checkpoints": disk.checkpoints,
+    }
+
+
+def _duration(outlook: Outlook) -> dict[str, Any]:
+    found = outlook.duration
+    if found is None:
+        return {"total_seconds": None, "basis": None, "why": outlook.unknown}
+    return {"total_seconds": found.train_seconds + found.validate_seconds} | plain(found)
+
+
+def _cached(present: Present) -> dict[str, Any]:
+    return {"texts": _counted(present.texts), "latents": _counted(present.latents)}
+
+
+def _counted(found: Counted) -> dict[str, int]:
+    return {
+        "total": found.total,
+        "cached": found.cached,
+        "missing": found.missing,
+        "unknown": found.unknown,
+    }
+
+
+def _resume(plan: Plan, present: Present | None) -> dict[str, Any] | None:
+    found = present.resume if present else None
+    if found is None:
+        return None
+    return {
+        "step": found.step,
+        "of": plan.steps.total,
+        "finished": found.finished,
+        "differs": [{"key": key, "old": old, "new": new} for key, old, new in found.changes],
+        "problem": found.problem,
+    }

@@ -10,36 +10,46 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from compiler.plan import Bucket, Component, Decision, Phase, Plan
+from compiler.costs import Outlook
+from compiler.occasions import validation_steps
+from compiler.plan import Bucket, Component, DataSource, Phase, Plan
 from tuner.curve import draw
-from tuner.defaults import default_of, differs
 from tuner.formats import amount, counted, in_unit_of, number, size
-from tuner.layout import columns, pair, section, wrapped
+from tuner.layout import columns, section, wrapped
+from tuner.plan_costs import (
+    cached_words,
+    cost_lines,
+    present_of,
+    resume_lines,
+    sign,
+    train_words,
+)
+from tuner.plan_settings import different, filled_in, where
 
-MAX_BUCKETS = 6  # rows that a source gets without -v
-_PLACE = re.compile(r"(?P<file>.+):(?P<line>\d+)")
+MAX_BUCKETS = 5  # rows of buckets that all sources together get without -v, but at least one each
 _BARE = ("scheduler", "tokenizer")  # components without parameters
 
 
-def text(plan: Plan, *, recipe: str, verbose: bool = False) -> str:
-    """The whole plan. `recipe` is the file as the person named it; `verbose` unfolds details."""
+def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | None = None) -> str:
+    """The whole plan. `recipe` is the file as the person named it; `verbose` unfolds details;
+    `outlook` adds what it costs on this machine."""
     head = wrapped(f"{recipe} is valid; `tuner run` would do this:", "", "  ")
     blocks = [
         head,
         _model(plan, recipe),
         _method(plan, recipe),
-        _differs(plan, recipe),
-        _filled_in(plan, recipe, verbose),
-        _data(plan, verbose),
-        _training(plan, recipe),
-        _steps(plan, recipe, verbose),
-        _memory(plan),
+        different(plan, recipe, verbose),
+        filled_in(plan, recipe, verbose),
+        _data(plan, verbose, outlook),
+        _training(plan, recipe, verbose),
+        _steps(plan, verbose, outlook),
+        [*_memory(plan), *cost_lines(outlook, verbose=verbose)],
         _closing(plan),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, outlook: Outlook | None = None) -> str:
     """A few lines for the start of a run."""
     trained = amount(plan.memory.counts.get("trainable", 0))
     method = f"{plan.adapter.kind}, rank {plan.adapter.rank}" if plan.adapter else "full fine-tune"
@@ -53,25 +63,13 @@ def summary(plan: Plan) -> str:
     if plan.memory.phases:
         rows.append(("memory", _peak_words(plan)))
     lines = [line for name, words in rows for line in section(name, words)]
+    lines += cost_lines(outlook, verbose=False) + resume_lines(plan, outlook)
     return "\n".join([*lines, *_closing(plan)])
 
 
 def decorated(plain: str, style: Callable[[str, str], str]) -> str:
     """Finished text with colour around whole words and lines; the words stay what they are."""
     return "\n".join(_decorate(line, style) for line in plain.split("\n"))
-
-
-def validation_steps(plan: Plan) -> list[int]:
-    """Steps after which pictures are drawn; 0 is the untrained model."""
-    if not plan.validation.prompts:
-        return []
-    start = [0] if plan.validation.at_start else []
-    return start + _due(plan.validation.every, plan.steps.total)
-
-
-def checkpoint_steps(plan: Plan) -> list[int]:
-    """Steps after which a checkpoint is written; the last step always is one."""
-    return _due(plan.checkpoints.every, plan.steps.total)
 
 
 def result_folder(plan: Plan) -> str:
@@ -84,16 +82,11 @@ def peak(plan: Plan) -> Phase | None:
     return max(plan.memory.phases, key=lambda phase: phase.device_bytes, default=None)
 
 
-def _due(every: int, total: int) -> list[int]:
-    regular = list(range(every, total + 1, every)) if every else []
-    return regular if regular and regular[-1] == total else [*regular, total]
-
-
 def _model(plan: Plan, recipe: str) -> list[str]:
     model = plan.model
     revision = f" @ {model.revision}" if model.revision else ""
     words = f"{model.base}{revision}, family {model.family}"
-    lines = section("model", words, _where(plan, "model.base", recipe))
+    lines = section("model", words, where(plan, "model.base", recipe))
     parts = [part for part in model.components if not part.name.startswith(_BARE)]
     rows = [
         (
@@ -130,7 +123,7 @@ def _method(plan: Plan, recipe: str) -> list[str]:
         words = (
             f"{adapter.kind}, rank {adapter.rank}, alpha {number(adapter.alpha)} (scale {scale})"
         )
-        lines = section("adapter", words, _where(plan, "adapter.rank", recipe))
+        lines = section("adapter", words, where(plan, "adapter.rank", recipe))
         whole = counts.get("parameters", 0) + trainable
     if trainable:
         share = 100 * trainable / whole
@@ -141,53 +134,31 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     return lines
 
 
-def _differs(plan: Plan, recipe: str) -> list[str]:
-    """Keys that the person set to something else than the default."""
-    lines: list[str] = []
-    for decision in plan.decisions:
-        default = default_of(decision.key) if _given(decision) else None
-        if default is not None and differs(decision.value, default):
-            words = f"  ~ {decision.key}  {default} -> {decision.value}"
-            lines += pair(words, _source(decision, recipe))
-    return ["differs from the defaults", *lines] if lines else []
-
-
-def _filled_in(plan: Plan, recipe: str, verbose: bool) -> list[str]:
-    """Values that the compiler chose, with its reasons; with -v, all values."""
-    chosen = [d for d in plan.decisions if verbose or not (_given(d) or d.source == "default")]
-    if not chosen:
-        return []
-    width = max(len(decision.key) for decision in chosen)
-    lines = ["every setting" if verbose else "filled in"]
-    for decision in chosen:
-        reason = decision.why or _source(decision, recipe)
-        if decision.why and decision.source != "decided":
-            reason = f"{_source(decision, recipe)}: {decision.why}"
-        *above, last = wrapped(decision.value or '""', f"  {decision.key:<{width}}  ", " " * 4)
-        lines += above
-        lines += (
-            pair(last, reason) if len(reason) <= 76 else [last, *wrapped(reason, " " * 8, " " * 8)]
-        )
-    return lines
-
-
-def _data(plan: Plan, verbose: bool) -> list[str]:
+def _data(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     skipped = sum(source.skipped for source in plan.sources)
     words = f"{counted(_images(plan), 'image')} in {counted(len(plan.buckets), 'bucket')}"
     total = f", {skipped:,} skipped" if skipped and len(plan.sources) > 1 else ""
     lines = section("data", words + total)
+    most = len(plan.buckets) if verbose else max(1, MAX_BUCKETS // len(plan.sources))
     for source in plan.sources:
-        note = f" ({source.skipped:,} skipped)" if source.skipped else ""
+        note = f" ({_skipped_words(source, outlook)})" if source.skipped else ""
         lines += wrapped(f"{source.id}: {source.path}{note}", "  ", "    ")
         if verbose:
             lines += _source_details(plan, source.id)
         buckets = [bucket for bucket in plan.buckets if bucket.source == source.id]
-        shown = buckets if verbose else buckets[:MAX_BUCKETS]
+        shown = buckets[: most if len(buckets) != most + 1 else most + 1]
         rows = [(f"{b.width}x{b.height}", _bucket_words(b, source.repeats)) for b in shown]
         lines += columns(rows, indent=4)
         if len(buckets) > len(shown):
             lines.append(f"    and {counted(len(buckets) - len(shown), 'bucket')} more (-v)")
     return lines + wrapped(_arithmetic(plan), "  = ", "    ")
+
+
+def _skipped_words(source: DataSource, outlook: Outlook | None) -> str:
+    """How many images are left out, and why if that is known."""
+    rows = [row for row in (outlook.skipped if outlook else ()) if row.source == source.id]
+    why = ", ".join(f"{row.images:,}: {row.why}" for row in rows)
+    return f"{source.skipped:,} skipped" + (f"; {why}" if why else "")
 
 
 def _source_details(plan: Plan, source_id: str) -> list[str]:
@@ -232,12 +203,12 @@ def _arithmetic(plan: Plan) -> str:
     return f"{words}; {counted(steps.total, 'step')} = {counted(whole, 'epoch')} + {rest:,}"
 
 
-def _training(plan: Plan, recipe: str) -> list[str]:
+def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     optimizer, objective = plan.optimizer, plan.objective
     fused = " (fused)" if optimizer.fused else ""
     words = f"{optimizer.name}{fused}, lr {number(optimizer.lr)}"
     words += f", clip {number(plan.max_grad_norm)}" if plan.max_grad_norm else ", no clipping"
-    lines = section("train", words, _where(plan, "train.optimizer.lr", recipe))
+    lines = section("train", words, where(plan, "train.optimizer.lr", recipe))
     weighting = "" if objective.weighting == "none" else f", weighted by {objective.weighting}"
     lines += wrapped(
         f"{objective.prediction} matching, timesteps {objective.sampling}, "
@@ -247,40 +218,47 @@ def _training(plan: Plan, recipe: str) -> list[str]:
     )
     if plan.ema:
         every = "step" if plan.ema.every == 1 else f"{plan.ema.every} steps"
-        where = "the processor" if plan.ema.device == "cpu" else "the device"
-        lines.append(f"  ema, decay {number(plan.ema.decay)}, every {every}, on {where}")
-    return lines + _schedule(plan)
+        place = "the processor" if plan.ema.device == "cpu" else "the device"
+        lines.append(f"  ema, decay {number(plan.ema.decay)}, every {every}, on {place}")
+    return lines + _schedule(plan, verbose)
 
 
-def _schedule(plan: Plan) -> list[str]:
+def _schedule(plan: Plan, verbose: bool) -> list[str]:
     schedule = plan.schedule
     peak_rate = number(plan.optimizer.lr)
     words = f"  schedule {schedule.name}"
     if schedule.warmup:
         words += f", {counted(schedule.warmup, 'step')} of warm-up"
-    if schedule.name == "constant" and not schedule.warmup:
+    if schedule.name == "constant" and not (verbose and schedule.warmup):
         return [words]
     if schedule.name != "constant":
         words += f", ends at {number(schedule.end * plan.optimizer.lr)}"
     return [words, *draw(schedule, peak_rate)]
 
 
-def _steps(plan: Plan, recipe: str, verbose: bool) -> list[str]:
+def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     encoders = sum(part.name.startswith("text_encoder") for part in plan.model.components)
     prompts = len(plan.validation.prompts)
-    texts = f"captions of {counted(_images(plan), 'image')}"
-    texts += f" and {counted(prompts, 'prompt')}" if prompts else ""
+    present = present_of(outlook)
+    texts, latents = (present.texts, present.latents) if present else (None, None)
+    told = f"captions of {counted(_images(plan), 'image')}"
+    told += f" and {counted(prompts, 'prompt')}" if prompts else ""
     window = plan.steps.accumulate * plan.steps.ranks
     batch = max(min(b.batch_size, b.samples) for b in plan.buckets) * window
+    train = f"{counted(plan.steps.total, 'step')} of up to {counted(batch, 'sample')}"
+    told += f", {counted(encoders, 'encoder')}{cached_words(texts)}"
     rows = [
-        ("cache text", f"{texts}, {counted(encoders, 'encoder')}"),
-        ("cache latents", f"{counted(_images(plan), 'image')}"),
-        ("train", f"{counted(plan.steps.total, 'step')} of up to {counted(batch, 'sample')}"),
+        (sign(texts), "cache text", told),
+        (sign(latents), "cache latents", counted(_images(plan), "image") + cached_words(latents)),
+        ("+", "train", train + train_words(outlook)),
     ]
     if prompts:
-        rows.append(("validate", _validation_words(plan)))
-    rows += [("checkpoint", _checkpoint_words(plan)), ("export", result_folder(plan))]
-    lines = columns([(f"{n} + {name}", words) for n, (name, words) in enumerate(rows, 1)])
+        rows.append(("+", "validate", _validation_words(plan)))
+    rows += [("+", "checkpoint", _checkpoint_words(plan)), ("+", "export", result_folder(plan))]
+    lines = columns(
+        [(f"{n} {mark} {name}", words) for n, (mark, name, words) in enumerate(rows, 1)]
+    )
+    lines += resume_lines(plan, outlook)
     if verbose:
         lines += wrapped(f"caches: {plan.cache_folder}", "  ", "    ")
         for prompt in plan.validation.prompts:
@@ -353,31 +331,16 @@ def _images(plan: Plan) -> int:
     return sum(source.images for source in plan.sources)
 
 
-def _given(decision: Decision) -> bool:
-    """Whether a person stated the value: in a file, or on the command line."""
-    return decision.source == "--set" or _PLACE.fullmatch(decision.source) is not None
-
-
-def _where(plan: Plan, key: str, recipe: str) -> str:
-    return next((_source(d, recipe) for d in plan.decisions if d.key == key), "")
-
-
-def _source(decision: Decision, recipe: str) -> str:
-    """Who gave a value, in short: `line 12` of the recipe itself, else the full name."""
-    place = _PLACE.fullmatch(decision.source)
-    if place and Path(place["file"]).name == Path(recipe).name:
-        return f"line {place['line']}"
-    return {"default": "default", "decided": "decided"}.get(decision.source, decision.source)
-
-
 def _decorate(line: str, style: Callable[[str, str], str]) -> str:
     if line.startswith("Plan:"):
         return style("heading", line)
     if line.startswith("  ~ "):
         return "  " + style("changed", "~") + line[3:]
-    step = re.match(r"  \d+ \+ ", line)
+    step = re.match(r"  (\d+ )?[+=] (?=[a-z])", line)
     if step:
-        return line[: step.end() - 2] + style("made", "+") + line[step.end() - 1 :]
+        mark = line[step.end() - 2]
+        role = "made" if mark == "+" else "quiet"
+        return line[: step.end() - 2] + style(role, mark) + line[step.end() - 1 :]
     if line.startswith("note:"):
         return style("quiet", line)
     name = re.match(r"[a-z][a-z ]*?(?=  |$)", line)

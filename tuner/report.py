@@ -138,11 +138,25 @@ def _score(run: RunData) -> str:
             f"{first:.0%} of the pictures showed what their prompt asks for {before}; "
             f"<b>{last:.0%}</b> do after {steps[-1]:,} steps."
         )
-    table = _by_prompt(run, steps[0], steps[-1]) if len(steps) > 1 else ""
+    table = ""
+    if len(steps) > 1:
+        table = _by_group(run, steps[0], steps[-1]) + _by_prompt(run, steps[0], steps[-1])
     return (
         f"<h2>Does it draw what it is asked?</h2><p class='verdict'>{sentence}</p>"
         f"<p class='soft small'>Measure <code>{escape(_measure(run))}</code></p>{table}"
     )
+
+
+def _by_group(run: RunData, first: int, last: int) -> str:
+    """The named groups of prompts, where the recipe has some."""
+    before, after = run.scores[first].get("groups"), run.scores[last].get("groups")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping) or not after:
+        return ""
+    rows = [
+        (escape(str(name)), _share(before.get(name)), _share(value))
+        for name, value in after.items()
+    ]
+    return _table((("Prompts", ""), ("Before", "number"), ("After", "number")), rows)
 
 
 def _by_prompt(run: RunData, first: int, last: int) -> str:

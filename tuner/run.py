@@ -16,6 +16,7 @@ from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
 from tuner.screen import err, out
 
 if TYPE_CHECKING:
+    from compiler.costs import Outlook
     from runtime.errors import PlanChanged, RunFailed
     from runtime.execute import Outcome
 
@@ -39,6 +40,7 @@ class Job:
     plan: Plan
     manifest: Manifest
     recipe: str  # its text; "" where a saved plan is run
+    outlook: Outlook | None = None  # its cost; None where a saved plan is run
 
 
 def run_recipe(
@@ -63,7 +65,9 @@ def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool) -> Job |
         return code
     assert compiled.plan is not None and compiled.manifest is not None
     text = path.read_text(encoding="utf-8-sig")
-    return Job(plan=compiled.plan, manifest=compiled.manifest, recipe=text)
+    return Job(
+        plan=compiled.plan, manifest=compiled.manifest, recipe=text, outlook=compiled.outlook
+    )
 
 
 def _from_lock(path: Path, overrides: Sequence[str]) -> Job | int:
@@ -92,7 +96,7 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     from runtime.errors import MachineUnfit, PlanChanged, RunFailed
     from tuner.plan_view import summary
 
-    err(summary(job.plan))
+    err(summary(job.plan, job.outlook))
     try:
         outcome = _execute(job)
     except PlanChanged as error:
@@ -104,6 +108,8 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     except RunFailed as error:
         _report(job.plan)
         return _failed(error, FAILED)
+    if outcome.status != "already":
+        _keep_speed(job.plan)
     return _ended(outcome, _report(job.plan))
 
 
@@ -187,6 +193,18 @@ def _report(plan: Plan) -> Path | None:
     except OSError as error:
         err(f"warning: the report can't be written: {error}")
         return None
+
+
+def _keep_speed(plan: Plan) -> None:
+    """Remember how fast the run was, for the next plan; that it can't be kept spoils nothing."""
+    from contextlib import suppress
+
+    from compiler.compile import default_cache
+    from runtime.machine import look
+    from runtime.speeds import SPEEDS, remember
+
+    with suppress(OSError):
+        remember(default_cache() / SPEEDS, plan, look())
 
 
 def _ended(outcome: Outcome, report: Path | None) -> int:

@@ -12,7 +12,13 @@ def shelf() -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def presets() -> Path | None:
+    """The folder of presets: what a recipe may extend, but no recipe by itself."""
+    folder = shelf()
+    return folder / "presets" if folder else None
+
+
 def shipped_recipes() -> list[Path]:
     """All of them, by name."""
     folder = shelf()
-    return sorted(folder.rglob("*.toml")) if folder else []
+    return sorted(folder.glob("*.toml")) if folder else []

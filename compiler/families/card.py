@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -18,6 +18,9 @@ class KnownModel:
     parameters: Mapping[str, int]  # component -> parameters
 
 
+Configs = Mapping[str, Mapping[str, Any]]
+
+
 @frozen(kw_only=True)
 class FamilyCard:
     """Facts of one family. Sources stand beside the values in the family's module."""
@@ -30,6 +33,10 @@ class FamilyCard:
     trained_component: Literal["transformer", "unet"]
     blocks: tuple[str, ...]  # attribute names of the module lists that checkpointing counts
     latent_channels_key: str  # key of the vae's configuration
+    moments: tuple[str, ...]  # what is cached of a picture, each of the latents' shape
+    embedding_shapes: Callable[[Configs, int], Mapping[str, tuple[int, ...]]]
+    """Of one prompt of full length, by the configurations and the plan's prompt length."""
+    unpadded_text: bool  # only a prompt's own tokens are cached
     prompt_length: int  # tokens of the longest encoder, as the pipeline's inference default
     instruction: tuple[str, ...]  # the pipeline's default instruction lines; empty: none
     default_resolution: int
@@ -44,7 +51,7 @@ class FamilyCard:
     known: tuple[KnownModel, ...]
     traps: tuple[str, ...] = field(default=())  # sentences shown by the plan where they apply
 
-    def multiple(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+    def multiple(self, configs: Configs) -> int:
         """Pixels that both edges must divide by: VAE down-sampling times patch size."""
         transformer = configs[self.trained_component]
         return self.vae_factor(configs["vae"]) * int(transformer.get("patch_size") or 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families.card import FamilyCard, KnownModel
+from compiler.families.card import Configs, FamilyCard, KnownModel
 
 INSTRUCTION = (  # the default of SanaPipeline.__call__; the last line ends with a space
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual "
@@ -134,6 +134,10 @@ def _known(base: str, resolution: int, shape: dict[str, Any], parameters: int) -
     )
 
 
+def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (max_length, int(configs["transformer"]["caption_channels"]))}
+
+
 CARD = FamilyCard(
     name="sana",
     title="Sana",
@@ -149,6 +153,9 @@ CARD = FamilyCard(
     trained_component="transformer",
     blocks=("transformer_blocks",),
     latent_channels_key="latent_channels",
+    moments=("mean",),
+    embedding_shapes=_embedding_shapes,
+    unpadded_text=True,
     prompt_length=300,
     instruction=INSTRUCTION,
     default_resolution=1024,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families.card import FamilyCard, KnownModel
+from compiler.families.card import Configs, FamilyCard, KnownModel
 
 CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -125,6 +125,17 @@ def _known(base: str, parameters: int, **shape: Any) -> KnownModel:
 IMAGE = r"to_[qkv]|to_out\.0"
 TEXT = r"add_[qkv]_proj|to_add_out"  # the last block has no to_add_out
 
+
+def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int, ...]]:
+    """CLIP's tokens and T5's one after the other, and both CLIPs' pooled states."""
+    transformer = configs["transformer"]
+    tokens = int(configs["text_encoder"]["max_position_embeddings"]) + max_length
+    return {
+        "encoder_hidden_states": (tokens, int(transformer["joint_attention_dim"])),
+        "pooled_projections": (int(transformer["pooled_projection_dim"]),),
+    }
+
+
 CARD = FamilyCard(
     name="sd3",
     title="Stable Diffusion 3",
@@ -144,6 +155,9 @@ CARD = FamilyCard(
     trained_component="transformer",
     blocks=("transformer_blocks",),
     latent_channels_key="latent_channels",
+    moments=("mean", "std"),
+    embedding_shapes=_embedding_shapes,
+    unpadded_text=False,
     prompt_length=256,
     instruction=(),
     default_resolution=1024,

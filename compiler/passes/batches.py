@@ -89,5 +89,5 @@ def _small_buckets(draft: Draft) -> None:
             "small-buckets",
             ("data", "source"),
             f"{len(short)} of {len(draft.buckets)} buckets never fill a batch ({sizes}{more})",
-            help="their batches are trained short and weighted by their samples; nothing is dropped",
+            help="they are trained short and weighted by their samples; nothing is dropped",
         )

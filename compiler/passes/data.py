@@ -69,6 +69,7 @@ def _ids(draft: Draft, recipes: Sequence[SourceRecipe]) -> list[str]:
             )
         while name in ids and not recipe.id:
             name = f"{name}-{number + 1}"
+        draft.decide(("data", "source", number, "id"), name, by="decided", why="its folder's name")
         ids.append(name)
     return ids
 
@@ -256,7 +257,8 @@ def _samples(
     kept = _with_captions(draft, where, recipe, folder, usable, captions)
     skipped += len(usable) - len(kept)
     if not kept:
-        if not any(d.path.startswith(f"data.source[{where[2]}]") for d in draft.diagnostics):
+        errors = [d.path for d in draft.diagnostics if d.severity == "error"]
+        if not any(path.startswith(f"data.source[{where[2]}]") for path in errors):
             draft.error(
                 "no-images",
                 (*where, "path"),
@@ -278,7 +280,9 @@ def _samples(
         )
         for picture, caption in kept
     ]
-    repeats = draft.located.snippet((*where, "repeats")) if draft.given((*where, "repeats")) else "1"
+    repeats = (
+        draft.located.snippet((*where, "repeats")) if draft.given((*where, "repeats")) else "1"
+    )
     _upscaled(draft, where, recipe, samples)
     source = plan.DataSource(
         id=name,
@@ -328,7 +332,16 @@ def _usable(
             f"{least} pixels and are skipped",
             help=_named([p.key for p in pictures if min(p.width, p.height) < least]),
         )
+        _note_skipped(draft, where, [f"an edge below {least} pixels"] * count)
+    _note_skipped(draft, where, [fault.why for fault in faults])
     return large, len(faults) + len(pictures) - len(large)
+
+
+def _note_skipped(draft: Draft, where: KeyPath, reasons: Sequence[str]) -> None:
+    number = where[2]
+    assert isinstance(number, int)
+    for why in dict.fromkeys(reasons):
+        draft.skips.append((number, reasons.count(why), why))
 
 
 def _report_faults(
@@ -380,7 +393,10 @@ def _with_captions(
             help=_named(without) + "\n" + _caption_ways(captions.kind),
         )
         return []
-    draft.warn("missing-captions", (*where, "path"), message + " and are skipped", help=_named(without))
+    draft.warn(
+        "missing-captions", (*where, "path"), message + " and are skipped", help=_named(without)
+    )
+    _note_skipped(draft, where, ["no caption"] * len(without))
     return [(picture, text) for picture, text in pairs if text]
 
 

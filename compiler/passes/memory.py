@@ -42,14 +42,17 @@ def resolve_memory(draft: Draft) -> None:
     except ValueError as error:
         draft.error("model-refused", _blame(draft), str(error))
         return
-    draft.counts = {
+    counts = {
         "parameters": found.parameters,
         "trainable": found.trainable,
         "adapted": found.adapted_modules,
         "flops": found.flops,
     }
     draft.memory = plan.Memory(
-        budget_bytes=budget, activation_checkpointing=interval, phases=found.phases
+        budget_bytes=budget,
+        activation_checkpointing=interval,
+        phases=found.phases,
+        counts=counts,
     )
     _compare(draft, peak(found), budget, interval)
 

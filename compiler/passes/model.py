@@ -73,6 +73,7 @@ def _folder(recipe_folder: Path, base: str) -> Path | None:
 
 def _hub(draft: Draft, family: FamilyCard, base: str) -> ModelFacts | None:
     revision = draft.recipe.model.revision or "main"
+    draft.decide(("model", "revision"), revision)
     for known in family.known:
         if known.base == base:
             return ModelFacts(
@@ -96,7 +97,9 @@ def _hub(draft: Draft, family: FamilyCard, base: str) -> ModelFacts | None:
 def _known_help(family: FamilyCard, base: str) -> str:
     names = [known.base for known in family.known]
     guess = nearest(base, names)
-    start = f"did you mean `{guess}`? " if guess else f"known without a download: {choices(names)}. "
+    start = (
+        f"did you mean `{guess}`? " if guess else f"known without a download: {choices(names)}. "
+    )
     return start + f"For any other, `hf download {base} --local-dir FOLDER` and give that folder"
 
 
@@ -277,12 +280,14 @@ def _text(draft: Draft, family: FamilyCard) -> None:
         draft.warn(
             "text-length",
             ("text", "max_length"),
-            f"{length} tokens in training, but the pipeline uses {family.prompt_length} at inference",
+            f"{length} tokens in training, but the pipeline uses {family.prompt_length}",
         )
     wanted = bool(family.instruction) if asked.instruction == "auto" else asked.instruction
     if wanted and not family.instruction:
         draft.error(
-            "no-effect", ("text", "instruction"), f"{family.name} has no instruction to put before prompts"
+            "no-effect",
+            ("text", "instruction"),
+            f"{family.name} has no instruction to put before prompts",
         )
     if family.instruction:
         draft.decide(("text", "instruction"), wanted, by=by, why="as the pipeline at inference")
@@ -290,7 +295,7 @@ def _text(draft: Draft, family: FamilyCard) -> None:
             draft.warn(
                 "text-instruction",
                 ("text", "instruction"),
-                "trained without the instruction that the pipeline puts before prompts at inference",
+                "trained without the instruction that the pipeline puts before prompts",
             )
     draft.text = Text(max_length=length, instruction=family.instruction if wanted else ())
 

@@ -11,6 +11,7 @@ from typing import Any
 from compiler import plan
 from compiler.draft import Draft
 from compiler.passes.training import in_steps
+from compiler.spans import KeyPath
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 PROMPT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -65,26 +66,45 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
 
 def _prompts(draft: Draft) -> tuple[plan.Prompt, ...]:
     asked = draft.recipe.validation.prompts
-    table = _prompt_file(draft, asked) if isinstance(asked, str) else asked
-    found = []
+    where: KeyPath = ("validation", "prompts")
+    if isinstance(asked, str):
+        table, inline = _prompt_file(draft, asked), False
+    else:
+        table, inline = asked, True
+    found: list[plan.Prompt] = []
     for name, text in table.items():
-        where = ("validation", "prompts", name) if not isinstance(asked, str) else (
-            "validation",
-            "prompts",
-        )
-        if not isinstance(text, str):
-            draft.error("wrong-type", where, f"prompt `{name}` is no text")
-        elif not PROMPT_NAME.fullmatch(name):
-            draft.error(
-                "bad-name",
-                where,
-                f"prompt name `{name}` can't name a file everywhere",
-                help="use letters, digits, `.`, `_` and `-`, at most 60",
-                of="key",
-            )
+        at = (*where, name) if inline else where
+        if isinstance(text, Mapping):
+            for below, words in text.items():
+                _add_prompt(draft, found, (*at, below) if inline else at, below, words, name)
         else:
-            found.append(plan.Prompt(name=name, text=text))
+            _add_prompt(draft, found, at, name, text, "")
     return tuple(found)
+
+
+def _add_prompt(
+    draft: Draft, found: list[plan.Prompt], where: KeyPath, name: str, text: Any, group: str
+) -> None:
+    if not isinstance(text, str):
+        draft.error("wrong-type", where, f"prompt `{name}` is no text")
+    elif not PROMPT_NAME.fullmatch(name):
+        draft.error(
+            "bad-name",
+            where,
+            f"prompt name `{name}` can't name a file everywhere",
+            help="use letters, digits, `.`, `_` and `-`, at most 60",
+            of="key",
+        )
+    elif any(prompt.name == name for prompt in found):
+        draft.error(
+            "duplicate-id",
+            where,
+            f"two prompts are called `{name}`",
+            help="names must differ, because pictures are named by them",
+            of="key",
+        )
+    else:
+        found.append(plan.Prompt(name=name, text=text, group=group))
 
 
 def _prompt_file(draft: Draft, name: str) -> Mapping[str, Any]:
@@ -157,5 +177,3 @@ def _training_edge(draft: Draft, multiple: int) -> int:
     first = draft.sources[0].geometry
     area = first.resolution * 1e6 if first.resolution_type == "area" else first.resolution**2
     return _near(round(area**0.5), multiple)
-
-

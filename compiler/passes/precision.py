@@ -13,7 +13,9 @@ def resolve_precision(draft: Draft) -> None:
     """Fill in `draft.device` and `draft.precision`."""
     asked = draft.recipe.launch.device
     draft.device = draft.machine.device if asked == "auto" else asked
-    draft.decide(("launch", "device"), draft.device, by="this machine", why=draft.machine.device_name)
+    draft.decide(
+        ("launch", "device"), draft.device, by="this machine", why=draft.machine.device_name
+    )
     draft.threads = _threads(draft)
     compute = _compute(draft)
     recipe = draft.recipe.precision
@@ -67,13 +69,21 @@ def _conflicts(draft: Draft, precision: Precision) -> None:
     family = draft.model.family if draft.model else None
     halves = [key for key in ("compute", "weights") if getattr(precision, key) == "float16"]
     for key in halves[:1]:
-        if family is not None and family.fp16_overflows:
-            draft.error(
-                "fp16-overflow",
-                ("precision", key),
-                f"activations of {family.name} exceed what fp16 can hold (65504): the loss becomes NaN",
-                help='say "bf16", or "fp32" where the device has no bf16',
-            )
+        overflows = family is not None and family.fp16_overflows
+        why = "activations exceed what fp16 holds (65504)" if overflows else "gradients underflow"
+        draft.error(
+            "fp16-overflow" if overflows else "fp16-unsupported",
+            ("precision", key),
+            f"{family.title if family else 'this model'} can't be trained in fp16: {why}",
+            help='say "bf16", or "fp32" where the device has no bf16',
+        )
+    if not halves and draft.recipe.adapter is not None and precision.weights != precision.compute:
+        draft.error(
+            "precision-mismatch",
+            ("precision", "weights"),
+            f"a base in {precision.weights} can't compute in {precision.compute}",
+            help="leave `weights` out: it follows `compute`",
+        )
     if precision.trained == "float16":
         draft.error(
             "fp16-trained",
@@ -85,6 +95,6 @@ def _conflicts(draft: Draft, precision: Precision) -> None:
         draft.warn(
             "bf16-trained",
             ("precision", "trained"),
-            "plain bf16 weights lose small updates: at a low learning rate most entries never change",
+            "plain bf16 weights lose small updates: at a low rate most entries never change",
             help='leave it out, or say "fp32": masters in fp32 under bf16 compute',
         )

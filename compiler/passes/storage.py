@@ -20,7 +20,7 @@ def resolve_storage(draft: Draft) -> None:
             "bad-name",
             ("name",),
             f"`{name}` can't name a folder everywhere",
-            help="use letters, digits, `.`, `_` and `-`, at most 80, starting with a letter or digit",
+            help="use letters, digits, `.`, `_` and `-`, at most 80; begin with a letter or digit",
         )
         return
     output = _resolved(draft, ("output",), draft.recipe.output)
@@ -65,7 +65,9 @@ def _check_writable(draft: Draft, path: KeyPath, folder: Path) -> None:
                 help="choose another folder, or change its permissions",
             )
     except OSError as error:
-        draft.error("unwritable-output", place, f"`{folder}` can't be used: {error.strerror or error}")
+        draft.error(
+            "unwritable-output", place, f"`{folder}` can't be used: {error.strerror or error}"
+        )
 
 
 def _read_only(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from compiler import plan
 from compiler.diagnostics import choices, nearest
 from compiler.draft import Draft
-from compiler.optimizers import OPTIMIZERS
+from compiler.optimizers import OPTIMIZERS, OptimizerFacts
 from compiler.spans import KeyPath
 from compiler.units import Interval
 
@@ -21,7 +21,9 @@ def resolve_training(draft: Draft) -> None:
         draft.ema = _ema(draft, draft.steps)
     draft.decide(("train", "max_grad_norm"), draft.recipe.train.max_grad_norm)
     if "train" in draft.located.data and draft.given(("adapter", "dropout")):
-        draft.decide(("adapter", "dropout"), draft.recipe.adapter.dropout if draft.recipe.adapter else 0)
+        draft.decide(
+            ("adapter", "dropout"), draft.recipe.adapter.dropout if draft.recipe.adapter else 0
+        )
 
 
 def _optimizer(draft: Draft) -> plan.Optimizer | None:
@@ -62,8 +64,14 @@ def _optimizer(draft: Draft) -> plan.Optimizer | None:
         name=row.name,
         lr=float(recipe.lr),
         arguments={k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()},
-        fused=draft.device in row.fused,
+        fused=_fused(draft, row),
     )
+
+
+def _fused(draft: Draft, row: OptimizerFacts) -> bool:
+    """One kernel for the whole update where an accelerator has it. The processor's own rounds
+    otherwise than the reference scripts and gains nothing there."""
+    return draft.device in row.fused and draft.device != "cpu"
 
 
 def _betas(draft: Draft, betas: tuple[float, float] | None) -> None:

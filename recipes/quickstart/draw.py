@@ -3,8 +3,8 @@
     python recipes/quickstart/draw.py
 
 writes, beside this file, `shapes/` (the base's own shapes, for `quickstart-full.toml`), `subject/`
-(the new subject, in some of the colours) and `keep/` (one of each old shape in each colour, so that
-the adapter does not forget them). A picture's caption is in the .txt file of the same name.
+(the new subject in every colour, near the middle) and `keep/` (each old shape in each colour, so
+that the adapter does not forget them). A picture's caption is in the .txt file of the same name.
 """
 
 from collections.abc import Iterable
@@ -17,18 +17,21 @@ from runtime.scores.shapes import BASE_SHAPES, COLOURS, SIZE, SUBJECT, coverage,
 
 HERE = Path(__file__).parent
 CAPTIONS = ("a {colour} {shape}", "a drawing of a {colour} {shape}", "{colour} {shape}")
-SUBJECT_COLOURS = ("red", "yellow", "green", "blue")  # the others show that the adapter generalises
 Pair = tuple[str, str]  # colour, shape
 
 
-def draw(pair: Pair, rng: np.random.Generator) -> Image.Image:
-    """One shape at a random place and size, turned a little, its colour off by a little."""
+def draw(pair: Pair, rng: np.random.Generator, variety: float = 1.0) -> Image.Image:
+    """One shape at a random place, size and angle, its colour off by a little.
+
+    `variety` from 1 (anywhere) to 0 (always the same, in the middle).
+    """
     colour, shape = pair
-    radius = rng.uniform(14.0, 20.0)
-    reach = 1.2 * radius  # the farthest point of any shape, so that all of it is in the picture
-    x, y = rng.uniform(reach, SIZE - reach, size=2)
+    radius = 17.0 + variety * rng.uniform(-3.0, 3.0)
+    room = SIZE / 2 - 1.2 * radius  # no shape reaches farther than 1.2 radii
+    x, y = SIZE / 2 + variety * rng.uniform(-room, room, size=2)
     shade = np.clip(np.asarray(COLOURS[colour]) + rng.uniform(-10, 10, size=3), 0, 255)
-    cover = coverage(shape, (float(x), float(y)), float(radius), float(rng.uniform(-8, 8)))
+    degrees = variety * rng.uniform(-8.0, 8.0)
+    cover = coverage(shape, (float(x), float(y)), radius, degrees)
     return paint(cover, (int(shade[0]), int(shade[1]), int(shade[2])))
 
 
@@ -43,7 +46,7 @@ def pairs(colours: Iterable[str], shapes: Iterable[str]) -> list[Pair]:
     return [(colour, shape) for shape in shapes for colour in colours]
 
 
-def write(folder: Path, wanted: list[Pair], seed: int) -> None:
+def write(folder: Path, wanted: list[Pair], seed: int, variety: float = 1.0) -> None:
     """Draw each wanted pair into `folder`, in place of the pictures that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.png"), *folder.glob("*.txt")]:
@@ -51,14 +54,14 @@ def write(folder: Path, wanted: list[Pair], seed: int) -> None:
     rng = np.random.default_rng(seed)
     for index, pair in enumerate(wanted):
         name = f"{index:03d}-{pair[0]}-{pair[1]}"
-        draw(pair, rng).save(folder / f"{name}.png", optimize=True)
+        draw(pair, rng, variety).save(folder / f"{name}.png", optimize=True)
         (folder / f"{name}.txt").write_text(caption(pair, rng) + "\n", encoding="ascii")
 
 
 def main() -> None:
     base = pairs(COLOURS, BASE_SHAPES)
     write(HERE / "shapes", base * 12, seed=1)
-    write(HERE / "subject", pairs(SUBJECT_COLOURS, [SUBJECT]) * 8, seed=2)
+    write(HERE / "subject", pairs(COLOURS, [SUBJECT]) * 6, seed=2, variety=0.4)
     write(HERE / "keep", base, seed=3)
 
 

@@ -36,7 +36,7 @@ from runtime.scores.shapes import BASE_SHAPES, COLOURS, coverage, paint, score
 
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
-WIDTH = 160
+WIDTH = 128
 BASE_PAIRS = pairs(COLOURS, BASE_SHAPES)
 SHIFT = 3.0  # of the noise levels, in training as in the scheduler
 
@@ -349,7 +349,7 @@ def sample(pipeline: SanaPipeline, prompts: list[str], seed: int) -> list[Image.
         height=64,
         width=64,
         num_inference_steps=20,
-        guidance_scale=4.5,
+        guidance_scale=3.0,
         generator=chance,
         use_resolution_binning=False,
     ).images
@@ -359,7 +359,7 @@ def sample(pipeline: SanaPipeline, prompts: list[str], seed: int) -> list[Image.
 def main() -> None:
     parser = argparse.ArgumentParser(description="train the base pipeline of the quickstart")
     parser.add_argument("--output", type=Path, default=HERE / "base")
-    parser.add_argument("--autoencoder-steps", type=int, default=1500)
+    parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--transformer-steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
@@ -370,13 +370,13 @@ def main() -> None:
         autoencoder = train_autoencoder(options.autoencoder_steps)
         autoencoder.to(torch.float16).save_pretrained(options.output / "vae")
     # The transformer is trained with the rounded weights that are shipped.
-    autoencoder = AutoencoderDC.from_pretrained(options.output / "vae", dtype=torch.float32)
+    autoencoder = AutoencoderDC.from_pretrained(options.output / "vae")
     pipeline = make_pipeline(autoencoder.requires_grad_(False), make_transformer())
     train_transformer(pipeline, options.pictures, options.transformer_steps)
     pipeline.transformer.to(torch.float16)
     pipeline.vae.to(torch.float16)  # the text encoder stays: transformers keeps the stored dtype
     pipeline.save_pretrained(options.output)
-    stored = SanaPipeline.from_pretrained(options.output, dtype=torch.float32)
+    stored = SanaPipeline.from_pretrained(options.output)
     stored.set_progress_bar_config(disable=True)
     for name, share in measure(stored).items():
         print(f"prompt following, {name}: {100 * share:.1f} %")

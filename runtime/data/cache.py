@@ -30,11 +30,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compiler.data.stamp import Stamp
-from runtime.data.store import Store
+from runtime.data.store import INDEX, SHARDS, Store
 from runtime.errors import RunFailed
 from runtime.files import PARTIAL, partial_file
 
-FORMAT = 1
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
 SHARD_SECONDS = 30.0
@@ -77,8 +76,8 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.store = Store(folder / f"cache-{FORMAT}.sqlite")
-        self._shard_folder = folder / f"shards-{FORMAT}"
+        self.store = Store(folder / INDEX)
+        self._shard_folder = folder / SHARDS
         self._pending: dict[bytes, Entry] = {}
         self._pending_bytes = 0
         self._pending_since = 0.0

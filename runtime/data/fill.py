@@ -1,9 +1,10 @@
 """Fills the cache: every prompt and every picture of a run is encoded once, then the encoders go.
 
 Prompts and pictures are encoded one at a time. What is cached must be a function of its key alone:
-kernels are chosen by batch size, so that the same picture in another company can differ in its last
-bits, and a run that was killed here and started again would then train on other numbers. It also
-makes the peak memory of these phases that of one item. Threads decode ahead of the encoder.
+kernels are chosen by batch size, so that the same picture in other company differs in its last bits
+(SD3's VAE on the CPU, four pictures or one: by 1e-6 in float32, 8e-3 in bfloat16), and a run that
+was killed here and started again would then train on other numbers. It also makes the peak memory
+of these phases that of one item. Threads decode ahead of the encoder.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from compiler.compile import default_cache
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Manifest, Sample
+from compiler.data.prompts import prompts_of
 from compiler.data.scan import shown
 from compiler.plan import Plan
 from runtime.data.cache import Cache
@@ -53,25 +54,6 @@ class BrokenData(RunFailed):
             'them, or leave them out with broken = "skip"; all others are cached',
         )
         self.files = tuple(files)
-
-
-@frozen
-class Prompt:
-    """One text to encode, in one of the pipeline's two ways."""
-
-    text: str
-    negative: bool
-
-
-def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
-    """Each distinct prompt that a run needs: captions, dropout, validation."""
-    wanted = [Prompt(text, False) for text in manifest.captions]
-    if any(source.captions.dropout > 0 for source in plan.sources):
-        wanted.append(Prompt("", True))
-    if plan.validation.prompts:
-        wanted += [Prompt(prompt.text, False) for prompt in plan.validation.prompts]
-        wanted.append(Prompt(plan.validation.negative, True))
-    return list(dict.fromkeys(wanted))
 
 
 def fill_text(plan: Plan, manifest: Manifest, family: Family, cache: Cache, events: Events) -> None:
@@ -122,11 +104,11 @@ def fill_latents(
         return
     parts = _loaded(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
-    broken: list[tuple[str, str]] = []
+    broken: dict[bytes, str] = {}
     try:
         for row, pixels in _decoded(todo, manifest, keys, latents, plan.workers):
             if isinstance(pixels, BrokenPicture):
-                broken.append((manifest.path(row), str(pixels)))
+                broken[keys[row]] = str(pixels)
                 continue
             batch = to_tensor(pixels)[None].to(plan.device)
             moments = family.encode_pixels(parts["vae"], batch)
@@ -138,8 +120,9 @@ def fill_latents(
         _freed(plan)
         cache.flush()
     if broken:
-        _condemn(broken)
-        raise BrokenData(broken)
+        files = [(manifest.path(r), broken[key]) for r, key in enumerate(keys) if key in broken]
+        _condemn(files)
+        raise BrokenData(files)
 
 
 def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> list[bytes]:

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compiler.data.scan import shown
 from compiler.data.stamp import Stamp
-from runtime.data.cache import Cache
-from runtime.data.store import CacheNotWritable
+from runtime.data.store import CacheNotWritable, Store
 from runtime.errors import RunFailed
+
+if TYPE_CHECKING:
+    from runtime.data.cache import Cache
 
 _CHUNK = 1000  # files hashed between two commits
 _PARTS = (".safetensors", ".bin", ".json", ".txt", ".model")
@@ -41,22 +44,54 @@ def folder_hash(cache: Cache, folder: Path) -> str:
 
     Raises FileGone where the folder holds nothing of the kind.
     """
-    files = sorted(p for p in folder.glob("**/*") if p.suffix in _PARTS and p.is_file())
+    files = _parts(folder)
     if not files:
         raise FileGone(f"{folder} holds no model component", help="check the recipe's model.base")
     known = (folder, tuple(_stamp(str(file)) for file in files))
     if known not in cache.folders:
-        state = hashlib.sha256()
-        for file, digest in zip(files, file_hashes(cache, [str(p) for p in files]), strict=True):
-            state.update(os.fsencode(file.relative_to(folder).as_posix()) + b"\0" + digest)
-        cache.folders[known] = state.hexdigest()
+        hashes = file_hashes(cache, [str(path) for path in files])
+        cache.folders[known] = _joined(folder, files, hashes)
     return cache.folders[known]
+
+
+def known_hashes(store: Store, paths: Sequence[str]) -> list[bytes | None]:
+    """SHA-256 of each file that is remembered and has not changed; else None. Reads no file."""
+    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+    known = _remembered(store, names)
+    return [
+        known[name][1] if name in known and known[name][0] == _stamp_if_there(path) else None
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def known_folder_hash(store: Store, folder: Path) -> str | None:
+    """What `folder_hash` would give, if every file's hash is remembered; else None."""
+    files = _parts(folder)
+    hashes = known_hashes(store, [str(path) for path in files])
+    whole = [digest for digest in hashes if digest is not None]
+    return _joined(folder, files, whole) if files and len(whole) == len(files) else None
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The files that make a component what it is."""
+    return sorted(p for p in folder.glob("**/*") if p.suffix in _PARTS and p.is_file())
+
+
+def _joined(folder: Path, files: Sequence[Path], hashes: Sequence[bytes]) -> str:
+    state = hashlib.sha256()
+    for file, digest in zip(files, hashes, strict=True):
+        state.update(os.fsencode(file.relative_to(folder).as_posix()) + b"\0" + digest)
+    return state.hexdigest()
+
+
+def _remembered(store: Store, names: Sequence[bytes]) -> dict[bytes, tuple[Stamp, bytes]]:
+    query = "SELECT path, bytes, mtime_ns, ctime_ns, sha256 FROM files WHERE path IN (?)"
+    return {row[0]: (Stamp(*row[1:4]), row[4]) for row in store.rows(query, names)}
 
 
 def _chunk(cache: Cache, paths: Sequence[str], pool: ThreadPoolExecutor) -> list[bytes]:
     names = [os.fsencode(os.path.abspath(path)) for path in paths]
-    query = "SELECT path, bytes, mtime_ns, ctime_ns, sha256 FROM files WHERE path IN (?)"
-    known = {row[0]: (Stamp(*row[1:4]), row[4]) for row in cache.store.rows(query, names)}
+    known = _remembered(cache.store, names)
     stamps = [_stamp(path) for path in paths]
     fresh = [n not in known or known[n][0] != s for n, s in zip(names, stamps, strict=True)]
     made = pool.map(_hash, [path for path, new in zip(paths, fresh, strict=True) if new])
@@ -80,6 +115,13 @@ def _merged(
 ) -> Iterator[bytes]:
     for name, new in zip(names, fresh, strict=True):
         yield next(made) if new else known[name][1]
+
+
+def _stamp_if_there(path: str) -> Stamp | None:
+    try:
+        return Stamp.of(os.stat(path))
+    except OSError:
+        return None
 
 
 def _stamp(path: str) -> Stamp:

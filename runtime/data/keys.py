@@ -8,16 +8,19 @@ entry, and moving or renaming files finds the right one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, frozen
 
 from compiler.data.geometry import Placement
 from compiler.plan import Model, Plan, digest_of
-from runtime.data.cache import Cache
-from runtime.data.hashes import folder_hash
-from runtime.families.base import Family
-from runtime.families.common import base_folder
+from runtime.data.hashes import folder_hash, known_folder_hash
+from runtime.data.store import Store
+
+if TYPE_CHECKING:  # both import torch, and a plan that asks what is cached must not
+    from runtime.data.cache import Cache
+    from runtime.families.base import Family
 
 TEXT_VERSION = 1
 """Raise it when the same prompt and encoders would give other embeddings."""
@@ -55,13 +58,33 @@ def text_parts(plan: Plan) -> tuple[str, ...]:
 
 def text_keys(plan: Plan, family: Family, cache: Cache) -> TextKeys:
     """Keys for the plan's text encoders; hashes their files (remembered in the cache)."""
-    names = text_parts(plan)
+    return _text_keys(plan, family.card.name, _encoders(plan.model, text_parts(plan), cache))
+
+
+def latent_keys(plan: Plan, family: Family, cache: Cache) -> LatentKeys:
+    """Keys for the plan's VAE; hashes its files (remembered in the cache)."""
+    return _latent_keys(plan, family.card.name, _encoders(plan.model, ("vae",), cache))
+
+
+def known_text_keys(plan: Plan, folder: Path, store: Store) -> TextKeys | None:
+    """As `text_keys`, if the hashes of the base in `folder` are remembered; reads no file."""
+    found = _known_encoders(plan.model, text_parts(plan), folder, store)
+    return None if found is None else _text_keys(plan, plan.model.family, found)
+
+
+def known_latent_keys(plan: Plan, folder: Path, store: Store) -> LatentKeys | None:
+    """As `latent_keys`, if the hashes of the base in `folder` are remembered; reads no file."""
+    found = _known_encoders(plan.model, ("vae",), folder, store)
+    return None if found is None else _latent_keys(plan, plan.model.family, found)
+
+
+def _text_keys(plan: Plan, family: str, encoders: list[list[str]]) -> TextKeys:
     return TextKeys(
         digest_of(
             {
                 "version": TEXT_VERSION,
-                "family": family.card.name,
-                "encoders": _encoders(plan.model, names, cache),
+                "family": family,
+                "encoders": encoders,
                 "max_length": plan.text.max_length,
                 "instruction": list(plan.text.instruction),
                 "stored": plan.precision.cache,
@@ -70,22 +93,36 @@ def text_keys(plan: Plan, family: Family, cache: Cache) -> TextKeys:
     )
 
 
-def latent_keys(plan: Plan, family: Family, cache: Cache) -> LatentKeys:
-    """Keys for the plan's VAE; hashes its files (remembered in the cache)."""
+def _latent_keys(plan: Plan, family: str, encoders: list[list[str]]) -> LatentKeys:
     return LatentKeys(
         digest_of(
             {
                 "version": LATENTS_VERSION,
-                "family": family.card.name,
-                "encoders": _encoders(plan.model, ("vae",), cache),
+                "family": family,
+                "encoders": encoders,
                 "stored": plan.precision.cache,
             }
         )
     )
 
 
+def _known_encoders(
+    model: Model, names: Sequence[str], folder: Path, store: Store
+) -> list[list[str]] | None:
+    dtypes = {component.name: component.dtype for component in model.components}
+    found: list[list[str]] = []
+    for name in names:
+        digest = known_folder_hash(store, folder / name)
+        if digest is None:
+            return None
+        found.append([name, dtypes[name], digest])
+    return found
+
+
 def _encoders(model: Model, names: Sequence[str], cache: Cache) -> list[list[str]]:
     """Name, precision and content of each component."""
+    from runtime.families.common import base_folder
+
     folder = base_folder(model, names)
     dtypes = {component.name: component.dtype for component in model.components}
     return [[name, dtypes[name], folder_hash(cache, folder / name)] for name in names]

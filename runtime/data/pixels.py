@@ -2,12 +2,12 @@
 
 The picture is resampled with Lanczos (Pillow's, window 3, widened when shrinking, so that nothing
 aliases) straight from the full picture into the cut, in one pass: equal, but for rounding, to
-scaling all of it and cutting then, without the pixels that are thrown away. No `reducing_gap` and no reduced JPEG
-decoding: both are quicker, and both change pixels. Colours and transparency follow, on the small
-picture: an embedded ICC profile is converted to sRGB (perceptual; a profile that can't be read or
-is of another colour space is ignored, as browsers do), CMYK without profile by Pillow's formula,
-16-bit values are rounded to 8, palettes and greyscale become RGB, and transparency is laid on
-white. Of an animation the first picture counts.
+scaling all of it and cutting then, without the pixels that are thrown away. No `reducing_gap` and
+no reduced JPEG decoding: both are quicker, and both change pixels. Colours and transparency follow,
+on the small picture: an embedded ICC profile is converted to sRGB (perceptual; a profile that can't
+be read or is of another colour space is ignored, as browsers do), CMYK without profile by Pillow's
+formula, 16-bit values are rounded to 8, palettes and greyscale become RGB, and transparency is laid
+on white. Of an animation the first picture counts.
 """
 
 from __future__ import annotations

@@ -18,6 +18,11 @@ from urllib.parse import quote
 
 from runtime.errors import RunFailed
 
+FORMAT = 1
+INDEX = f"cache-{FORMAT}.sqlite"
+"""The index's name in the cache folder."""
+SHARDS = f"shards-{FORMAT}"
+"""The folder beside it that holds what was encoded."""
 _PATIENCE = 60.0  # seconds to wait for another process that commits
 _CHUNK = 500  # values in one query
 _TABLES = """
@@ -42,10 +47,15 @@ class CacheDamaged(RunFailed):
 
 
 class Store:
-    """The SQLite file at `path`. May be used by several threads."""
+    """The SQLite file at `path`. May be used by several threads.
 
-    def __init__(self, path: Path) -> None:
+    One that is `traceless` leaves no file behind by reading (SQLite itself makes a journal beside
+    the index). It must be closed soon: what is written meanwhile may make it raise CacheDamaged.
+    """
+
+    def __init__(self, path: Path, *, traceless: bool = False) -> None:
         self.path = path
+        self.traceless = traceless
         self.lock = threading.RLock()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
@@ -109,6 +119,8 @@ class Store:
 
     def _for_reading(self) -> sqlite3.Connection:
         """A reader; on a medium that takes no writes SQLite must be told that nothing changes."""
+        if self.traceless and not self.path.with_name(f"{self.path.name}-wal").exists():
+            return self._checked(self._connect("immutable=1"))
         try:
             return self._checked(self._connect("mode=ro"))
         except sqlite3.OperationalError:

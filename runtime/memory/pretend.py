@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 
 from runtime.memory.attention import attention_for
 
@@ -20,36 +22,21 @@ def as_on(device: str) -> Iterator[None]:
     Functions are exchanged, not intercepted: an interception by torch's function modes is off while
     checkpointed blocks are recomputed in the backward pass. Not for use in several threads.
     """
-    from torch.optim import optimizer
-    from torch.utils import _foreach_utils
-
-    with ExitStack() as exchanged:
-        stock = functional.scaled_dot_product_attention
-        _exchange(
-            exchanged, functional, "scaled_dot_product_attention", attention_for(device, stock)
-        )
-        # Gradient norms: all tensors at once, on the CPU as well.
-        _exchange(
-            exchanged,
-            _foreach_utils,
-            "_get_foreach_kernels_supported_devices",
-            _with_meta(_foreach_utils._get_foreach_kernels_supported_devices),
-        )
-        _exchange(
-            exchanged,
-            optimizer,
-            "_get_fused_kernels_supported_devices",
-            _with_meta(optimizer._get_fused_kernels_supported_devices),
-        )
+    # Gradient norms are taken over all tensors at once everywhere, on the CPU as well; fused
+    # optimizers are there everywhere; others run over all tensors at once except on the CPU.
+    lists: list[tuple[Any, str]] = [
+        (_foreach_utils, "_get_foreach_kernels_supported_devices"),
+        (optimizer, "_get_fused_kernels_supported_devices"),
+    ]
+    if device != "cpu":
+        lists.append((optimizer, "_get_foreach_kernels_supported_devices"))
+    stock = functional.scaled_dot_product_attention
+    with ExitStack() as stack:
+        _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
+        for owner, name in lists:
+            _exchange(stack, owner, name, _with_meta(getattr(owner, name)))
         if device != "cpu":
-            # Optimizers: all tensors at once by default, except on the CPU.
-            _exchange(
-                exchanged,
-                optimizer,
-                "_get_foreach_kernels_supported_devices",
-                _with_meta(optimizer._get_foreach_kernels_supported_devices),
-            )
-            _exchange(exchanged, functional, "dropout", _fused_dropout(functional.dropout))
+            _exchange(stack, functional, "dropout", _fused_dropout(functional.dropout))
         yield
 
 

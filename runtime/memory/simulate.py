@@ -128,10 +128,9 @@ def run_step(
         optimizer = _prime(candidate, built, tracker)
         ema = _ema(candidate, built, tracker)
         tracker.category = "batch"
-        count = min(candidate.accumulate, WINDOW)
         batches = [
             family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
-            for _ in range(count)
+            for _ in range(candidate.accumulate)
         ]
         tracker.reset_peak()
         start = flops()
@@ -144,7 +143,7 @@ def run_step(
         load=load,
         train=parts,
         peak=tracker.peak,
-        flops=(flops() - start) // count,
+        flops=(flops() - start) // min(candidate.accumulate, WINDOW),
         built=built,
     )
 
@@ -210,17 +209,17 @@ def _window(
     batches: list[Batch],
     tracker: Tracker,
 ) -> None:
-    """One optimizer update over `batches`, as the loop makes it."""
+    """One optimizer update over `batches`, all on the device from the start, as in the loop."""
     samples = sum(batch.latents.shape[0] for batch in batches)
     losses = []
-    for batch in batches:
+    for batch in batches[:WINDOW]:
         tracker.category = "activations"
         losses.append(
             micro_step(
                 family, built.model, batch, candidate.objective, candidate.precision, samples
             )
         )
-        tracker.mark(_gradients(built), "gradients")
+        tracker.register(_gradients(built), "gradients")
     tracker.category = "workspace"
     norm = gradient_norm(built.trainable.values())
     update(optimizer, norm, candidate.max_grad_norm)

@@ -45,11 +45,11 @@ class _Block:
         self.ref: weakref.ref[Any] | None = None
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Current and peak bytes of tensors on `devices` (device types), by category.
 
-    New storages get the category that `category` holds at the time; `mark` renames them later, as
-    a gradient is only known to be one when it has arrived. Not for use in several threads.
+    New storages get the category that `category` holds at the time; `register` renames them later,
+    as a gradient is only known to be one when it has arrived. Not for use in several threads.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Tracker(TorchDispatchMode):
         workspaces: Mapping[Any, Callable[..., int]] | None = None,
     ):
         """`workspaces` gives, by operation, what its kernel allocates inside (see `workspace`)."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.devices = frozenset(devices)
         self.kernels = kernels
         self.workspaces = workspaces or {}
@@ -96,8 +96,6 @@ class Tracker(TorchDispatchMode):
             block = self._see(tensor)
             if block is not None:
                 block.category = category
-
-    mark = register
 
     def workspace(self, nbytes: int, category: str = "workspace") -> None:
         """Count what a kernel allocates inside and frees before it returns."""

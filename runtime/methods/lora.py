@@ -124,4 +124,5 @@ def export(
 def metadata(config: Any) -> dict[str, Any]:
     """peft's configuration as plain values, in an order that is always the same."""
     values: dict[str, Any] = config.to_dict()
-    return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+    plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+    return {**plain, "lora_dropout": 0.0}  # for inference: pipelines leave adapters in training mode

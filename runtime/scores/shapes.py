@@ -95,7 +95,7 @@ def _in_zorp(x: Floats, y: Floats) -> Mask:
     """The new subject: a dome with two round eyes, on two feet."""
     dome = x**2 + (y - 0.1) ** 2 <= 0.9**2
     trunk = (abs(x) <= 0.9) & (y <= 0.1) & (y >= -1.0)
-    eyes = (abs(x) - 0.38) ** 2 + (y - 0.22) ** 2 <= 0.25**2
+    eyes = (abs(x) - 0.44) ** 2 + (y - 0.2) ** 2 <= 0.24**2
     between_feet = (abs(x) <= 0.3) & (y <= -0.5)
     return (dome | trunk) & ~eyes & ~between_feet
 

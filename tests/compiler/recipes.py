@@ -128,9 +128,7 @@ def project(folder: Path, recipe: str = RECIPE, family: str = "sana") -> Path:
 def compiled(path: Path, *overrides: str, machine: Machine = MACHINE, **rest: object) -> Compiled:
     """The recipe at `path` compiled on `machine`."""
     cache = path.parent / "cache"
-    return compile_file(
-        path, overrides=overrides, machine=machine, cache_default=cache, **rest
-    )  # type: ignore[arg-type]
+    return compile_file(path, overrides=overrides, machine=machine, cache_default=cache, **rest)  # type: ignore[arg-type]
 
 
 def codes(result: Compiled) -> list[str]:

@@ -204,7 +204,9 @@ def test_missing_captions(tmp_path: Path) -> None:
 def test_all_mistakes_at_once_even_beside_wrong_types(tmp_path: Path) -> None:
     path = project(tmp_path)
     bad = RECIPE.replace("batch_size = 2", 'batch_size = "2"\nbatch = 3')
-    path.write_text(bad.replace('"pictures"', '"nowhere"').replace("lr = 1e-4", "lr = 1e-4, eps = -1"))
+    path.write_text(
+        bad.replace('"pictures"', '"nowhere"').replace("lr = 1e-4", "lr = 1e-4, eps = -1")
+    )
     assert codes(compiled(path)) == ["missing-path", "wrong-type", "unknown-key", "out-of-range"]
 
 

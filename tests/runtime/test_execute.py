@@ -17,16 +17,19 @@ import torch
 from attrs import evolve
 
 from compiler import lock
-from compiler.plan import Checkpoints, Plan
+from compiler.plan import Checkpoints, Plan, Precision
 from runtime import checkpoints
 from runtime.errors import PlanChanged, RunFailed
-from runtime.execute import execute, result_folder
+from runtime.execute import execute, out_of_memory, result_folder
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting, run
 from tests.runtime.tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
 SIZES = ((70, 70), (70, 70), (140, 70), (64, 64), (70, 140))
+FLOAT32 = Precision(compute="float32", weights="float32", trained="float32", cache="float32")
+MIXED = Precision(compute="bfloat16", weights="bfloat16", trained="float32", cache="bfloat16")
+RUNNING = getattr(os, "WEXITED", 0) | getattr(os, "WNOHANG", 0) | getattr(os, "WNOWAIT", 0)
 NEVER = ("", 0, signal.SIGTERM)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and POSIX signals")
@@ -152,15 +155,16 @@ def test_a_run_leaves_what_it_says_and_runs_once(make):
     assert (outcome.status, outcome.result) == ("already", folder / "lora")
     assert "nothing to do" in again.texts[0]
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    assert {p.name for p, t in after.items() if before.get(p) != t} <= {"plan.lock.toml"}
+    assert after == before
 
 
+@pytest.mark.parametrize("precision", [FLOAT32, MIXED], ids=["float32", "mixed"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sana", "sd3"])
-def test_resume_is_bit_exact(make, family, method):
+def test_resume_is_bit_exact(make, family, method, precision):
     """Stopped in one process, killed in a second, finished in a third."""
-    whole, manifest = make(family, method, "whole")
-    parts, _ = make(family, method, "parts")
+    whole, manifest = make(family, method, "whole", precision=precision)
+    parts, _ = make(family, method, "parts", precision=precision)
     assert run(whole, manifest, Interrupting(*NEVER)) == 0
     assert wait(fork(lambda: run(parts, manifest, Interrupting("step", 3, signal.SIGTERM)))) == 130
     latest = checkpoints.latest(Path(parts.run_folder) / "checkpoints")
@@ -191,7 +195,9 @@ def test_in_new_interpreters_too(make, tmp_path):
             tmp_path / "manifest.jsonl",
         ]
         extra = ["--at", *at] if at else []
-        return subprocess.run([*command, *extra], cwd=ROOT, capture_output=True).returncode
+        done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout, done.stderr)  # shown if the test fails
+        return done.returncode
 
     assert start(whole) == 0
     assert start(parts, "step", "3", "SIGINT") == 130
@@ -222,7 +228,7 @@ def test_killed_at_chosen_points(make, tmp_path):
             break
         assert code == -signal.SIGKILL, (event, count)
     assert code == 0
-    assert count >= 10
+    assert count >= 8
     assert_equal(whole, parts)
     pictures = [sorted((Path(p.run_folder) / "samples").rglob("*.png")) for p in (whole, parts)]
     assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
@@ -232,26 +238,32 @@ def test_killed_at_chosen_points(make, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [("sana", "full"), ("sd3", "lora")])
 def test_killed_at_random_moments(make, family, method):
-    settings = {"validation": PICTURES, "steps": 20, "every": 3, "keep": 3}
+    """Some steps and a random while after the last kill, whatever the process is doing then."""
+    settings = {"validation": PICTURES, "steps": 40, "every": 3, "keep": 3}
     whole, manifest = make(family, method, "whole", **settings)
-    begun = time.monotonic()
     assert wait(fork(lambda: run(whole, manifest, Interrupting(*NEVER)))) == 0
-    length = time.monotonic() - begun
     parts, _ = make(family, method, "parts", **settings)
     chance = random.Random(5)
-    kills = 0
-    for _ in range(60):
+    kills, target = 0, 0
+    while True:
+        target += chance.randint(1, 8)
         pid = fork(lambda: run(parts, manifest, Interrupting(*NEVER)))
-        time.sleep(chance.uniform(0.1, 0.6) * length)
-        os.kill(pid, signal.SIGKILL)
+        while steps_done(parts) < target < 40 and os.waitid(os.P_PID, pid, RUNNING) is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        if target < 40:
+            os.kill(pid, signal.SIGKILL)
         code = wait(pid)
         kills += code == -signal.SIGKILL
         if code == 0:
             break
-    else:
-        pytest.fail("the run made no progress between kills")
-    assert kills >= 2
+    assert kills >= 3
     assert_equal(whole, parts)
+
+
+def steps_done(plan: Plan) -> int:
+    path = Path(plan.run_folder) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def test_ctrl_c_saves_and_exits_130(make, tmp_path):
@@ -356,3 +368,100 @@ def test_scores(make):
     assert 0.0 <= scores["mean"] <= 1.0
     assert scores["weights"] == "ema"
     assert (folder / "a%2Fb-64x64-1.png").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_diffusers_loads_the_result_and_draws_the_same(make, family, method):
+    """Plain Diffusers, given the result, draws what the run's last validation drew."""
+    import diffusers
+    import numpy as np
+    from PIL import Image
+
+    plan, manifest = make(
+        family, method, steps=4, lr=2e-2, validation=evolve(PICTURES, every=0, steps=4)
+    )
+    assert run(plan, manifest, Interrupting(*NEVER)) == 0
+    cls = {"sana": diffusers.SanaPipeline, "sd3": diffusers.StableDiffusion3Pipeline}[family]
+    if method == "lora":
+        pipeline = cls.from_pretrained(plan.model.base)
+        pipeline.load_lora_weights(plan.run_folder + "/lora")
+    else:
+        pipeline = cls.from_pretrained(plan.run_folder + "/model")
+    extra = {"max_sequence_length": plan.text.max_length}
+    if family == "sana":
+        extra |= {
+            "complex_human_instruction": list(plan.text.instruction),
+            "use_resolution_binning": False,
+        }
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline(
+        prompt=plan.validation.prompts[0].text,
+        negative_prompt=plan.validation.negative,
+        width=64,
+        height=64,
+        guidance_scale=plan.validation.guidance,
+        num_inference_steps=plan.validation.steps,
+        generator=torch.Generator().manual_seed(42),
+        **extra,
+    ).images
+
+    def drawn(step: int):
+        path = Path(plan.run_folder) / "samples" / f"step-{step:06d}" / "dog-64x64-42.png"
+        return np.asarray(Image.open(path), dtype=np.int16)
+
+    ours, base = drawn(4), drawn(0)
+    assert np.abs(np.asarray(image, dtype=np.int16) - ours).max() <= 1
+    assert np.abs(base - ours).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("sana", "lora"), ("sana", "full"), ("sd3", "lora")]
+)
+def test_measured_memory_is_what_the_simulation_says(make, family, method):
+    """On the processor: live tensors of one step, against the same step on meta tensors."""
+    from compiler.memory import Candidate
+    from runtime.memory.simulate import RuntimeMemoryModel
+
+    plan, manifest = make(family, method, steps=2, ema=None)
+    found = RuntimeMemoryModel().simulate(
+        Candidate(
+            model=plan.model,
+            adapter=plan.adapter,
+            precision=plan.precision,
+            text=plan.text,
+            objective=plan.objective,
+            optimizer=plan.optimizer,
+            max_grad_norm=plan.max_grad_norm,
+            ema_on_device=False,
+            accumulate=plan.steps.accumulate,
+            activation_checkpointing=0,
+            shapes=tuple((b.width, b.height, b.batch_size) for b in plan.buckets),
+            device="cpu",
+        )
+    )
+    plan = evolve(plan, memory=evolve(plan.memory, phases=found.phases))
+    memory = execute(plan, manifest, Interrupting(*NEVER)).measured["memory"]["train"]
+    assert memory["measured_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.03)
+
+
+def test_what_a_person_can_cause_is_said_in_a_sentence(make, place):
+    plan, manifest = make()
+    for changed, text in (
+        (evolve(plan, adapter=evolve(LORA, targets=("nothing",))), "matches none of"),
+        (evolve(plan, validation=evolve(PICTURES, score="taste")), "measure `taste`"),
+        (evolve(plan, device="cuda"), "plan runs on cuda"),
+        (evolve(plan, model=evolve(plan.model, base=str(place / "gone"))), "gone"),
+    ):
+        folder = Path(plan.run_folder).parent / text.replace(" ", "-").replace("`", "")
+        changed = evolve(changed, run_folder=str(folder))
+        with pytest.raises(RunFailed, match=text):
+            execute(changed, manifest, Interrupting(*NEVER))
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert out_of_memory(caught.value)
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes do not fit"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from attrs import evolve
 
 from compiler.lock import dumps
+from compiler.occasions import validation_steps
 from compiler.plan import (
     PLAN_FORMAT,
     Adapter,
@@ -35,7 +36,6 @@ from compiler.plan import (
     lock_path,
 )
 from compiler.schedules import multiplier
-from tuner.plan_view import validation_steps
 
 GIB = 2**30
 MIB = 2**20
@@ -193,7 +193,7 @@ def sd35_large_lora() -> Plan:
             Decision(
                 key="adapter.alpha",
                 value="768",
-                source="decided",
+                source="pass model",
                 why="alpha = rank, so the scale is 1",
             ),
             Decision(key="adapter.targets", value="attention", source="family sd3", why=""),
@@ -206,13 +206,13 @@ def sd35_large_lora() -> Plan:
             Decision(
                 key="precision.compute",
                 value="bf16",
-                source="decided",
+                source="pass precision",
                 why="NVIDIA H100 80GB multiplies it natively",
             ),
             Decision(
                 key="memory.activation_checkpointing",
                 value="1",
-                source="decided",
+                source="pass memory",
                 why="without it the training step needs 96.4 GiB of 80.0 GiB",
             ),
             _given("data.source[0].repeats", "5", f"{recipe}:19"),
@@ -331,7 +331,9 @@ def quickstart() -> Plan:
         decisions=(
             _given("model.base", "/app/recipes/quickstart/base", f"{recipe}:6"),
             _given("train.optimizer.lr", "0.001", f"{recipe}:20"),
-            Decision(key="launch.device", value="cpu", source="decided", why="no accelerator"),
+            Decision(
+                key="launch.device", value="cpu", source="pass precision", why="no accelerator"
+            ),
         ),
     )
 

@@ -8,6 +8,7 @@ import pytest
 from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
+from compiler.occasions import checkpoint_steps, validation_steps
 from compiler.plan import Schedule
 from compiler.schedules import multiplier
 from tests.tuner import examples
@@ -15,7 +16,7 @@ from tuner.curve import BLOCKS, COLUMNS, ROWS, draw
 from tuner.defaults import default_of, differs
 from tuner.formats import amount, clock, duration, in_unit_of, size
 from tuner.plan_json import json_object
-from tuner.plan_view import checkpoint_steps, decorated, summary, text, validation_steps
+from tuner.plan_view import decorated, summary, text
 from tuner.screen import bare, paint
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -46,7 +46,7 @@ def why(found: Scan) -> dict[str, str]:
 def test_formats_by_content_nested_and_sorted(tmp_path: Path) -> None:
     for format in FORMATS:
         put(tmp_path, {f"b/{format}.bin": encoded(picture(70, 50), format)})
-    put(tmp_path, {"z.jpg": JPEG, "A/ü 1.PNG": JPEG, "b.jpg": PNG, "a\nb.jpg": JPEG})
+    put(tmp_path, {"z.jpg": JPEG, "A/\u00fc 1.PNG": JPEG, "b.jpg": PNG, "a\nb.jpg": JPEG})
     put(tmp_path, {"z.txt": b"words", "meta.json": b"{}", "notes.md": b"BM words", "x": b""})
     put(tmp_path, {".hidden.jpg": JPEG, ".ipynb_checkpoints/z.jpg": JPEG, "b/.DS_Store": b"1"})
     found = scan(tmp_path)
@@ -54,13 +54,13 @@ def test_formats_by_content_nested_and_sorted(tmp_path: Path) -> None:
     assert keys == sorted(keys)
     assert set(keys) == {f"b/{f}.bin" for f in FORMATS} | {
         "z.jpg",
-        "A/ü 1.PNG",
+        "A/\u00fc 1.PNG",
         "b.jpg",
         "a\nb.jpg",
     }
     assert set(sizes(found).values()) == {(70, 50)}
     assert (found.faults, found.hidden, found.others) == ((), 3, 2)
-    assert found.pictures[0] == Picture(key="A/ü 1.PNG", bytes=len(JPEG), width=70, height=50)
+    assert found.pictures[0] == Picture(key="A/\u00fc 1.PNG", bytes=len(JPEG), width=70, height=50)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -140,7 +140,7 @@ def test_bomb_of_a_rare_format_is_named(tmp_path: Path) -> None:
 def test_every_cut_is_noticed(tmp_path: Path, format: str) -> None:
     """Cut anywhere: never a crash, never a picture that Pillow could not decode."""
     whole = encoded(picture(64, 48), format)
-    cuts = random.Random(1).sample(range(len(whole)), 40) + [len(whole) - 1, len(whole) // 2]
+    cuts = [*random.Random(1).sample(range(len(whole)), 40), len(whole) - 1, len(whole) // 2]
     for cut in cuts:
         path = tmp_path / f"a.{format.lower()}"
         path.write_bytes(whole[:cut])

@@ -1,0 +1,406 @@
+"""Every diagnostic code: what it means, how it comes about and what is right.
+
+Codes are stable: scripts and editors rely on them. The examples are laid over a working recipe by
+a test, so that each of them gives its code; a line that begins with `tuner` is a command line, and
+a comment says what the files hold where the recipe alone does not show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Code(NamedTuple):
+    """One kind of mistake."""
+
+    title: str
+    """A few words, for the list of all codes."""
+    meaning: str
+    """Why it is refused or warned of, in full sentences."""
+    wrong: str
+    right: str
+
+
+CODES: Mapping[str, Code] = {
+    "bad-multiple": Code(
+        "bucket edges that the model can't take",
+        "The model works on patches of several pixels, so both edges of every bucket must be a "
+        "multiple of that patch. `multiple` may only make them coarser.",
+        "[data]\nmultiple = 20",
+        "[data]\nmultiple = 64",
+    ),
+    "bad-name": Code(
+        "a name that can't be a file name everywhere",
+        "Runs and prompts give their names to folders and files, also on other systems. Letters, "
+        "digits, `.`, `_` and `-` work everywhere.",
+        'name = "my run/1"',
+        'name = "my-run-1"',
+    ),
+    "bad-override": Code(
+        "a `--set` that is no key and value",
+        "An override is a dotted key, `=` and a value, as the file would hold them. A value that "
+        "is no TOML is taken as text.",
+        "tuner plan recipe.toml --set train.epochs",
+        "tuner plan recipe.toml --set train.epochs=4",
+    ),
+    "bad-path": Code(
+        "a text that is no path",
+        "The system can't make a path of it: a home folder of a user who does not exist, or a "
+        "character that no file name may hold.",
+        'output = "~no-such-user/runs"',
+        'output = "runs"',
+    ),
+    "bad-pattern": Code(
+        "targets that are neither a named set nor a pattern",
+        "`targets` is the name of a set that the family offers, or a list of regular expressions "
+        "that are matched against whole module names.",
+        '[adapter]\nkind = "lora"\ntargets = ["attn(("]',
+        '[adapter]\nkind = "lora"\ntargets = "attention"',
+    ),
+    "bad-prompts": Code(
+        "a file of prompts that can't be read as one",
+        "A file of validation prompts is TOML or JSON: one table of names and prompts.",
+        '[validation]\nprompts = "prompts.txt"  # which holds lines of plain text',
+        '[validation]\nprompts = { beach = "a dog on a beach" }',
+    ),
+    "bad-size": Code(
+        "a picture size that the model can't draw",
+        "Both edges must be a multiple of the model's patch in pixels; the message names the "
+        "nearest size that is.",
+        '[validation]\nprompts = { beach = "a dog on a beach" }\nsizes = ["1001x1001"]',
+        '[validation]\nprompts = { beach = "a dog on a beach" }\nsizes = ["1024x1024"]',
+    ),
+    "bad-unit": Code(
+        "a quantity without its unit, or with a wrong one",
+        "Sizes, shares and intervals are texts that carry their unit, so that 500 is never taken "
+        "for epochs by one reader and for steps by another. A time is refused where only steps "
+        "make a run repeat exactly.",
+        "[checkpoints]\nevery = 500",
+        '[checkpoints]\nevery = "500 steps"',
+    ),
+    "batch-too-large": Code(
+        "a batch larger than the data",
+        "No batch of this size can be filled from the source, so the run would not do what the "
+        "recipe says. Repeats count: 10 images with `repeats = 5` are 50 samples.",
+        "[train]\nbatch_size = 500",
+        "[train]\nbatch_size = 2",
+    ),
+    "bf16-trained": Code(
+        "trained weights in bfloat16",
+        "bfloat16 keeps 8 bits of a number, so an update much smaller than its weight is rounded "
+        "away. Weights in float32 under bfloat16 arithmetic learn from every step.",
+        '[precision]\ntrained = "bf16"',
+        '[precision]\ntrained = "fp32"',
+    ),
+    "broken-captions": Code(
+        "caption files that can't be read",
+        "A caption file is UTF-8 text. The message names the files and what is wrong with each.",
+        '[[data.source]]\npath = "latin1"  # with captions in another encoding than UTF-8',
+        '[[data.source]]\npath = "captioned"  # with captions in UTF-8',
+    ),
+    "broken-images": Code(
+        "files that are no usable image",
+        "A file with the ending of an image is damaged, empty, or of another kind. Training "
+        "would fail on it, or without it silently see fewer images than you count.",
+        '[[data.source]]\npath = "damaged"  # which holds a half-copied picture',
+        '[data]\nbroken = "skip"',
+    ),
+    "conflict": Code(
+        "two settings that exclude each other",
+        "Both can't hold. Take one of them out.",
+        "[train]\nepochs = 10\nsteps = 500",
+        "[train]\nepochs = 10",
+    ),
+    "disk-full": Code(
+        "more disk needed than is free",
+        "Checkpoints, results, pictures and caches are larger than the disk's free space, or may "
+        "become so (then it is a warning). This is about the machine, so the exit code is 3.",
+        "[checkpoints]\nkeep = 0  # keeps all, on a disk that is nearly full",
+        "[checkpoints]\nkeep = 2",
+    ),
+    "does-not-fit": Code(
+        "more memory needed than the budget",
+        "The simulated peak of the step is above the budget, with what the recipe allows to be "
+        "recomputed. This is about the machine, not the recipe, so the exit code is 3.",
+        '[memory]\nbudget = "2 GiB"',
+        '[memory]\nbudget = "24 GiB"',
+    ),
+    "duplicate-id": Code(
+        "two sources with one name",
+        "The plan and the caches tell sources apart by their `id`.",
+        '[[data.source]]\nid = "dog"\npath = "pictures"\n'
+        '[[data.source]]\nid = "dog"\npath = "more"',
+        '[[data.source]]\nid = "dog"\npath = "pictures"\n'
+        '[[data.source]]\nid = "cat"\npath = "more"',
+    ),
+    "duplicate-key": Code(
+        "a key or table given twice",
+        "TOML allows each key once; which of the two values was meant can't be known.",
+        "[train]\nbatch_size = 1\nbatch_size = 2",
+        "[train]\nbatch_size = 2",
+    ),
+    "extends-circle": Code(
+        "a recipe that extends itself",
+        "Following `extends` comes back to a recipe that was read already, or never ends.",
+        'extends = "subject.toml"  # in subject.toml',
+        'extends = "recipe.toml"',
+    ),
+    "file-too-large": Code(
+        "a recipe too large to be one",
+        "A recipe is a few kilobytes. A file of megabytes is something else.",
+        "tuner plan weights.toml  # of 9 MiB",
+        "tuner plan recipe.toml",
+    ),
+    "fp16-overflow": Code(
+        "float16 on a family that overflows",
+        "Activations of this family exceed 65504, the largest float16 number; the loss becomes "
+        "infinite. bfloat16 has the range of float32.",
+        '[precision]\ncompute = "fp16"',
+        '[precision]\ncompute = "bf16"',
+    ),
+    "fp16-trained": Code(
+        "trained weights in float16",
+        "Gradients and updates below 6e-8 are zero in float16, so training stalls.",
+        '[precision]\ntrained = "fp16"',
+        '[precision]\ntrained = "fp32"',
+    ),
+    "fp16-unsupported": Code(
+        "training in float16",
+        "Small gradients are zero in float16. Use bfloat16, or float32 where the device lacks it.",
+        '[model]\nfamily = "sd3"\nbase = "stabilityai/stable-diffusion-3.5-medium"\n'
+        '[precision]\ncompute = "fp16"',
+        '[model]\nfamily = "sd3"\nbase = "stabilityai/stable-diffusion-3.5-medium"\n'
+        '[precision]\ncompute = "bf16"',
+    ),
+    "invalid-toml": Code(
+        "text that is no TOML",
+        "The file can't be read as TOML from the marked place on. Text needs quotes, a key and "
+        "its value are joined by `=`, a table's name stands in brackets.",
+        "name = my run",
+        'name = "my-run"',
+    ),
+    "missing-captions": Code(
+        "images without a caption",
+        'With `from = "textfile"` each image needs a .txt file of its name that is not empty. '
+        "Choose another origin for captions, or say what to do with such images.",
+        '[[data.source]]\npath = "pictures"  # without .txt files',
+        '[[data.source]]\npath = "pictures"\n'
+        'captions = { from = "instance", prompt = "a photo of sks dog" }',
+    ),
+    "missing-key": Code(
+        "a key that must be given",
+        "There is no default that would be right for everyone.",
+        "[adapter]\nrank = 8",
+        '[adapter]\nkind = "lora"\nrank = 8',
+    ),
+    "missing-path": Code(
+        "a file or folder that does not exist",
+        "Paths are relative to the recipe, not to where the command is run.",
+        '[[data.source]]\npath = "no-such-folder"',
+        '[[data.source]]\npath = "pictures"',
+    ),
+    "model-refused": Code(
+        "a model that can't be built or trained this way",
+        "The simulated step could not be made: the configuration is none that the library takes, "
+        "or the targets match no layer. The message is the reason it gave.",
+        '[adapter]\nkind = "lora"\ntargets = ["no_such_layer"]',
+        '[adapter]\nkind = "lora"\ntargets = "attention"',
+    ),
+    "nested-too-deep": Code(
+        "tables and arrays nested beyond reason",
+        "No part of a recipe is nested more than a few levels.",
+        "seed = " + "[" * 33 + "]" * 33,
+        "seed = 7",
+    ),
+    "no-effect": Code(
+        "a setting without effect",
+        "Something else in the recipe makes this setting mean nothing. It is refused instead of "
+        "ignored, because whoever wrote it expects it to matter.",
+        '[train]\nschedule = { name = "constant", power = 2.0 }',
+        '[train]\nschedule = { name = "polynomial", power = 2.0 }',
+    ),
+    "no-images": Code(
+        "a source without a usable image",
+        "The folder is empty, holds other files, or every image in it was skipped.",
+        '[[data.source]]\npath = "empty"  # a folder without images',
+        '[[data.source]]\npath = "pictures"',
+    ),
+    "no-such-entry": Code(
+        "a `--set` that reaches for nothing",
+        "An override may reach into an array that the recipe holds: entries count from 0.",
+        "tuner plan recipe.toml --set data.source[3].repeats=2",
+        "tuner plan recipe.toml --set data.source[0].repeats=2",
+    ),
+    "no-such-file": Code(
+        "a recipe that is not there",
+        "There is no file of this name, seen from the folder where the command runs.",
+        "tuner plan recpie.toml",
+        "tuner plan recipe.toml",
+    ),
+    "no-targets": Code(
+        "an adapter on nothing",
+        "An empty list of targets adapts no layer, so nothing would be trained.",
+        '[adapter]\nkind = "lora"\ntargets = []',
+        '[adapter]\nkind = "lora"\ntargets = "attention"',
+    ),
+    "not-a-file": Code(
+        "a folder or device where a recipe is needed",
+        "The command takes one recipe file.",
+        "tuner plan .",
+        "tuner plan recipe.toml",
+    ),
+    "not-a-pipeline": Code(
+        "a base that is no whole pipeline folder",
+        "A base folder has the Diffusers layout: model_index.json and a folder for each "
+        "component, as `save_pretrained` writes it.",
+        '[model]\nbase = "pictures"',
+        '[model]\nbase = "base"',
+    ),
+    "old-key": Code(
+        "a key of an older recipe language",
+        "The key was renamed. It still works in a recipe of that `schema`; rename it and raise "
+        "`schema` to be rid of the warning.",
+        "schema = 1  # with a key that schema 2 has renamed",
+        "schema = 2",
+    ),
+    "out-of-range": Code(
+        "a number outside of its bounds",
+        "The label says what is allowed. NaN, infinity and numbers beyond 64 bits are refused "
+        "everywhere.",
+        "[train.optimizer]\nlr = -1.0",
+        "[train.optimizer]\nlr = 1e-4",
+    ),
+    "precision-mismatch": Code(
+        "a frozen base in another number format than the arithmetic",
+        "Layers multiply numbers of one format. The frozen base must be held in the format that "
+        "is computed in.",
+        '[adapter]\nkind = "lora"\n[precision]\ncompute = "bf16"\nweights = "fp32"',
+        '[adapter]\nkind = "lora"\n[precision]\ncompute = "bf16"\nweights = "bf16"',
+    ),
+    "schedule-too-long": Code(
+        "a warm-up longer than the run",
+        "The learning rate would never reach its peak. A share of the run always fits.",
+        '[train]\nschedule = { name = "cosine", warmup = "5000 steps" }',
+        '[train]\nschedule = { name = "cosine", warmup = "10%" }',
+    ),
+    "schema-too-new": Code(
+        "a recipe of a later recipe language",
+        "`schema` is the version of the language. A newer one may hold keys that this version "
+        "would misread.",
+        "schema = 99",
+        "schema = 1",
+    ),
+    "shift-differs": Code(
+        "trained at another timestep shift than sampled",
+        "The base's scheduler draws pictures at its own shift. Training at another one puts the "
+        "effort at noise levels that sampling visits less.",
+        "[train]\ntimesteps = { shift = 1.5 }",
+        '[train]\ntimesteps = { shift = "auto" }',
+    ),
+    "small-buckets": Code(
+        "buckets that never fill a batch",
+        "Images of a rare shape are trained in short batches. They are weighted by their samples "
+        "and nothing is dropped, but such steps use the device poorly.",
+        '[[data.source]]\npath = "mixed"  # four squares and one panorama\n'
+        'captions = { from = "instance", prompt = "a photo" }',
+        '[[data.source]]\npath = "mixed"\n'
+        'captions = { from = "instance", prompt = "a photo" }\ncrop = { aspect = "square" }',
+    ),
+    "text-instruction": Code(
+        "trained without the pipeline's instruction",
+        "The family's pipeline puts an instruction before each prompt. A model trained without "
+        "it sees other embeddings in training than when it draws.",
+        "[text]\ninstruction = false",
+        '[text]\ninstruction = "auto"',
+    ),
+    "text-length": Code(
+        "trained with another prompt length than drawn with",
+        "Prompts are padded or cut to this many tokens. The pipeline has its own number, so a "
+        "trained model sees other embeddings when it draws.",
+        "[text]\nmax_length = 77",
+        '[text]\nmax_length = "auto"',
+    ),
+    "too-many": Code(
+        "more mistakes than are shown",
+        "Only the first 200 are shown. The others follow when these are mended.",
+        "x1 = 1  # and hundreds of further unknown keys",
+        'name = "my-run"',
+    ),
+    "too-small": Code(
+        "images below `min_size`",
+        "They are skipped, as the recipe asks. The message counts and names them.",
+        "[data]\nmin_size = 512  # above the size of the images",
+        "[data]\nmin_size = 0",
+    ),
+    "unknown-key": Code(
+        "a key that the recipe language does not have",
+        "A misspelt key that was ignored would train something else than you think.",
+        '[adapter]\nkind = "lora"\nrnk = 8',
+        '[adapter]\nkind = "lora"\nrank = 8',
+    ),
+    "unknown-model": Code(
+        "a base that is neither here nor known",
+        "Published bases whose configuration we carry plan without a download. Any other one "
+        "must be a folder on this machine.",
+        '[model]\nbase = "someone/something"',
+        '[model]\nbase = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"',
+    ),
+    "unknown-preset": Code(
+        "a preset that is not shipped",
+        "Presets are named by what they fit; the message lists them.",
+        'extends = "preset:sana-1.6b-lora-1g"',
+        'extends = "preset:sana-1.6b-lora-12g"',
+    ),
+    "unknown-value": Code(
+        "a word that is none of the choices",
+        "The key takes one of a few words; the message names the nearest, or all.",
+        '[train]\ntimesteps = { sampling = "gaussian" }',
+        '[train]\ntimesteps = { sampling = "logit-normal" }',
+    ),
+    "unreadable-file": Code(
+        "a recipe that the system won't let us read",
+        "The file is there but can't be opened: permissions, a failing disk, a name that no "
+        "file can have.",
+        "tuner plan recipe.toml  # with permissions for nobody",
+        "tuner plan recipe.toml",
+    ),
+    "unreadable-folder": Code(
+        "a data folder that the system won't let us read",
+        "The folder is there but its entries can't be listed.",
+        '[[data.source]]\npath = "pictures"  # with permissions for nobody',
+        '[[data.source]]\npath = "pictures"',
+    ),
+    "unwritable-output": Code(
+        "a folder that can't be written",
+        "Where the run or the caches would be written, there is a file, or no permission. It is "
+        "told now instead of after the first hour.",
+        'output = "recipe.toml"',
+        'output = "runs"',
+    ),
+    "upscaled": Code(
+        "images smaller than their bucket",
+        "They are enlarged, and the model learns their blur. Lower the resolution, or skip them "
+        "with `min_size`.",
+        "[data]\nresolution = 256  # with images of 64 pixels",
+        "[data]\nresolution = 64",
+    ),
+    "wrong-encoding": Code(
+        "a recipe that is not UTF-8",
+        "TOML is UTF-8 by definition. Save the file as UTF-8 in your editor.",
+        "tuner plan recipe.toml  # saved as UTF-16",
+        "tuner plan recipe.toml",
+    ),
+    "wrong-family": Code(
+        "a base of another family",
+        "The base's model_index.json names a pipeline of another family than the recipe.",
+        '[model]\nfamily = "sd3"\nbase = "base"  # which is a Sana pipeline',
+        '[model]\nfamily = "sana"\nbase = "base"',
+    ),
+    "wrong-type": Code(
+        "a value of the wrong kind",
+        "Nothing is converted silently: text is not a number, a number is not true or false.",
+        '[train]\nbatch_size = "2"',
+        "[train]\nbatch_size = 2",
+    ),
+}

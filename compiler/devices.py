@@ -1,0 +1,101 @@
+"""Peak arithmetic of devices, from their vendors' data sheets: dense matrix products, no sparsity.
+
+Sources: NVIDIA's data sheets of A100, A30, A40, A10, L4, L40, L40S, H100, H200, HGX B200, T4, V100,
+RTX A6000 and RTX 6000 Ada, and the appendices of its architecture white papers (GA102, Ada, RTX
+Blackwell), where bfloat16 is the row "with FP32 accumulate": GeForce cards do half of what the
+advertised row with FP16 accumulate says. AMD's data sheets of MI210, MI250X, MI300X and MI325X.
+Apple publishes no such figure. float32 is without TF32, as PyTorch multiplies by default.
+"""
+
+from __future__ import annotations
+
+import re
+
+from attrs import frozen
+
+from compiler.plan import Dtype
+
+GIB = 2**30
+
+
+@frozen
+class DeviceFacts:
+    """One device. `half_tflops` is of bfloat16, or of float16 where `bf16` is False."""
+
+    pattern: str  # of the name as the driver gives it; the first row that matches counts
+    memory_bytes: int  # 0: the name alone does not tell
+    half_tflops: float
+    float_tflops: float
+    bf16: bool = True
+
+
+_ROWS = (
+    DeviceFacts(r"B200", 180 * GIB, 2250, 75),
+    DeviceFacts(r"GH200|H200(?! NVL)", 141 * GIB, 989.4, 66.9),
+    DeviceFacts(r"H200 NVL", 141 * GIB, 835.5, 60.3),
+    DeviceFacts(r"H100 NVL", 94 * GIB, 835.5, 60.3),
+    DeviceFacts(r"H100 PCIe", 80 * GIB, 756, 51.2),
+    DeviceFacts(r"H[18]00", 80 * GIB, 989.4, 66.9),
+    DeviceFacts(r"A[18]00.*40GB", 40 * GIB, 312, 19.5),
+    DeviceFacts(r"A[18]00\b", 80 * GIB, 312, 19.5),
+    DeviceFacts(r"A40\b", 48 * GIB, 149.7, 37.4),
+    DeviceFacts(r"A30\b", 24 * GIB, 165, 10.3),
+    DeviceFacts(r"A10G", 24 * GIB, 70, 35),
+    DeviceFacts(r"A10\b", 24 * GIB, 125, 31.2),
+    DeviceFacts(r"L40S", 48 * GIB, 362.05, 91.6),
+    DeviceFacts(r"L40\b", 48 * GIB, 181.05, 90.5),
+    DeviceFacts(r"L4\b", 24 * GIB, 121, 30.3),
+    DeviceFacts(r"V100.*32GB", 32 * GIB, 125, 15.7, bf16=False),
+    DeviceFacts(r"V100", 16 * GIB, 125, 15.7, bf16=False),
+    DeviceFacts(r"Tesla T4|\bT4\b", 16 * GIB, 65, 8.1, bf16=False),
+    DeviceFacts(r"RTX PRO 6000", 96 * GIB, 503.8, 125),
+    DeviceFacts(r"RTX 6000 Ada", 48 * GIB, 364.2, 91.1),
+    DeviceFacts(r"RTX A6000", 48 * GIB, 154.8, 38.7),
+    DeviceFacts(r"RTX A5000", 24 * GIB, 111.1, 27.8),
+    DeviceFacts(r"RTX A4000", 16 * GIB, 76.7, 19.2),
+    DeviceFacts(r"RTX 5090(?! Laptop)", 32 * GIB, 209.5, 104.8),
+    DeviceFacts(r"RTX 5080(?! Laptop)", 16 * GIB, 112.6, 56.3),
+    DeviceFacts(r"RTX 5070 Ti(?! Laptop)", 16 * GIB, 87.9, 43.9),
+    DeviceFacts(r"RTX 5070(?! Laptop)", 12 * GIB, 61.7, 30.9),
+    DeviceFacts(r"RTX 4090(?! Laptop)", 24 * GIB, 165.2, 82.6),
+    DeviceFacts(r"RTX 4080 SUPER", 16 * GIB, 104.4, 52.2),
+    DeviceFacts(r"RTX 4080(?! Laptop)", 16 * GIB, 97.5, 48.7),
+    DeviceFacts(r"RTX 4070 Ti SUPER", 16 * GIB, 88.2, 44.1),
+    DeviceFacts(r"RTX 4070 Ti", 12 * GIB, 80.2, 40.1),
+    DeviceFacts(r"RTX 4070 SUPER", 12 * GIB, 71.0, 35.5),
+    DeviceFacts(r"RTX 4070(?! Laptop)", 12 * GIB, 58.3, 29.1),
+    DeviceFacts(r"RTX 4060 Ti", 0, 44.1, 22.1),  # 8 or 16 GB
+    DeviceFacts(r"RTX 4060(?! Laptop)", 8 * GIB, 30.2, 15.1),
+    DeviceFacts(r"RTX 3090 Ti", 24 * GIB, 80.0, 40.0),
+    DeviceFacts(r"RTX 3090", 24 * GIB, 71.0, 35.6),
+    DeviceFacts(r"RTX 3080 Ti(?! Laptop)", 12 * GIB, 68.2, 34.1),
+    DeviceFacts(r"RTX 3080(?! Laptop)", 0, 59.5, 29.8),  # 10 or 12 GB
+    DeviceFacts(r"RTX 3070 Ti(?! Laptop)", 8 * GIB, 43.5, 21.7),
+    DeviceFacts(r"RTX 3070(?! Laptop)", 8 * GIB, 40.6, 20.3),
+    DeviceFacts(r"RTX 3060 Ti", 8 * GIB, 32.4, 16.2),
+    DeviceFacts(r"RTX 3060(?! Laptop)", 12 * GIB, 25.5, 12.7),
+    DeviceFacts(r"RTX 2080 Ti", 11 * GIB, 53.8, 13.4, bf16=False),
+    DeviceFacts(r"MI325X", 256 * GIB, 1307.4, 163.4),
+    DeviceFacts(r"MI300X", 192 * GIB, 1307.4, 163.4),
+    DeviceFacts(r"MI250X", 128 * GIB, 383, 47.9),
+    DeviceFacts(r"MI210", 64 * GIB, 181, 22.6),
+)
+
+
+def facts_of(name: str) -> DeviceFacts | None:
+    """The row of the device that its driver calls `name`; None if it is not in the table."""
+    if " MIG " in name:  # a slice of a device does a share of its work
+        return None
+    return next((row for row in _ROWS if re.search(row.pattern, name, re.IGNORECASE)), None)
+
+
+def peak_flops(name: str, compute: Dtype) -> float | None:
+    """Floating-point operations a second at most, of matrix products in `compute`.
+
+    bfloat16 without hardware for it is emulated in float32. None where no figure is known.
+    """
+    row = facts_of(name)
+    if row is None:
+        return None
+    half = compute == "float16" or (compute == "bfloat16" and row.bf16)
+    return 1e12 * (row.half_tflops if half else row.float_tflops)

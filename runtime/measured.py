@@ -1,0 +1,82 @@
+"""What a run measured, to be set beside what was planned: `measured.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiler.plan import Plan
+from runtime.clock import Clock
+from runtime.data.feed import Window
+from runtime.loop import Trained, one_update
+from runtime.machine import look, versions
+from runtime.memory.measure import measure
+from runtime.memory.simulate import worst
+
+
+def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -> dict[str, Any]:
+    """The content of `measured.json`. Trains one step more, so nothing may follow.
+
+    Memory is the device allocator's peak of each phase (CUDA); on the processor, which has no such
+    thing, the peak of live tensors in one training step at the largest bucket.
+    """
+    peaks = dict(clock.peak_bytes)
+    if device.type == "cpu":
+        peaks["train"] = step_peak(plan, trained, device)
+    planned = {phase.name: phase for phase in plan.memory.phases}
+    return {
+        "plan": plan.digest,
+        "steps": plan.steps.total,
+        "device": "cpu" if device.type == "cpu" else look().device_name,
+        "versions": versions(),
+        "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
+        "memory": {
+            name: {
+                "planned_bytes": planned[name].device_bytes if name in planned else None,
+                "planned_parts": dict(planned[name].parts) if name in planned else {},
+                "measured_bytes": peaks.get(name),
+            }
+            for name in sorted(planned.keys() | peaks.keys())
+        },
+    }
+
+
+def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:
+    """Bytes of live tensors at the worst moment of one update, over the largest buckets."""
+    shapes = [(b.width, b.height, b.batch_size) for b in plan.buckets]
+    return max(_update_peak(plan, trained, device, shape) for shape in worst(shapes))
+
+
+def _update_peak(
+    plan: Plan, trained: Trained, device: torch.device, shape: tuple[int, int, int]
+) -> int:
+    width, height, batch_size = shape
+    batches = tuple(
+        trained.family.example_batch(plan.model, width, height, batch_size, plan.text, device)
+        for _ in range(plan.steps.accumulate)
+    )
+    window = Window(
+        step=plan.steps.total - 1,
+        epoch=plan.steps.epochs,
+        batches=batches,
+        samples=batch_size * len(batches),
+        names=(),
+    )
+    held = {
+        "batch": [t for b in batches for t in (b.latents, b.noise, b.sigmas, *b.text.values())],
+        **_resident(trained),
+    }
+    return measure(lambda mark: one_update(plan, trained, window), device, held).peak
+
+
+def _resident(trained: Trained) -> dict[str, Iterable[Tensor]]:
+    """What is there before a step, as the plan names it."""
+    states = trained.optimizer.state.values()
+    return {
+        "weights": [*trained.model.parameters(), *trained.model.buffers()],
+        "adapter": list(trained.parameters.values()),
+        "optimizer": [t for s in states for t in s.values() if isinstance(t, Tensor)],
+    }

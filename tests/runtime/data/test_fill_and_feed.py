@@ -1,0 +1,412 @@
+"""Filling the cache and feeding from it, with a family without models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from PIL import Image, ImageOps
+
+from compiler.data.index import HEADERS, Index
+from compiler.data.manifest import Folder, Manifest
+from compiler.data.scan import scan
+from compiler.families import FAMILIES
+from compiler.plan import Plan, Prompt
+from runtime import rng
+from runtime.data.cache import Cache, CacheIncomplete
+from runtime.data.feed import Feed, Window
+from runtime.data.fill import BrokenData, fill_latents, fill_text, prompt_embeddings, sample_keys
+from runtime.events import Silent
+from runtime.families import family_of
+from runtime.objective import draw_uniform, sigmas_from_uniform
+from tests.compiler.data.pictures import encoded, picture
+from tests.runtime.data.fakes import FakeFamily, embedding_of, fake_base
+from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan
+from tests.runtime.tiny import make_tiny
+
+CPU = torch.device("cpu")
+SIZES = [(70, 70)] * 5 + [(120, 60)] * 3
+
+
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int, str]] = []
+        self.done: list[int] = []
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        self.phases.append((name, total, unit))
+
+    def advance(self, done: int, **values: Any) -> None:
+        self.done.append(done)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def set_up(
+    tmp_path: Path,
+    *,
+    dropout: float = 0.0,
+    batch_size: int = 2,
+    accumulate: int = 2,
+    **changes: Any,
+) -> tuple[Plan, Manifest, FakeFamily]:
+    """A plan with two sources: eight pictures 1.5 times, four pictures once."""
+    base = tmp_path.parent / "sana-base"  # one for all tests of a session
+    if not base.exists():
+        make_tiny("sana", base)
+    if not (tmp_path / "dogs").exists():
+        draw_data(tmp_path / "dogs", SIZES)
+        draw_data(tmp_path / "cats", [(64, 64)] * 3 + [(64, 65)])
+    sources = [
+        source_of(tmp_path / "dogs", prompt="a dog", repeats="1.5", dropout=dropout),
+        source_of(tmp_path / "cats", prompt="a grey cat"),
+    ]
+    plan, manifest = tiny_plan(
+        "sana",
+        base,
+        sources,
+        tmp_path / "run",
+        batch_size=batch_size,
+        accumulate=accumulate,
+        steps=12,
+        **changes,
+    )
+    return fake_base(plan, tmp_path / "fake"), manifest, FakeFamily(FAMILIES["sana"])
+
+
+def filled(tmp_path: Path, **changes: Any) -> tuple[Plan, Manifest, FakeFamily, Cache]:
+    plan, manifest, family = set_up(tmp_path, **changes)
+    cache = Cache(Path(plan.cache_folder))
+    fill_text(plan, manifest, family, cache, Silent())
+    fill_latents(plan, manifest, family, cache, Silent())
+    return plan, manifest, family, cache
+
+
+def test_each_prompt_is_encoded_once(tmp_path: Path) -> None:
+    plan, manifest, family = set_up(tmp_path, dropout=0.5)
+    prompts = (Prompt(name="a", text="a dog"), Prompt(name="b", text="a blue dog"))
+    plan = evolve(plan, validation=evolve(PICTURES, prompts=prompts, negative="bad"))
+    cache, events = Cache(Path(plan.cache_folder)), Recorder()
+    fill_text(plan, manifest, family, cache, events)
+    expected = [("a grey cat", False), ("a dog", False), ("", True), ("a blue dog", False)]
+    assert sorted(family.prompts) == sorted([*expected, ("bad", True)])
+    assert events.phases == [("text", 5, "prompts")] and events.done == [0, 1, 2, 3, 4, 5]
+    assert family.loaded == ["tokenizer", "text_encoder"]
+    again, events = FakeFamily(family.card), Recorder()
+    fill_text(plan, manifest, again, Cache(cache.folder), events)
+    assert again.loaded == [] and events.done == [5]
+    found = prompt_embeddings(plan, family, cache, ["a blue dog"])
+    assert torch.equal(found["a blue dog"]["states"], embedding_of("a blue dog", False)["states"])
+    found = prompt_embeddings(plan, family, cache, ["bad"], negative=True)
+    assert torch.equal(found["bad"]["states"], embedding_of("bad", True)["states"])
+
+
+def test_text_depends_on_what_it_should(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    family.prompts.clear()
+    changed = [
+        evolve(plan, text=evolve(plan.text, max_length=31)),
+        evolve(plan, text=evolve(plan.text, instruction=("other",))),
+        evolve(plan, precision=evolve(plan.precision, cache="bfloat16")),
+    ]
+    for number, other in enumerate(changed):
+        fill_text(other, manifest, family, cache, Silent())
+        assert len(family.prompts) == 2 * (number + 1)
+    embedding = prompt_embeddings(changed[2], family, cache, ["a dog"])["a dog"]["states"]
+    assert embedding.dtype == torch.bfloat16 and embedding.shape == (3, 4)
+    (tmp_path / "fake" / "text_encoder" / "config.json").write_text("{}")
+    fill_text(plan, manifest, family, cache, Silent())
+    assert len(family.prompts) == 8
+    fill_text(evolve(plan, seed=9, name="other"), manifest, family, cache, Silent())
+    assert len(family.prompts) == 8
+
+
+def test_each_picture_is_encoded_once(tmp_path: Path) -> None:
+    plan, manifest, family = set_up(tmp_path)
+    cache, events = Cache(Path(plan.cache_folder)), Recorder()
+    fill_latents(plan, manifest, family, cache, events)
+    assert family.pictures == 12 and family.loaded == ["vae"]
+    assert events.phases == [("latents", 12, "pictures")] and events.done == list(range(13))
+    fill_latents(plan, manifest, family, Cache(cache.folder), Silent())
+    assert family.pictures == 12
+    shutil.copytree(tmp_path / "dogs", tmp_path / "moved")
+    moved = Manifest(
+        [Folder(id="dogs", path=str(tmp_path / "moved")), manifest.folders[1]], manifest
+    )
+    fill_latents(plan, moved, family, cache, Silent())
+    assert family.pictures == 12  # content, not places
+    (tmp_path / "moved" / "00.png").write_bytes((tmp_path / "moved" / "01.png").read_bytes())
+    fill_latents(plan, moved, family, cache, Silent())
+    assert family.pictures == 12  # known content under another name
+    (tmp_path / "fake" / "vae" / "config.json").write_text("{}")
+    fill_latents(plan, manifest, family, cache, Silent())
+    assert family.pictures == 24
+
+
+def test_equal_pictures_share_an_entry(tmp_path: Path) -> None:
+    plan, manifest, family = set_up(tmp_path)
+    for number in range(1, 5):
+        shutil.copy(tmp_path / "dogs" / "00.png", tmp_path / "dogs" / f"0{number}.png")
+    fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
+    assert family.pictures == 8
+
+
+def test_filling_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    plan, manifest, family = set_up(tmp_path)
+    family.fail_at = 7
+    cache = Cache(Path(plan.cache_folder))
+    with pytest.raises(KeyboardInterrupt):
+        fill_latents(plan, manifest, family, cache, Silent())
+    family.fail_at, events = None, Recorder()
+    fill_latents(plan, manifest, family, Cache(cache.folder), events)
+    assert family.pictures == 12 and events.done[0] == 7
+
+
+def test_broken_bodies_are_all_named_and_condemned(tmp_path: Path) -> None:
+    """A JPEG whose ends are right and whose middle is missing: no header shows it."""
+    plan, manifest, family = set_up(tmp_path)
+    for seed, name in enumerate(("01.png", "03.png")):
+        data = encoded(picture(70, 70, seed=seed), "PNG")
+        middle = data.index(b"IDAT") + 40
+        rotten = data[:middle] + bytes(len(data) - middle - 12) + data[-12:]
+        (tmp_path / "dogs" / name).write_bytes(rotten)
+    with pytest.raises(BrokenData, match="2 pictures can't be decoded") as caught:
+        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
+    assert [Path(path).name for path, _ in caught.value.files] == ["01.png", "03.png"]
+    assert "01.png: broken image data" in caught.value.message
+    assert "run the recipe again" in caught.value.help and family.pictures == 10
+    index = Index(tmp_path / "xdg" / "tuner" / HEADERS)
+    faults = scan(tmp_path / "dogs", index).faults
+    assert [Path(f.path).name for f in faults] == ["01.png", "03.png"]
+    assert all("broken image data" in f.why for f in faults)
+
+
+def test_files_that_vanish_or_shrink(tmp_path: Path) -> None:
+    plan, manifest, family = set_up(tmp_path)
+    (tmp_path / "dogs" / "00.png").write_bytes(encoded(picture(60, 70), "PNG"))
+    with pytest.raises(BrokenData, match="60x70 pixels, not 70x70"):
+        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
+    (tmp_path / "dogs" / "00.png").unlink()
+    with pytest.raises(Exception, match="can't be read: No such file"):
+        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
+
+
+def all_windows(feed: Feed, start: int = 0) -> list[Window]:
+    return list(feed.windows(start))
+
+
+def same_windows(one: Window, other: Window) -> bool:
+    same = (one.step, one.epoch, one.samples, one.names) == (
+        other.step,
+        other.epoch,
+        other.samples,
+        other.names,
+    )
+    for a, b in zip(one.batches, other.batches, strict=True):
+        same &= torch.equal(a.latents, b.latents) and torch.equal(a.noise, b.noise)
+        same &= torch.equal(a.sigmas, b.sigmas) and a.text.keys() == b.text.keys()
+        same &= all(torch.equal(a.text[name], b.text[name]) for name in a.text)
+    return same
+
+
+def test_every_epoch_is_fed_whole(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    windows = all_windows(Feed(plan, manifest, family, cache, CPU))
+    assert [w.step for w in windows] == list(range(12)) and plan.steps.per_epoch == 5
+    assert [w.epoch for w in windows] == [1] * 5 + [2] * 5 + [3] * 2
+    for epoch in (windows[:5], windows[5:10]):
+        names = Counter(name for window in epoch for name in window.names)
+        assert sum(names.values()) == plan.steps.samples_per_epoch == 17
+        assert sum(w.samples for w in epoch) == 17
+        assert all(names[f"cats/0{n}.png"] == 1 for n in range(4))
+        assert all(names[f"dogs/0{n}.png"] in (1, 2) for n in range(8))
+        assert sum(len(w.batches) for w in epoch) == plan.steps.batches_per_epoch
+
+
+def test_batches_hold_what_belongs_together(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    rows = {manifest.name(row): row for row in range(len(manifest))}
+    for window in all_windows(Feed(plan, manifest, family, cache, CPU)):
+        names = iter(window.names)
+        slot = 0
+        for batch in window.batches:
+            assert batch.latents.dtype == batch.noise.dtype == batch.sigmas.dtype == torch.float32
+            assert batch.weights is None
+            for index in range(len(batch.latents)):
+                row = rows[next(names)]
+                placed = manifest.placement(row)
+                assert batch.latents[index].shape == (3, placed.height // 8, placed.width // 8)
+                caption = embedding_of(manifest.caption(row), False)["states"]
+                assert torch.equal(batch.text["states"][index][: len(caption)], caption)
+                shape = tuple(batch.latents.shape[1:])
+                noise = rng.normal(shape, plan.seed, "noise", window.step, slot)
+                assert torch.equal(batch.noise[index], noise)
+                generator = rng.generator(plan.seed, "timestep", window.step, slot)
+                sigma = sigmas_from_uniform(
+                    draw_uniform(plan.objective, generator, 1), plan.objective
+                )
+                assert batch.sigmas[index] == sigma[0]
+                slot += 1
+        assert slot == window.samples
+
+
+def test_the_posterior_is_drawn_anew_each_step(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path, batch_size=1, accumulate=1)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for window in all_windows(Feed(plan, manifest, family, cache, CPU)):
+        seen.setdefault(window.names[0], []).append(window.batches[0].latents)
+    twice = next(latents for latents in seen.values() if len(latents) > 1)
+    assert not torch.equal(twice[0], twice[1]) and torch.allclose(twice[0], twice[1], atol=3.0)
+
+
+def test_any_step_can_be_gone_to(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path, dropout=0.4)
+    whole = all_windows(Feed(plan, manifest, family, cache, CPU))
+    for start in (0, 3, 7, 11):
+        rest = all_windows(Feed(plan, manifest, family, Cache(cache.folder), CPU), start)
+        assert len(rest) == 12 - start
+        assert all(same_windows(a, b) for a, b in zip(whole[start:], rest, strict=True))
+    assert all_windows(Feed(plan, manifest, family, cache, CPU), 12) == []
+
+
+def test_cutting_a_window_otherwise_changes_nothing(tmp_path: Path) -> None:
+    """One sample a batch and four batches, dealt to two ranks or not: the same draws per slot."""
+    plan, manifest, family, cache = filled(tmp_path, batch_size=1, accumulate=4)
+    ranks = evolve(plan, steps=evolve(plan.steps, ranks=2, accumulate=2))
+    one = all_windows(Feed(plan, manifest, family, cache, CPU))
+    parts = [all_windows(Feed(ranks, manifest, family, cache, CPU, rank=r)) for r in range(2)]
+    for window, *mine in zip(one, *parts, strict=True):
+        assert all(part.samples == window.samples for part in mine)
+        for index, batch in enumerate(window.batches):
+            other = mine[index % 2].batches[index // 2]
+            assert torch.equal(batch.latents, other.latents)
+            assert torch.equal(batch.noise, other.noise) and torch.equal(batch.sigmas, other.sigmas)
+
+
+def test_caption_dropout_has_its_share(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path, dropout=0.3)
+    plan = evolve(plan, steps=evolve(plan.steps, total=200))
+    feed = Feed(plan, manifest, family, cache, CPU)
+    empty = embedding_of("", True)["states"]
+    drops = Counter[tuple[str, bool]]()
+    for window in feed.windows(0):
+        names = iter(window.names)
+        for batch in window.batches:
+            for states in batch.text["states"]:
+                dropped = torch.equal(states[: len(empty)], empty)
+                drops[next(names)[:4], dropped] += 1
+    assert drops["cats", True] == 0
+    share = drops["dogs", True] / (drops["dogs", True] + drops["dogs", False])
+    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 500)
+
+
+def test_a_cache_that_lost_something_says_so(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    for shard in cache.folder.rglob("*.safetensors"):
+        shard.unlink()
+    with pytest.raises(CacheIncomplete, match="are not in the cache"):
+        Feed(plan, manifest, family, Cache(cache.folder), CPU)
+
+
+def feeders() -> int:
+    return sum(thread.name == "feed" for thread in threading.enumerate())
+
+
+def test_closing_early_ends_the_thread(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    feed = Feed(plan, manifest, family, cache, CPU)
+    with closing(feed.windows(0)) as windows:
+        assert next(windows).step == 0 and feeders() == 1
+    assert feeders() == 0
+
+
+def test_what_goes_wrong_ahead_arrives_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    feed = Feed(plan, manifest, family, cache, CPU)
+    real = feed.window
+
+    def failing(step: int) -> Window:
+        if step == 3:
+            raise RuntimeError("torn")
+        return real(step)
+
+    monkeypatch.setattr(feed, "window", failing)
+    seen: list[int] = []
+
+    def read(windows: Iterator[Window]) -> None:
+        seen.extend(window.step for window in windows)
+
+    with pytest.raises(RuntimeError, match="torn"):
+        for window in feed.windows(0):
+            seen.append(window.step)
+    assert seen == [0, 1, 2] and feeders() == 0
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_real_families(tmp_path: Path, family: str) -> None:
+    """Tiny pipelines from files to batches: latents as the VAE gives them, text as the pipeline."""
+    base = make_tiny(family, tmp_path / "base")
+    data = draw_data(tmp_path / "dogs", [(64, 64)] * 3)
+    plan, manifest = tiny_plan(family, base, data, tmp_path / "run", steps=2)
+    kind, cache = family_of(family), Cache(tmp_path / "cache")
+    fill_text(plan, manifest, kind, cache, Silent())
+    fill_latents(plan, manifest, kind, cache, Silent())
+    windows = all_windows(Feed(plan, manifest, kind, cache, CPU))
+    assert sorted(w.samples for w in windows) == [1, 2]
+    factor = kind.card.vae_factor(json.loads(plan.model.configs["vae"]))
+    for window in windows:
+        (batch,) = window.batches
+        assert batch.latents.shape[2:] == (64 // factor, 64 // factor)
+        assert torch.isfinite(batch.latents).all()
+        model = kind.load(plan.model, "transformer", torch.float32, CPU)
+        with torch.no_grad():
+            found = kind.predict(model, batch.latents, batch.sigmas, batch.text)
+        assert found.shape == batch.latents.shape
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_real_photographs(tmp_path: Path, data_root: Path, family: str) -> None:
+    """A dog and a backpack: what is fed is what Pillow and Diffusers' own VAE make of the files."""
+    base = make_tiny(family, tmp_path / "base")
+    sources = [
+        source_of(data_root / "dreambooth" / "dog6", prompt="a photo of sks dog", repeats="1.5"),
+        source_of(data_root / "dreambooth" / "backpack", prompt="a photo of a zwx backpack"),
+    ]
+    plan, manifest = tiny_plan(family, base, sources, tmp_path / "run", steps=4)
+    kind, cache = family_of(family), Cache(tmp_path / "cache")
+    fill_text(plan, manifest, kind, cache, Silent())
+    fill_latents(plan, manifest, kind, cache, Silent())
+    vae = kind.load(plan.model, "vae", torch.float32, CPU)
+    located = cache.locate(sample_keys(plan, manifest, kind, cache))
+    for row in range(0, len(manifest), 4):
+        placed = manifest.placement(row)
+        with Image.open(manifest.path(row)) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        size = (placed.resize_width, placed.resize_height)
+        box = (placed.crop_x, placed.crop_y)
+        cut = image.resize(size, Image.Resampling.LANCZOS).crop(
+            (*box, box[0] + placed.width, box[1] + placed.height)
+        )
+        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            coded = vae.encode(pixels)
+        expected = coded.latent if family == "sana" else coded.latent_dist.mean
+        difference = (cache.read(located, row)["mean"] - expected[0]).abs().max()
+        assert difference < 0.05 * expected.abs().max()  # pixels differ by rounding alone
+    names = Counter(n for w in all_windows(Feed(plan, manifest, kind, cache, CPU)) for n in w.names)
+    assert {name.split("/")[0] for name in names} == {"dog6", "backpack"}
