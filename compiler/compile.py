@@ -48,11 +48,11 @@ def compile_file(
     index: Index | None = None,
     cache_default: Path | None = None,
     presets: Path | None = None,
-    site: Site | None = None,
+    site: Site | Callable[[], Site] | None = None,
 ) -> Compiled:
     """Compile the recipe at `path`. Mistakes of the user become diagnostics; nothing is
-    written. `presets` is the folder of shipped presets; a `machine` that takes time to look at is
-    handed in as a function, because many recipes are refused before it matters."""
+    written. `presets` is the folder of shipped presets; a `machine` or `site` that takes time to
+    look at is handed in as a function, because many recipes are refused before it matters."""
     source, faults = read_source(path, _shown(path))
     layers, more = parse_overrides(overrides)
     faults = [*faults, *more]

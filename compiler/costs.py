@@ -92,6 +92,18 @@ class Outlook:
     duration: Duration | None  # None: nothing was simulated, or the device's rate is unknown
     unknown: str  # why there is no duration; "" if there is one
     present: Present | None
+    steps: int  # of the whole run
+
+    @property
+    def left_seconds(self) -> float | None:
+        """What is left of the time for a run that has begun."""
+        if self.duration is None:
+            return None
+        whole = self.duration.train_seconds + self.duration.validate_seconds
+        resume = self.present.resume if self.present else None
+        if resume is None or resume.changes or resume.problem:
+            return whole
+        return 0.0 if resume.finished else whole * (1 - resume.step / self.steps)
 
 
 def outlook(plan: Plan, manifest: Manifest, machine: Machine, site: Site | None) -> Outlook:
@@ -107,6 +119,7 @@ def outlook(plan: Plan, manifest: Manifest, machine: Machine, site: Site | None)
         duration=duration,
         unknown=unknown,
         present=site.present(plan, manifest) if site else None,
+        steps=plan.steps.total,
     )
 
 

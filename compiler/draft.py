@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Draft:
     machine: Machine
     memory_model: MemoryModel | None
     index: Index | None
-    site: Site | None = None  # this machine's disks and its past
+    site: Site | Callable[[], Site] | None = None  # this machine's disks and its past
     running: str = ""  # name of the pass that runs now
     diagnostics: list[Diagnostic] = Factory(list)
     decisions: list[plan.Decision] = Factory(list)

@@ -56,12 +56,21 @@ def _leaves(table: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
             for number, entry in enumerate(value):
                 yield from _leaves(entry, (*here, number))
         elif isinstance(value, dict) and value:
-            yield from (((*here, key), item) for key, item in value.items())
+            yield from _entries(value, here)
         elif value is None and path[:2] == SOURCES:
             inner = [one.key for table in tables_in(field.type) for one in fields_of(table)]
             yield from (((*here, key), None) for key in inner) if inner else ((here, None),)
         else:
             yield here, value
+
+
+def _entries(table: dict[Any, Any], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """The entries of a table whose keys are the user's own, and of tables in it."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _entries(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def _undecided(draft: Draft, path: KeyPath, value: Any) -> Decision:

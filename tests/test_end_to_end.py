@@ -83,7 +83,7 @@ alpha = 4
 """
 
 # What a person writes who has never heard of tuner.
-LOAD = """\
+LOAD = f"""\
 import sys, torch, diffusers
 kind, base, result, picture = sys.argv[1:]
 torch.set_num_threads(1)
@@ -92,11 +92,12 @@ if kind == "sd3":
     pipe.load_lora_weights(result)
 else:
     pipe = diffusers.SanaPipeline.from_pretrained(result)
-arguments = {"use_resolution_binning": False} if kind == "sana" else {}
-pipe("a photo of sks dog", width=64, height=64, guidance_scale=3.0, num_inference_steps=%d,
-     generator=torch.Generator("cpu").manual_seed(%d), **arguments).images[0].save(picture)
-assert not {"tuner", "runtime", "compiler"} & set(sys.modules)
-""" % (SAMPLING_STEPS, SEED)
+arguments = dict(use_resolution_binning=False) if kind == "sana" else dict()
+pipe("a photo of sks dog", width=64, height=64, guidance_scale=3.0,
+     num_inference_steps={SAMPLING_STEPS}, generator=torch.Generator("cpu").manual_seed({SEED}),
+     **arguments).images[0].save(picture)
+assert not set(("tuner", "runtime", "compiler")) & set(sys.modules)
+"""
 
 
 def tuner(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -195,11 +195,20 @@ def reference(out: OutOption = None) -> int:
 
 
 @app.command()
-def doctor(json: JsonOption = False) -> int:
+def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe to judge.", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Also ask whether the hub answers (5 s at most).")
+    ] = False,
+) -> int:
     """Say what this machine is and what it allows."""
     from tuner.doctor import show_machine
 
-    return show_machine(as_json=json)
+    return show_machine(recipe=recipe, as_json=json, online=online)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from attrs import evolve
 
 from compiler.compile import Compiled, compile_file, default_cache
 from compiler.diagnostics import Diagnostic, render, summary
+from compiler.site import Site
 from tuner.exits import DONE, REFUSED, UNFIT
 from tuner.screen import err, style_for
 
@@ -22,7 +23,6 @@ def compile_here(path: Path, overrides: Sequence[str], *, simulate: bool = True)
     memory stays unknown and nothing slow is imported."""
     from compiler.data.index import HEADERS, Index
     from runtime.machine import look
-    from runtime.site import Here
     from tuner.shelf import presets
     from tuner.simulations import memory_model
 
@@ -34,11 +34,17 @@ def compile_here(path: Path, overrides: Sequence[str], *, simulate: bool = True)
         memory_model=memory_model(default_cache() / SIMULATIONS) if simulate else None,
         index=index,
         presets=presets(),
-        site=Here(default_cache()),
+        site=_here,
     )
     if compiled.plan is not None:  # a recipe that is refused leaves nothing behind
         index.save()
     return compiled
+
+
+def _here() -> Site:
+    from runtime.site import Here
+
+    return Here(default_cache())
 
 
 def judged(compiled: Compiled, *, strict: bool) -> tuple[Diagnostic, ...]:

@@ -42,5 +42,9 @@ def show_plan(
         from tuner.plan_view import decorated, text
 
         style = style_for(sys.stdout)
-        out(decorated(text(plan, recipe=str(recipe), verbose=verbose, outlook=compiled.outlook), style))
+        out(
+            decorated(
+                text(plan, recipe=str(recipe), verbose=verbose, outlook=compiled.outlook), style
+            )
+        )
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from compiler.costs import Outlook
 from compiler.plan import Plan
 from compiler.site import Counted, Present, Resume
-from tuner.formats import counted, duration, size
+from tuner.formats import duration, size
 from tuner.layout import section, wrapped
 
 REUSE, MAKE = "=", "+"
@@ -23,7 +23,7 @@ def cached_words(found: Counted | None) -> str:
     if found.cached == found.total:
         return ", all cached"
     parts = [f"{found.cached:,} cached"] * (found.cached > 0)
-    parts += [f"{found.unknown:,} not known before a run looks"] * (found.unknown > 0)
+    parts += [f"{found.unknown:,} unknown yet"] * (found.unknown > 0)
     return "".join(f", {part}" for part in parts)
 
 
@@ -43,22 +43,26 @@ def resume_lines(plan: Plan, outlook: Outlook | None) -> list[str]:
     present = present_of(outlook)
     if present is None or present.resume is None:
         return []
-    return wrapped(resume_words(plan, present.resume), f"  {REUSE} ", "    ")
+    words = resume_words(plan, present.resume)
+    left = outlook.left_seconds if outlook else None
+    if left and present.resume.step:
+        words += f", about {duration(left)} left"
+    return wrapped(words, f"  {REUSE} ", "    ")
 
 
 def resume_words(plan: Plan, found: Resume) -> str:
     """A begun run in a sentence."""
     if found.problem:
-        return f"a run was begun here: {found.problem}"
+        return f"begun here: {found.problem}"
     if found.changes:
         keys = ", ".join(key for key, _, _ in found.changes[:4])
         more = f" and {len(found.changes) - 4} more" if len(found.changes) > 4 else ""
-        return f"a run was begun here with another plan ({keys}{more}): `tuner run` will refuse"
+        return f"begun here with another plan ({keys}{more}): `tuner run` will refuse"
     if found.finished:
-        return "a run is finished here: `tuner run` has nothing to do"
+        return "finished here: `tuner run` has nothing to do"
     if not found.step:
-        return "a run was begun here, without a checkpoint: it starts over"
-    return f"a run was begun here: goes on from step {found.step:,} of {plan.steps.total:,}"
+        return "begun here, without a checkpoint: it starts over"
+    return f"begun here: goes on from step {found.step:,} of {plan.steps.total:,}"
 
 
 def cost_lines(outlook: Outlook | None, *, verbose: bool) -> list[str]:
@@ -73,7 +77,7 @@ def _disk(outlook: Outlook, *, verbose: bool) -> list[str]:
     parts = [f"cache {size(disk.cache_bytes)}"]
     if disk.checkpoint_bytes is not None and disk.one_checkpoint_bytes is not None:
         one = size(disk.one_checkpoint_bytes)
-        parts.append(f"{counted(disk.checkpoints, 'checkpoint')} of {one}")
+        parts.append(f"checkpoints {disk.checkpoints} x {one}")
     if disk.result_bytes is not None:
         parts.append(f"result {size(disk.result_bytes)}")
     words = ", ".join(parts)

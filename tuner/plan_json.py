@@ -114,8 +114,10 @@ def _disk(disk: Disk) -> dict[str, Any]:
 def _duration(outlook: Outlook) -> dict[str, Any]:
     found = outlook.duration
     if found is None:
-        return {"total_seconds": None, "basis": None, "why": outlook.unknown}
-    return {"total_seconds": found.train_seconds + found.validate_seconds} | plain(found)
+        nothing = dict.fromkeys(("total_seconds", "left_seconds", "basis"))
+        return {**nothing, "why": outlook.unknown}
+    whole = found.train_seconds + found.validate_seconds
+    return {"total_seconds": whole, "left_seconds": outlook.left_seconds} | plain(found)
 
 
 def _cached(present: Present) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from tuner.defaults import default_of, differs
 from tuner.layout import pair, wrapped
 
 MAX_DIFFERENT = 5  # keys that differ from their defaults and have a row of their own without -v
-MAX_FILLED = 4
+MAX_FILLED = 3
 MATTERS = (  # what is filled in and shown without -v, the most telling first
     "memory.activation_checkpointing",
     "launch.device",
+    "train.timesteps.shift",
     "precision.compute",
     "precision.trained",
     "adapter.targets",
     "data.resolution",
-    "train.timesteps.shift",
     "adapter.alpha",
     "text.max_length",
     "validation.sizes",
@@ -30,7 +30,7 @@ _PLACE = re.compile(r"(?P<file>.+):(?P<line>\d+)")
 
 
 def different(plan: Plan, recipe: str, verbose: bool) -> list[str]:
-    """Keys that the person set to something else than the default; many of them in a paragraph."""
+    """Keys that the person set to something else than the default; of many, how many."""
     found = [
         (decision, default)
         for decision in plan.decisions
@@ -41,9 +41,7 @@ def different(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     if not found:
         return []
     if len(found) > MAX_DIFFERENT and not verbose:
-        words = ", ".join(f"{d.key.rpartition('.')[2]} {d.value or EMPTY}" for d, _ in found)
-        head = f"differs from the defaults in {len(found)} keys (-v)"
-        return [head, *wrapped(words, "  ~ ", "    ")]
+        return [f"differs from the defaults in {len(found)} keys (-v)"]
     lines = ["differs from the defaults"]
     for decision, default in found:
         words = f"{decision.key}  {default or EMPTY} -> {decision.value or EMPTY}"
@@ -60,7 +58,7 @@ def filled_in(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     telling = sorted((d for d in chosen if d.key in MATTERS), key=lambda d: MATTERS.index(d.key))
     shown = telling[:MAX_FILLED]
     more = len(chosen) - len(shown)
-    head = "filled in" + (f"  {more} more with -v" if more else "")
+    head = "filled in" + (f", {more} more with -v" if more else "")
     return _rows(head, shown, recipe)
 
 

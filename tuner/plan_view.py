@@ -36,14 +36,12 @@ def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | N
     head = wrapped(f"{recipe} is valid; `tuner run` would do this:", "", "  ")
     blocks = [
         head,
-        _model(plan, recipe),
-        _method(plan, recipe),
-        different(plan, recipe, verbose),
-        filled_in(plan, recipe, verbose),
+        [*_model(plan, recipe), *_method(plan, recipe)],
+        [*different(plan, recipe, verbose), *filled_in(plan, recipe, verbose)],
         _data(plan, verbose, outlook),
         _training(plan, recipe, verbose),
         _steps(plan, verbose, outlook),
-        [*_memory(plan), *cost_lines(outlook, verbose=verbose)],
+        [*_memory(plan, verbose), *cost_lines(outlook, verbose=verbose)],
         _closing(plan),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -84,8 +82,8 @@ def peak(plan: Plan) -> Phase | None:
 
 def _model(plan: Plan, recipe: str) -> list[str]:
     model = plan.model
-    revision = f" @ {model.revision}" if model.revision else ""
-    words = f"{model.base}{revision}, family {model.family}"
+    revision = f" @ {model.revision}" if model.revision not in ("", "main") else ""
+    words = f"{model.base}{revision} ({model.family})"
     lines = section("model", words, where(plan, "model.base", recipe))
     parts = [part for part in model.components if not part.name.startswith(_BARE)]
     rows = [
@@ -242,7 +240,7 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     present = present_of(outlook)
     texts, latents = (present.texts, present.latents) if present else (None, None)
     told = f"captions of {counted(_images(plan), 'image')}"
-    told += f" and {counted(prompts, 'prompt')}" if prompts else ""
+    told += f", {counted(prompts, 'prompt')}" if prompts else ""
     window = plan.steps.accumulate * plan.steps.ranks
     batch = max(min(b.batch_size, b.samples) for b in plan.buckets) * window
     train = f"{counted(plan.steps.total, 'step')} of up to {counted(batch, 'sample')}"
@@ -274,7 +272,7 @@ def _validation_words(plan: Plan) -> str:
         counted(len(validation.seeds), "seed"),
     ]
     every = f"every {counted(validation.every, 'step')}" if validation.every else "at the end"
-    start = "untrained, then " if validation.at_start else ""
+    start = "at 0 and " if validation.at_start else ""
     return f"{' x '.join(parts)}, {start}{every}"
 
 
@@ -286,19 +284,25 @@ def _checkpoint_words(plan: Plan) -> str:
     return f"every {counted(checkpoints.every, 'step')}, {kept}"
 
 
-def _memory(plan: Plan) -> list[str]:
-    if not plan.memory.phases:
+def _memory(plan: Plan, verbose: bool) -> list[str]:
+    """The phase that peaks with its parts, the others in a row; with -v all with their parts."""
+    top = peak(plan)
+    if top is None:
         return section("memory", "not simulated")
     lines = section("memory", _peak_words(plan))
+    shown = plan.memory.phases if verbose else (top,)
     rows = []
-    for phase in plan.memory.phases:
+    for phase in shown:
         words = _parts(phase)
         if phase.host_bytes and plan.device != "cpu":
             words += f"; host {size(phase.host_bytes)}"
         rows.append((phase.name, size(phase.device_bytes).rjust(9), words))
+    lines += columns(rows)
+    others = [f"{p.name} {size(p.device_bytes)}" for p in plan.memory.phases if p not in shown]
     blocks = plan.memory.activation_checkpointing
-    every = {0: "off", 1: "every block"}.get(blocks, f"every {blocks} blocks")
-    return [*lines, *columns(rows), f"  activation checkpointing {every}"]
+    every = "every block" if blocks == 1 else f"every {blocks} blocks"
+    told = [*others, *([f"recomputes the activations of {every}"] if blocks else [])]
+    return lines + (wrapped(", ".join(told), "  ", "    ") if told else [])
 
 
 def _parts(phase: Phase) -> str:

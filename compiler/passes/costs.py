@@ -17,12 +17,12 @@ SPACE_CODE = "disk-full"
 def judge_costs(draft: Draft, plan: Plan) -> Outlook:
     """What `plan` costs; a disk that is too small is an error, one that may be is a warning."""
     assert draft.manifest is not None
-    found = evolve(
-        costs.outlook(plan, draft.manifest, draft.machine, draft.site), skipped=_skipped(draft)
-    )
-    if draft.site is None or found.present is None:
+    site = draft.site() if callable(draft.site) else draft.site
+    found = costs.outlook(plan, draft.manifest, draft.machine, site)
+    found = evolve(found, skipped=_skipped(draft))
+    if site is None:
         return found
-    run, cache = draft.site.space(plan.run_folder), draft.site.space(plan.cache_folder)
+    run, cache = site.space(plan.run_folder), site.space(plan.cache_folder)
     if run is not None and cache is not None and run.disk == cache.disk:
         _judge_both(draft, plan, found, run)
     else:

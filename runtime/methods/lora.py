@@ -125,4 +125,4 @@ def metadata(config: Any) -> dict[str, Any]:
     """peft's configuration as plain values, in an order that is always the same."""
     values: dict[str, Any] = config.to_dict()
     plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-    return {**plain, "lora_dropout": 0.0}  # for inference: pipelines leave adapters in training mode
+    return {**plain, "lora_dropout": 0.0}  # pipelines load in training mode

@@ -15,7 +15,7 @@ from tests.compiler.recipes import RECIPE, FixedMemory, compiled, project
 FULL = (
     RECIPE.replace("resolution = 64", 'resolution = 64\ncaptions = { missing = "skip" }')
     + '[train.ema]\ndecay = 0.9\n[adapter]\nkind = "lora"\n'
-    + '[validation]\nprompts = { beach = "a beach" }\n'
+    + '[validation]\nprompts = { beach = "a beach", in = { snow = "a hill" } }\n'
 )
 
 
@@ -35,7 +35,7 @@ def test_every_leaf_of_the_schema_is_explained_once(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys))
     leaves = {row.key.replace("[]", "[0]") for row in all_rows() if not row.fields}
     assert leaves - {"validation.prompts"} <= set(keys)
-    assert "validation.prompts.beach" in keys
+    assert {"validation.prompts.beach", "validation.prompts.in.snow"} <= set(keys)
     assert all(d.source and (d.value or d.source in ("default", INHERITED)) for d in plan.decisions)
     assert "auto" not in {decision.value for decision in plan.decisions}
 

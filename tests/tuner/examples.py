@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attrs import evolve
 
+from compiler.costs import Disk, Duration, Outlook, Skipped
 from compiler.lock import dumps
 from compiler.occasions import validation_steps
 from compiler.plan import (
@@ -36,6 +37,7 @@ from compiler.plan import (
     lock_path,
 )
 from compiler.schedules import multiplier
+from compiler.site import Counted, Present, Resume
 
 GIB = 2**30
 MIB = 2**20
@@ -335,6 +337,42 @@ def quickstart() -> Plan:
                 key="launch.device", value="cpu", source="pass precision", why="no accelerator"
             ),
         ),
+    )
+
+
+def outlook() -> Outlook:
+    """What `sd35_large_lora` costs on a made-up machine where some of it was done before."""
+    return Outlook(
+        skipped=(
+            Skipped(source="k4s4", images=2, why="an edge below 512 pixels"),
+            Skipped(source="k4s4", images=1, why="no caption"),
+        ),
+        disk=Disk(
+            latents_bytes=476 * 16 * 128 * 128 * 2 * 2,
+            texts_bytes=3 * 333 * 4096 * 2,
+            checkpoints=11,
+            one_checkpoint_bytes=12 * 567_803_904,
+            result_bytes=4 * 567_803_904,
+            pictures_bytes=124 * 1024 * 1024 * 3,
+            free_bytes=500 * GIB,
+            cache_free_bytes=80 * GIB,
+        ),
+        duration=Duration(
+            train_seconds=49_150.0,
+            validate_seconds=2_420.0,
+            seconds_per_step=49_150.0 / 11_910,
+            flops_per_second=3.5e14,
+            basis="data-sheet",
+            why="35% of 989 TFLOP/s (data sheet) assumed",
+        ),
+        unknown="",
+        present=Present(
+            texts=Counted(total=3, cached=3, unknown=0),
+            latents=Counted(total=476, cached=300, unknown=20),
+            resume=Resume(step=800, finished=False, changes=(), problem=""),
+            run_bytes=0,
+        ),
+        steps=11_910,
     )
 
 

@@ -11,30 +11,33 @@ from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
 from compiler.plan import Schedule
 from compiler.schedules import multiplier
+from compiler.site import Resume
 from tests.tuner import examples
 from tuner.curve import BLOCKS, COLUMNS, ROWS, draw
 from tuner.defaults import default_of, differs
 from tuner.formats import amount, clock, duration, in_unit_of, size
+from tuner.plan_costs import resume_words
 from tuner.plan_json import json_object
 from tuner.plan_view import decorated, summary, text
 from tuner.screen import bare, paint
 
 GOLDEN = Path(__file__).parent / "golden"
 PLANS = {
-    "sd35-large-lora": (examples.sd35_large_lora(), False),
-    "quickstart": (examples.quickstart(), True),
+    "sd35-large-lora": (examples.sd35_large_lora(), False, examples.outlook()),
+    "quickstart": (examples.quickstart(), True, None),
 }
+ONE_SCREEN = 56  # lines
 
 
 def shown(name: str) -> str:
-    plan, verbose = PLANS[name]
-    return text(plan, recipe=f"{name}.toml", verbose=verbose)
+    plan, verbose, outlook = PLANS[name]
+    return text(plan, recipe=f"{name}.toml", verbose=verbose, outlook=outlook)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_text_is_exactly_this(name: str) -> None:
     expected = (GOLDEN / f"{name}.plan.txt").read_text(encoding="utf-8")
-    plan, _ = PLANS[name]
+    plan, *_ = PLANS[name]
     assert shown(name) == expected.removesuffix("\n").replace("{digest}", plan.digest[:12])
 
 
@@ -83,7 +86,9 @@ def test_many_buckets_are_folded_unless_verbose() -> None:
     plan = examples.quickstart()
     buckets = tuple(evolve(plan.buckets[0], width=64 * n) for n in range(1, 21))
     plan = evolve(plan, buckets=buckets)
-    assert "and 14 buckets more (-v)" in text(plan, recipe="r.toml")
+    assert "and 15 buckets more (-v)" in text(plan, recipe="r.toml")
+    six = evolve(plan, buckets=buckets[:6])  # a row that says "1 more" would save nothing
+    assert "more (-v)" not in text(six, recipe="r.toml")
     assert text(plan, recipe="r.toml", verbose=True).count("24 images x 2 =") == 20
 
 
@@ -97,6 +102,56 @@ def test_when_pictures_are_drawn(every: int, start: bool, expected: list[int]) -
     assert validation_steps(plan) == expected
     assert checkpoint_steps(plan) == [100, 200, 250]
     assert validation_steps(evolve(plan, validation=evolve(plan.validation, prompts=()))) == []
+
+
+def test_a_plan_of_many_sources_and_keys_fits_one_screen() -> None:
+    plan = examples.sd35_large_lora()
+    sources = tuple(evolve(plan.sources[0], id=f"s{n}") for n in range(3))
+    buckets = tuple(
+        evolve(plan.buckets[0], source=source.id, width=64 * n)
+        for source in sources
+        for n in range(8, 20)
+    )
+    chosen = [d for d in plan.decisions if not d.why]
+    plan = evolve(plan, sources=sources, buckets=buckets, decisions=plan.decisions + (*chosen,) * 8)
+    found = text(plan, recipe="sd35-large-lora.toml", outlook=examples.outlook())
+    assert len(found.split("\n")) <= ONE_SCREEN + 6  # two more sources of three lines each
+    assert "keys (-v)" in found
+
+
+@pytest.mark.parametrize(
+    ("resume", "words"),
+    [
+        (
+            Resume(step=800, finished=False, changes=(), problem=""),
+            "goes on from step 800 of 11,910",
+        ),
+        (Resume(step=0, finished=False, changes=(), problem=""), "it starts over"),
+        (Resume(step=11_910, finished=True, changes=(), problem=""), "nothing to do"),
+        (
+            Resume(step=5, finished=False, changes=(("seed", "1", "2"),), problem=""),
+            "with another plan (seed): `tuner run` will refuse",
+        ),
+        (Resume(step=5, finished=False, changes=(), problem="format 9"), "begun here: format 9"),
+    ],
+)
+def test_what_a_run_would_go_on_from(resume: Resume, words: str) -> None:
+    plan, outlook = examples.sd35_large_lora(), examples.outlook()
+    assert outlook.present is not None
+    outlook = evolve(outlook, present=evolve(outlook.present, resume=resume))
+    found = text(plan, recipe="r.toml", outlook=outlook)
+    line = next(
+        line for line in found.split("\n") if line.startswith(("  = begun", "  = finished"))
+    )
+    assert words in " ".join(resume_words(plan, resume).split())
+    assert decorated(line, lambda role, text: f"<{role}>{text}") == f"  <quiet>={line[3:]}"
+
+
+def test_without_a_rate_the_plan_says_why() -> None:
+    outlook = evolve(examples.outlook(), duration=None, unknown="there is no card", present=None)
+    found = text(examples.sd35_large_lora(), recipe="r.toml", outlook=outlook)
+    assert "time      not estimated: there is no card" in found
+    assert "cached" not in found
 
 
 def test_the_curve_follows_the_schedule() -> None:
@@ -142,7 +197,7 @@ def test_a_full_fine_tune_and_no_simulation_read_well() -> None:
 def test_json_has_what_programs_rely_on() -> None:
     plan = examples.sd35_large_lora()
     warning = Diagnostic(code="small-bucket", severity="warning", message="few images")
-    found = json.loads(json.dumps(json_object(plan, (warning,))))
+    found = json.loads(json.dumps(json_object(plan, (warning,), examples.outlook())))
     assert found["format_version"] == 1 and found["valid"] is True
     assert found["digest"] == plan.digest
     assert [found["steps"][k] for k in ("total", "per_epoch", "epochs")] == [11_910, 397, 30]
@@ -156,8 +211,9 @@ def test_json_has_what_programs_rely_on() -> None:
     assert set(memory["phases"][0]) == {"name", "device_bytes", "host_bytes", "parts"}
     assert all(set(row) == {"key", "value", "source", "why"} for row in found["decisions"])
     assert [row["code"] for row in found["warnings"]] == ["small-bucket"]
-    assert found["disk"]["free_bytes"] > 0
+    assert found["disk"]["free_bytes"] == 500 * 2**30
     assert found["disk"]["result_bytes"] == 4 * 567_803_904
+    assert found["disk"]["checkpoint_bytes"] == 11 * 12 * 567_803_904
 
 
 def test_json_without_a_plan_says_why() -> None:
@@ -183,7 +239,7 @@ def test_how_numbers_are_spelt() -> None:
 
 def _rewrite() -> None:
     """Write the golden files anew: `python -m tests.tuner.test_plan_view`, then read the diff."""
-    for name, (plan, _) in PLANS.items():
+    for name, (plan, *_) in PLANS.items():
         content = shown(name).replace(plan.digest[:12], "{digest}") + "\n"
         (GOLDEN / f"{name}.plan.txt").write_text(content, encoding="utf-8")
 

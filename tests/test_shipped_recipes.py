@@ -1,0 +1,110 @@
+"""Every recipe and preset on the shelf plans, simulated, without its device or data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compiler.compile import Compiled, compile_file
+from compiler.plan import Plan
+from tests.compiler.recipes import MACHINE
+from tuner.shelf import presets, shipped_recipes
+from tuner.simulations import memory_model
+
+PICTURE = (1024, 1024)
+WITH_THEIR_DATA = ("quickstart", "quickstart-full")
+RECIPES = shipped_recipes()
+PRESETS = sorted((presets() or Path()).glob("*.toml"))
+CHILD = """\
+extends = "preset:{name}"
+name = "child"
+[[data.source]]
+path = "pictures"
+captions = {{ from = "instance", prompt = "a photo of sks dog" }}
+[train]
+epochs = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of 1024 pixels with captions; as little as a header needs."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", PICTURE).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text("a plain picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simulations")
+
+
+def plan_of(result: Compiled) -> Plan:
+    assert result.plan is not None, [fault.message for fault in result.diagnostics]
+    return result.plan
+
+
+def peak(plan: Plan) -> int:
+    return max(phase.device_bytes for phase in plan.memory.phases)
+
+
+def test_the_shelf_holds_what_is_promised() -> None:
+    names = {path.stem for path in RECIPES}
+    assert names >= {
+        "quickstart",
+        "quickstart-full",
+        "sana-1.6b-full",
+        "sana-1.6b-lora",
+        "sd35-large-lora",
+        "sd35-medium-lora",
+        "sd3-medium-full",
+    }
+    assert PRESETS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_plans(path: Path, pictures: Path, answers: Path, tmp_path: Path) -> None:
+    own = path.stem in WITH_THEIR_DATA
+    sources = path.read_text().count("[[data.source]]")
+    overrides = [] if own else [f"data.source.{n}.path={pictures}" for n in range(sources)]
+    result = compile_file(
+        path,
+        overrides=[*overrides, f"output={tmp_path}"],
+        machine=MACHINE,
+        memory_model=memory_model(answers),
+        cache_default=tmp_path / "cache",
+        presets=presets(),
+    )
+    plan = plan_of(result)
+    assert plan.memory.phases and peak(plan) > 0
+    assert plan.memory.budget_bytes == 0 or peak(plan) <= plan.memory.budget_bytes
+    assert plan.memory.counts["trainable"] > 0
+    assert all(sum(p.parts.values()) == p.device_bytes for p in plan.memory.phases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_what_its_name_says(
+    path: Path, pictures: Path, answers: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "child.toml"
+    recipe.write_text(CHILD.format(name=path.stem))
+    plan = plan_of(
+        compile_file(
+            recipe,
+            overrides=[f"data.source.0.path={pictures}"],
+            machine=MACHINE,
+            memory_model=memory_model(answers),
+            cache_default=tmp_path / "cache",
+            presets=presets(),
+        )
+    )
+    card = int(path.stem.rpartition("-")[2].removesuffix("g")) * 2**30  # a "24 GB" card has 24 GiB
+    assert peak(plan) <= plan.memory.budget_bytes <= card
