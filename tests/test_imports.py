@@ -88,7 +88,15 @@ def test_a_fresh_process_that_imports_all_of_the_compiler_has_nothing_heavy() ->
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime.machine", "runtime.errors", "runtime.events", "runtime.quiet"]
+    "module",
+    [
+        "runtime.checkup",
+        "runtime.errors",
+        "runtime.events",
+        "runtime.machine",
+        "runtime.quiet",
+        "runtime.site",
+    ],
 )
 def test_what_plan_and_doctor_need_of_the_runtime_is_light(module: str) -> None:
     assert loaded(f"import {module}") & (HEAVY | SLOW) == set()

@@ -1,10 +1,10 @@
 """Trains the small Sana pipeline of the quickstart and writes it to `base/`, in Diffusers layout.
 
-    python recipes/quickstart/train_base.py [--output FOLDER] [--minutes-scale 1.0]
+    python recipes/quickstart/train_base.py [--output FOLDER] [--threads 1]
 
 Everything is made here from the drawings of `draw.py`: tokenizer, text encoder (random, frozen),
 autoencoder, transformer. Seeds are fixed, so the same machine and libraries give the same weights.
-It takes about twenty minutes on one CPU core, and ends with the measure of prompt following.
+It takes 15 to 30 minutes on one CPU core, and ends with the measure of prompt following.
 """
 
 import argparse

@@ -104,3 +104,18 @@ def test_looking_imports_no_torch():
         check=True,
     )
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["cpu MHz\t\t: 2500.000", "flags\t\t: fpu avx2 avx512f"], 160e9),  # 2 x 2 x 16 x 2.5e9
+        (["cpu MHz : 3000.0", "flags : fpu avx2"], 96e9),
+        (["cpu MHz : 3000.0", "flags : fpu sse2"], 0.0),
+        (["Features : asimd"], 0.0),  # ARM kernels tell no clock
+        ([], 0.0),
+    ],
+)
+def test_the_processors_nominal_peak(lines, expected, monkeypatch):
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: lines)
+    assert machine.processor_flops() == pytest.approx(expected)
