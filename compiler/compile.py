@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from compiler.data.manifest import Manifest
-from compiler.data.scan import Index
 from compiler.diagnostics import Diagnostic, sort_diagnostics
-from compiler.draft import Draft
 from compiler.inherit import chain
-from compiler.machine import Machine
-from compiler.memory import MemoryModel
-from compiler.plan import PLAN_FORMAT, Plan
 from compiler.schema import Recipe
 from compiler.source import Source, dotted, merge, parse_overrides, read_source
 from compiler.spans import KeyPath
 from compiler.structure import structure, tagged_paths
 from compiler.synonyms import SYNONYMS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # many recipes are refused before any of this is needed
     from compiler.costs import Outlook
+    from compiler.data.index import Index
+    from compiler.data.manifest import Manifest
+    from compiler.draft import Draft
+    from compiler.machine import Machine
+    from compiler.memory import MemoryModel
+    from compiler.plan import Plan
     from compiler.site import Site
 
 
@@ -44,8 +44,8 @@ def compile_file(
     *,
     overrides: Sequence[str] = (),
     machine: Machine | Callable[[], Machine],
-    memory_model: MemoryModel | None = None,
-    index: Index | None = None,
+    memory_model: MemoryModel | Callable[[], MemoryModel] | None = None,
+    index: Index | Callable[[], Index] | None = None,
     cache_default: Path | None = None,
     presets: Path | None = None,
     site: Site | Callable[[], Site] | None = None,
@@ -72,6 +72,8 @@ def compile_file(
         recipe, _ = structure(_without(located.data, blamed), Recipe, located, SYNONYMS)
     if recipe is None:
         return _refused(faults, located.texts)
+    from compiler.draft import Draft
+
     return _resolved(
         Draft(
             recipe=recipe,
@@ -79,8 +81,8 @@ def compile_file(
             folder=path.resolve().parent,
             cache_default=cache_default or default_cache(),
             machine=machine() if callable(machine) else machine,
-            memory_model=memory_model,
-            index=index,
+            memory_model=memory_model() if callable(memory_model) else memory_model,
+            index=index() if callable(index) else index,
             site=site,
             diagnostics=list(faults),
         ),
@@ -181,6 +183,7 @@ def _plan(draft: Draft) -> Plan:
     assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
     assert draft.memory and draft.manifest
     from compiler.passes.memory import model_plan
+    from compiler.plan import PLAN_FORMAT, Plan
     from compiler.provenance import completed
 
     return Plan(

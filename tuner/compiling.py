@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from compiler.compile import Compiled, compile_file, default_cache
 from compiler.diagnostics import Diagnostic, render, summary
-from compiler.site import Site
 from tuner.exits import DONE, REFUSED, UNFIT
 from tuner.screen import err, style_for
+
+if TYPE_CHECKING:
+    from compiler.data.index import Index
+    from compiler.machine import Machine
+    from compiler.memory import MemoryModel
+    from compiler.site import Site
 
 SIMULATIONS = "simulations"
 UNFIT_CODES = frozenset({"does-not-fit", "disk-full"})  # errors of this machine, not of the recipe
@@ -21,24 +27,41 @@ UNFIT_CODES = frozenset({"does-not-fit", "disk-full"})  # errors of this machine
 def compile_here(path: Path, overrides: Sequence[str], *, simulate: bool = True) -> Compiled:
     """The recipe at `path`, compiled for this machine. Writes nothing. Without `simulate`, peak
     memory stays unknown and nothing slow is imported."""
-    from compiler.data.index import HEADERS, Index
-    from runtime.machine import look
     from tuner.shelf import presets
-    from tuner.simulations import memory_model
 
-    index = Index(default_cache() / HEADERS)
+    indices: list[Index] = []
     compiled = compile_file(
         path,
         overrides=overrides,
-        machine=look,
-        memory_model=memory_model(default_cache() / SIMULATIONS) if simulate else None,
-        index=index,
+        machine=_machine,
+        memory_model=_memory_model if simulate else None,
+        index=lambda: _index(indices),
         presets=presets(),
         site=_here,
     )
     if compiled.plan is not None:  # a recipe that is refused leaves nothing behind
-        index.save()
+        for index in indices:
+            index.save()
     return compiled
+
+
+def _machine() -> Machine:
+    from runtime.machine import look
+
+    return look()
+
+
+def _memory_model() -> MemoryModel:
+    from tuner.simulations import memory_model
+
+    return memory_model(default_cache() / SIMULATIONS)
+
+
+def _index(made: list[Index]) -> Index:
+    from compiler.data.index import HEADERS, Index
+
+    made.append(Index(default_cache() / HEADERS))
+    return made[-1]
 
 
 def _here() -> Site:
