@@ -169,7 +169,8 @@ def _by_prompt(run: RunData, first: int, last: int) -> str:
         for name, value in after.items()
     ]
     titles = (("Prompt", ""), ("Text", ""), ("Before", "number"), ("After", "number"))
-    return f"<details open><summary>By prompt</summary>{_table(titles, rows)}</details>"
+    open_ = "" if run.scores[last].get("groups") else " open"
+    return f"<details{open_}><summary>By prompt</summary>{_table(titles, rows)}</details>"
 
 
 def _share(value: Any) -> str:
