@@ -15,8 +15,9 @@ from compiler.structure import Range
 from compiler.units import ByteSize, Interval, Share
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Range(ge=1)]
-Count = Annotated[int, Range(ge=0)]
+
+Count = Annotated[int, Range(ge=0, le=1_000_000)]
+Seed = Annotated[int, Range(ge=0, le=2**62)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 Probability = Annotated[float, Range(ge=0, le=1)]
 Format = Literal["bf16", "fp16", "fp32"]
@@ -50,7 +51,7 @@ class AdapterRecipe:
 
     kind: Literal["lora"]
     """Low-rank adaptation (arXiv 2106.09685)."""
-    rank: PositiveInt = 16
+    rank: Annotated[int, Range(ge=1, le=16_384)] = 16
     """Rank of the update."""
     alpha: PositiveFloat | Auto = "auto"
     """The update is scaled by alpha / rank. "auto": alpha = rank."""
@@ -68,7 +69,7 @@ class MemoryRecipe:
 
     budget: ByteSize | Literal["auto", "none"] = "auto"
     """Device memory. "auto": what the device has free; "none": do not compare."""
-    activation_checkpointing: Annotated[int, Range(ge=0)] | Literal["off", "auto"] = "auto"
+    activation_checkpointing: Annotated[int, Range(ge=0, le=1000)] | Literal["off", "auto"] = "auto"
     """Recompute every n-th block in the backward pass. "off" or 0: none; 1: all."""
 
 
@@ -88,7 +89,7 @@ class PrecisionRecipe:
 class TextRecipe:
     """How prompts are encoded."""
 
-    max_length: PositiveInt | Auto = "auto"
+    max_length: Annotated[int, Range(ge=1, le=4096)] | Auto = "auto"
     """Tokens of the longest encoder. "auto": as the family's pipeline does at inference."""
     instruction: bool | Auto = "auto"
     """Put the family's instruction before each prompt, where it has one."""
@@ -130,7 +131,7 @@ class SourceRecipe:
     """A folder of images (relative to the recipe)."""
     id: str = ""
     """Its name in the plan; by default the folder's."""
-    repeats: PositiveFloat = 1.0
+    repeats: Annotated[float, Range(gt=0, le=1_000_000)] = 1.0
     """Passes over the source in each epoch; fractions are allowed."""
     resolution: PositiveFloat | None = None
     """Pixels (megapixels for resolution_type = "area")."""
@@ -156,7 +157,7 @@ class DataRecipe:
     """Pixels (megapixels for resolution_type = "area"). "auto": the size the base was made for."""
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
     """Whether `resolution` is the short edge, the area in megapixels, or the root of the area."""
-    multiple: PositiveInt | Auto = "auto"
+    multiple: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
     """Bucket edges are multiples of this many pixels. "auto": 64, or what the family needs."""
     crop: CropRecipe = field(factory=CropRecipe)
     """How pictures are cut."""
@@ -166,7 +167,7 @@ class DataRecipe:
     """Skip images whose shorter edge has fewer pixels."""
     broken: Literal["error", "skip"] = "error"
     """What to do with files that are no readable image."""
-    workers: PositiveInt | Auto = "auto"
+    workers: Annotated[int, Range(ge=1, le=256)] | Auto = "auto"
     """Threads that decode and resize."""
 
 
@@ -246,13 +247,13 @@ class TrainRecipe:
 
     optimizer: OptimizerRecipe
     """The optimizer and its learning rate."""
-    epochs: PositiveInt | None = None
+    epochs: Annotated[int, Range(ge=1, le=1_000_000)] | None = None
     """Passes over the data."""
-    steps: PositiveInt | None = None
+    steps: Annotated[int, Range(ge=1, le=100_000_000)] | None = None
     """Optimizer updates."""
-    batch_size: PositiveInt = 1
+    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 1
     """Samples in one forward pass of one device."""
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[int, Range(ge=1, le=65_536)] = 1
     """Batches in one optimizer update."""
     schedule: ScheduleRecipe = field(factory=ScheduleRecipe)
     """The learning rate over the run."""
@@ -292,11 +293,11 @@ class ValidationRecipe:
     """"WIDTHxHEIGHT" each. "auto": the training resolution, square."""
     guidance: Annotated[float, Range(ge=0)] | Auto = "auto"
     """Classifier-free guidance scale."""
-    steps: PositiveInt | Auto = "auto"
+    steps: Annotated[int, Range(ge=1, le=1000)] | Auto = "auto"
     """Sampling steps."""
-    seed: Count = 42
+    seed: Seed = 42
     """Of the first picture of each prompt."""
-    count: PositiveInt = 1
+    count: Annotated[int, Range(ge=1, le=64)] = 1
     """Pictures of each prompt and size; the seeds are consecutive."""
     score: str = ""
     """A measure of prompt following: "shapes" for the quickstart's drawings."""
@@ -326,7 +327,7 @@ class LaunchRecipe:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """"auto": the first accelerator, else the processor."""
-    threads: PositiveInt | Auto = "auto"
+    threads: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
     """Threads of one operation on the processor."""
 
 
@@ -340,7 +341,7 @@ class Recipe:
     """A recipe file or `preset:NAME` that this one differs from; this one's values win."""
     name: str
     """Of the run; also its folder below `runs`."""
-    seed: Count = 0
+    seed: Seed = 0
     """All randomness follows from it."""
     output: str = "runs"
     """Folder for run folders (relative to the recipe)."""

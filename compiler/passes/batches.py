@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from compiler.data.counts import bucket_rows, samples_per_epoch
+from compiler.data.counts import bucket_rows, samples_per_epoch, steps_per_epoch
 from compiler.draft import Draft
 from compiler.plan import Steps
 
@@ -21,12 +21,12 @@ def resolve_batches(draft: Draft) -> None:
     draft.buckets = bucket_rows(draft.manifest, draft.sources, train.batch_size)
     batches = sum(bucket.batches for bucket in draft.buckets)
     ranks = 1
-    per_epoch = ceil(batches / (ranks * train.accumulate))
+    per_epoch = steps_per_epoch(batches, ranks, train.accumulate)
     total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
     draft.steps = Steps(
         total=total,
         per_epoch=per_epoch,
-        epochs=ceil(total / per_epoch),
+        epochs=-(-total // per_epoch),
         batches_per_epoch=batches,
         samples_per_epoch=sum(bucket.samples for bucket in draft.buckets),
         accumulate=train.accumulate,

@@ -299,9 +299,13 @@ def _samples(
 
 
 def _decimal(text: str, value: float) -> str:
-    """`repeats` exactly as it was written, as a decimal number that `Fraction` reads."""
+    """`repeats` exactly as it was written, as a decimal number that `Fraction` reads.
+
+    What is written may not be what holds (a refused value is judged as if it were left out).
+    """
     plain = text.replace("_", "").strip().lstrip("+")
-    return plain if plain and all(c in "0123456789.eE-+" for c in plain) else repr(value)
+    decimal = plain and all(c in "0123456789.eE-+" for c in plain)
+    return plain if decimal and float(plain) == value else repr(value)
 
 
 def _why_none(found: Scan, skipped: int) -> str:

@@ -11,7 +11,7 @@ def test_a_row_says_all_there_is() -> None:
     row = row_of("adapter.rank")
     assert row is not None
     assert (row.words, row.range, row.default, row.required) == (
-        "a whole number", ">= 1", "16", False,
+        "a whole number", "1 to 16384", "16", False,
     )  # fmt: skip
     assert row.doc == "Rank of the update."
     rate = row_of("train.optimizer.lr")
