@@ -185,6 +185,8 @@ class OptimizerRecipe:
     """Added to the denominator."""
     weight_decay: Annotated[float, Range(ge=0)] | None = None
     """Decoupled weight decay."""
+    momentum: Annotated[float, Range(ge=0, lt=1)] | None = None
+    """Share of the last update that is added to the next."""
 
 
 @frozen(kw_only=True)

@@ -12,6 +12,9 @@ from compiler.spans import KeyPath
 from compiler.units import Interval
 
 
+ARGUMENTS = ("betas", "eps", "weight_decay", "momentum")  # keys of `[train.optimizer]` besides lr
+
+
 def resolve_training(draft: Draft) -> None:
     """Fill in `optimizer`, `schedule`, `objective` and `ema`."""
     draft.optimizer = _optimizer(draft)
@@ -20,10 +23,6 @@ def resolve_training(draft: Draft) -> None:
         draft.schedule = _schedule(draft, draft.steps.total)
         draft.ema = _ema(draft, draft.steps)
     draft.decide(("train", "max_grad_norm"), draft.recipe.train.max_grad_norm)
-    if "train" in draft.located.data and draft.given(("adapter", "dropout")):
-        draft.decide(
-            ("adapter", "dropout"), draft.recipe.adapter.dropout if draft.recipe.adapter else 0
-        )
 
 
 def _optimizer(draft: Draft) -> plan.Optimizer | None:
@@ -39,7 +38,7 @@ def _optimizer(draft: Draft) -> plan.Optimizer | None:
         )
         return None
     arguments: dict[str, Any] = dict(row.defaults)
-    for name in ("betas", "eps", "weight_decay"):
+    for name in ARGUMENTS:
         value = getattr(recipe, name)
         where: KeyPath = ("train", "optimizer", name)
         if value is None:

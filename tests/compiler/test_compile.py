@@ -306,3 +306,11 @@ def test_a_diagnostic_reads_well(tmp_path: Path) -> None:
         "  |",
         "help: batch_size = 5, or repeats = 2 in [[data.source]] entry 1",
     ]
+
+
+def test_optimizer_arguments_are_checked_against_the_optimizer(tmp_path: Path) -> None:
+    path = project(tmp_path)
+    plan = plan_of(path, "train.optimizer.name=sgd", "train.optimizer.momentum=0.5")
+    assert plan.optimizer.arguments["momentum"] == 0.5
+    fault = refusal(path, "train.optimizer.momentum=0.5")
+    assert fault.code == "no-effect" and "`betas`" in fault.help

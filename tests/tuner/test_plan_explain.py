@@ -89,7 +89,11 @@ def test_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["decisions"] == [
         {"key": "train.accumulate", "value": "1", "source": "default", "why": ""}
     ]
-    assert (found["type"], found["range"], found["default"]) == ("a whole number", "1 to 65536", "1")
+    assert (found["type"], found["range"], found["default"]) == (
+        "a whole number",
+        "1 to 65536",
+        "1",
+    )
 
 
 def test_a_wrong_recipe_is_told_first(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
