@@ -11,7 +11,6 @@ from compiler.optimizers import OPTIMIZERS, OptimizerFacts
 from compiler.spans import KeyPath
 from compiler.units import Interval
 
-
 ARGUMENTS = ("betas", "eps", "weight_decay", "momentum")  # keys of `[train.optimizer]` besides lr
 
 
