@@ -73,7 +73,8 @@ def _batch_fits(draft: Draft) -> bool:
                 "batch-too-large",
                 ("train", "batch_size") if draft.given(("train", "batch_size")) else ("train",),
                 f"a batch of {size} is larger than source `{source.id}`: "
-                f"{source.images} images x {source.repeats} = {samples} samples an epoch",
+                f"{source.images} image{'s' * (source.images != 1)} x {source.repeats} = "
+                f"{samples} samples an epoch",
                 help=f"batch_size = {samples}, or repeats = {ceil(size / source.images)} "
                 f"in [[data.source]] entry {number + 1}",
             )

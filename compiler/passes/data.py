@@ -360,7 +360,7 @@ def _report_faults(
         "broken-images",
         (*where, "path"),
         f"{count} in `{recipe.path}` can't be used"
-        + ("" if broken == "error" else " and are skipped"),
+        + ("" if broken == "error" else f" and {'is' if len(faults) == 1 else 'are'} skipped"),
         help='mend or remove them, or say broken = "skip"' if broken == "error" else "",
         notes=notes,
     )
