@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,26 @@ def test_a_preset_fits_what_its_name_says(
     )
     card = int(path.stem.rpartition("-")[2].removesuffix("g")) * 2**30  # a "24 GB" card has 24 GiB
     assert peak(plan) <= plan.memory.budget_bytes <= card
+
+
+@pytest.mark.slow
+def test_the_quickstart_teaches_a_new_shape(tmp_path: Path) -> None:
+    path = next(path for path in RECIPES if path.stem == "quickstart")
+    elsewhere = [f"output={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tuner", "run", str(path), *(f"--set={key}" for key in elsewhere)],
+        cwd=path.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "quickstart"
+    scores = [json.loads(p.read_text()) for p in sorted(run.glob("samples/*/scores.json"))]
+    before, after = (found["groups"] for found in scores)
+    assert before["new"] <= 0.1 and before["old"] >= 0.9
+    assert after["new"] >= 0.8 and after["old"] >= 0.8
+    page = (run / "report.html").read_text()
+    assert "src=" not in page.replace('src="data:', "") and "http-equiv" in page
+    measured = json.loads((run / "measured.json").read_text())["memory"]["train"]
+    assert measured["measured_bytes"] == pytest.approx(measured["planned_bytes"], rel=0.03)
