@@ -13,7 +13,7 @@ from rich.text import Text
 from compiler.plan import Plan
 from tuner.eta import Eta
 from tuner.formats import clock
-from tuner.progress import TITLES, Clock, measures, pace
+from tuner.lines import TITLES, Clock, measures, pace
 
 COLOURS = {"warning": "yellow", "error": "red"}
 

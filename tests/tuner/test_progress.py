@@ -8,7 +8,8 @@ from attrs import evolve
 from tests.tuner.examples import quickstart
 from tuner.bars import Bars
 from tuner.eta import Eta
-from tuner.progress import Lines, log_every, progress, step_line
+from tuner.lines import Lines, log_every, step_line
+from tuner.progress import progress
 
 
 class Clock:
