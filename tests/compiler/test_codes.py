@@ -219,8 +219,7 @@ def test_the_wrong_example_gives_its_code(
     assert code in _codes(result)
 
 
-@pytest.mark.parametrize("code", CODES)
+# The right example of `old-key` is of schema 2, which does not exist yet.
+@pytest.mark.parametrize("code", [code for code in CODES if code != "old-key"])
 def test_the_right_example_does_not(code: str, world: Path) -> None:
-    if code == "old-key":
-        pytest.skip("its right example is of a schema that does not exist yet")
     assert code not in _codes(_laid_over(world, CODES[code].right))
