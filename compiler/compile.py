@@ -182,7 +182,7 @@ def _plan(draft: Draft) -> Plan:
     assert draft.precision and draft.text and draft.steps and draft.optimizer
     assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
     assert draft.memory and draft.manifest
-    from compiler.passes.memory import model_plan
+    from compiler.passes.components import model_plan
     from compiler.plan import PLAN_FORMAT, Plan
     from compiler.provenance import completed
 

@@ -254,7 +254,7 @@ def forward_share(plan: Plan) -> float:
     A backward pass costs as much again for the gradients of what is between the layers, and once
     more for those of the weights, if these are trained; what is recomputed is added.
     """
-    interval = plan.memory.activation_checkpointing
+    interval = plan.memory.layout.activation_checkpointing
     return 1 / ((2 if plan.adapter else 3) + (1 / interval if interval else 0))
 
 
@@ -272,7 +272,7 @@ def step_key(plan: Plan, device_name: str) -> str:
     parts = {name: value for name, value in plain(plan).items() if name in names}
     shapes = {(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets}
     optimizer = [plan.optimizer.name, plan.optimizer.fused]
-    interval = plan.memory.activation_checkpointing
+    interval = plan.memory.layout.activation_checkpointing
     return digest_of(
         [device_name, parts, sorted(shapes), optimizer, interval, plan.steps.accumulate]
     )

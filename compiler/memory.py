@@ -6,12 +6,12 @@ from typing import Protocol
 
 from attrs import frozen
 
-from compiler.plan import Adapter, Model, Objective, Optimizer, Phase, Precision, Text
+from compiler.plan import Adapter, Layout, Model, Objective, Optimizer, Phase, Precision, Text
 
 
 @frozen(kw_only=True)
 class Candidate:
-    """A training step to simulate. Everything that its peak depends on."""
+    """A run to simulate: everything that the peaks of its phases depend on."""
 
     model: Model
     adapter: Adapter | None
@@ -22,8 +22,11 @@ class Candidate:
     max_grad_norm: float
     ema_on_device: bool
     accumulate: int
-    activation_checkpointing: int
+    layout: Layout
+    micro_batch: int = 0  # 0: whole batches
     shapes: tuple[tuple[int, int, int], ...]  # of all buckets: width, height (pixels), batch size
+    pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
+    guidance: float = 0.0  # of validation
     device: str
 
 

@@ -18,6 +18,7 @@ PLAN_FORMAT = 1
 
 Device = Literal["cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantisation = Literal["none", "int8", "int4", "nf4", "fp8"]
 
 
 @frozen(kw_only=True)
@@ -29,6 +30,8 @@ class Component:
     parameters: int  # 0 for tokenizers and schedulers
     dtype: Dtype  # what it is loaded as
     trained: bool
+    quantize: Quantisation = "none"  # how its frozen weights are kept
+    quantize_on: Literal["cpu", "device"] = "device"  # where they are quantised while loading
 
 
 @frozen(kw_only=True)
@@ -136,6 +139,9 @@ class Steps:
     samples_per_epoch: int
     accumulate: int
     ranks: int
+    micro_batch: int = 0
+    """Samples at most in one forward pass: a larger batch is run in parts. 0: whole batches. Sums
+    are split by it, so the last bits of the result depend on it."""
 
 
 @frozen(kw_only=True)
@@ -226,12 +232,34 @@ class Phase:
 
 
 @frozen(kw_only=True)
+class Layout:
+    """Where and when the same numbers are computed and kept. Nothing here alters a result."""
+
+    activation_checkpointing: int = 0  # every n-th block is recomputed; 0: off
+    fused_backward: bool = False  # each weight is updated as soon as its gradient is complete
+    offload_activations: bool = False  # what the backward pass needs waits in host memory
+    offload_blocks: int = 0  # of the frozen base: so many blocks wait in host memory
+
+
+@frozen(kw_only=True)
+class Rung:
+    """One step of the ladder of settings by which a run is made to fit."""
+
+    settings: dict[str, str]  # key of the recipe -> value, of all that the ladder may choose
+    peak_bytes: int
+    relative_time: float  # of a step, modelled; 1: the first rung
+    alters: bool  # it trains other weights than the rung above
+    chosen: bool
+
+
+@frozen(kw_only=True)
 class Memory:
     """`budget_bytes` 0: no budget was given."""
 
     budget_bytes: int
-    activation_checkpointing: int  # every n-th block is recomputed; 0: off
+    layout: Layout = field(factory=Layout)
     phases: tuple[Phase, ...]
+    ladder: tuple[Rung, ...] = ()  # from the fastest down, as far as it was looked at
     counts: dict[str, int] = field(factory=dict)
     """Of the simulated step: "parameters", "trainable", "adapted" (modules), "flops"; empty where
     nothing was simulated."""

@@ -29,6 +29,12 @@ class ComponentRecipe:
 
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the base's weights, or from fresh ones (of what is trained, without adapter)."""
+    weights: Format | Auto = "auto"
+    """Number format it is loaded in. "auto": `[precision] weights` (fp32 for the vae)."""
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8", "auto"] = "none"
+    """Keep its frozen weights in fewer bits. "auto": only if the memory budget needs it."""
+    where: Literal["cpu", "device"] = "device"
+    """Where its weights are quantised while they are loaded, one at a time."""
 
 
 @frozen(kw_only=True)
@@ -43,6 +49,14 @@ class ModelRecipe:
     """Branch, tag or commit of a hub id."""
     transformer: ComponentRecipe = field(factory=ComponentRecipe)
     """The diffusion transformer."""
+    text_encoder: ComponentRecipe = field(factory=ComponentRecipe)
+    """The first text encoder."""
+    text_encoder_2: ComponentRecipe = field(factory=ComponentRecipe)
+    """The second text encoder, where the family has one."""
+    text_encoder_3: ComponentRecipe = field(factory=ComponentRecipe)
+    """The third text encoder, where the family has one."""
+    vae: ComponentRecipe = field(factory=ComponentRecipe)
+    """The autoencoder between pixels and latents."""
 
 
 @frozen(kw_only=True)
@@ -64,6 +78,16 @@ class AdapterRecipe:
 
 
 @frozen(kw_only=True)
+class OffloadRecipe:
+    """What waits in host memory. `offload = "auto"` or `"none"` stands for the whole table."""
+
+    activations: bool | Auto = "auto"
+    """What the backward pass needs waits in host memory."""
+    blocks: Annotated[int, Range(ge=0, le=1000)] | Auto = "auto"
+    """So many blocks of the frozen base wait in host memory until they are needed."""
+
+
+@frozen(kw_only=True)
 class MemoryRecipe:
     """What the run may use."""
 
@@ -71,6 +95,16 @@ class MemoryRecipe:
     """Device memory. "auto": what the device has free; "none": do not compare."""
     activation_checkpointing: Annotated[int, Range(ge=0, le=1000)] | Literal["off", "auto"] = "auto"
     """Recompute every n-th block in the backward pass. "off" or 0: none; 1: all."""
+    fused_backward: bool | Auto = "auto"
+    """Update each weight as soon as its gradient is complete, and drop the gradient."""
+    offload: OffloadRecipe | Literal["auto", "none"] = "auto"
+    """What waits in host memory until it is needed. Results stay the same, bit for bit."""
+    micro_batch: Annotated[int, Range(ge=1, le=65_536)] | Auto = "auto"
+    """Samples at most in one forward pass: a larger batch is run in parts and its gradients are
+    added up. Steps stay the same. "auto": whole batches, or what fits."""
+    on_oom: Literal["stop", "next-rung"] = "stop"
+    """When the device is out of memory all the same: stop, or go on from the last step with the
+    next setting that needs less."""
 
 
 @frozen(kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compiler.plan import Adapter, Model, Precision
+from compiler.plan import Adapter, Layout, Model, Precision
 from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
@@ -23,7 +23,7 @@ def build(
     model: Model,
     adapter: Adapter | None,
     precision: Precision,
-    activation_checkpointing: int,
+    layout: Layout,
     family: Family,
     device: torch.device,
     *,
@@ -48,7 +48,7 @@ def build(
         built = full.prepare(component, precision)
     else:
         built = lora.prepare(component, adapter, precision, seed)
-    checkpoint_blocks(built.model, family.card.blocks, activation_checkpointing)
+    checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
     built.model.train()
     return built
 

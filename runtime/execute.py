@@ -216,7 +216,7 @@ def _built(context: Context) -> Built:
             plan.model,
             plan.adapter,
             plan.precision,
-            plan.memory.activation_checkpointing,
+            plan.memory.layout,
             context.family,
             context.device,
             empty=False,

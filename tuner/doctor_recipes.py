@@ -85,7 +85,7 @@ def judged(name: str, found: Compiled, device: str) -> Judgement:
 def _fit_words(plan: Plan, needed: int | None) -> str:
     budget = plan.memory.budget_bytes
     of = f" of {size(budget)} free" if budget else ""
-    blocks = plan.memory.activation_checkpointing
+    blocks = plan.memory.layout.activation_checkpointing
     how = f", recomputing every {blocks} blocks" if blocks > 1 else ", recomputing every block"
     return f"needs {size(needed or 0)}{of}" + (how if blocks else "")
 

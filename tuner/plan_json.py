@@ -78,7 +78,9 @@ def _memory(plan: Plan) -> dict[str, Any]:
         "budget_bytes": plan.memory.budget_bytes,
         "peak_bytes": top.device_bytes if top else None,
         "peak_phase": top.name if top else None,
-        "activation_checkpointing": plan.memory.activation_checkpointing,
+        "activation_checkpointing": plan.memory.layout.activation_checkpointing,
+        "layout": plain(plan.memory.layout),
+        "ladder": [plain(rung) for rung in plan.memory.ladder],
         "phases": [plain(phase) for phase in plan.memory.phases],
         "counts": dict(plan.memory.counts),
     }

@@ -299,7 +299,7 @@ def _memory(plan: Plan, verbose: bool) -> list[str]:
         rows.append((phase.name, size(phase.device_bytes).rjust(9), words))
     lines += columns(rows)
     others = [f"{p.name} {size(p.device_bytes)}" for p in plan.memory.phases if p not in shown]
-    blocks = plan.memory.activation_checkpointing
+    blocks = plan.memory.layout.activation_checkpointing
     every = "every block" if blocks == 1 else f"every {blocks} blocks"
     told = [*others, *([f"recomputes the activations of {every}"] if blocks else [])]
     return lines + (wrapped(", ".join(told), "  ", "    ") if told else [])

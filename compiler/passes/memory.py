@@ -7,6 +7,7 @@ from attrs import evolve
 from compiler import plan
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
+from compiler.passes.components import model_plan
 from compiler.spans import KeyPath
 from compiler.units import ByteSize
 
@@ -26,7 +27,9 @@ def resolve_memory(draft: Draft) -> None:
     if draft.memory_model is None:
         interval = 0 if asked in ("auto", "off") else int(asked)
         draft.memory = plan.Memory(
-            budget_bytes=budget, activation_checkpointing=interval, phases=()
+            budget_bytes=budget,
+            layout=plan.Layout(activation_checkpointing=interval),
+            phases=(),
         )
         return
     candidate = _candidate(draft)
@@ -36,7 +39,7 @@ def resolve_memory(draft: Draft) -> None:
         else:
             interval = 0 if asked == "off" else int(asked)
             found = draft.memory_model.simulate(
-                evolve(candidate, activation_checkpointing=interval)
+                evolve(candidate, layout=plan.Layout(activation_checkpointing=interval))
             )
             draft.decide(WHERE, interval or "off")
     except ValueError as error:
@@ -50,7 +53,7 @@ def resolve_memory(draft: Draft) -> None:
     }
     draft.memory = plan.Memory(
         budget_bytes=budget,
-        activation_checkpointing=interval,
+        layout=plan.Layout(activation_checkpointing=interval),
         phases=found.phases,
         counts=counts,
     )
@@ -91,7 +94,7 @@ def _candidate(draft: Draft) -> Candidate:
         ema_on_device=draft.ema is not None
         and (draft.ema.device == "same" or draft.device == "cpu"),
         accumulate=draft.steps.accumulate,
-        activation_checkpointing=0,
+        layout=plan.Layout(),
         shapes=tuple(
             sorted({(b.width, b.height, min(b.batch_size, b.samples)) for b in draft.buckets})
         ),
@@ -105,7 +108,9 @@ def _fit(
     """The first rung that fits; the last one if none does."""
     found = None
     for interval in RUNGS:
-        found = model.simulate(evolve(candidate, activation_checkpointing=interval))
+        found = model.simulate(
+            evolve(candidate, layout=plan.Layout(activation_checkpointing=interval))
+        )
         if not budget or peak(found) <= budget:
             why = (
                 "fits without recomputing anything"
@@ -150,37 +155,3 @@ def _blame(draft: Draft) -> KeyPath:
         if draft.given(path):
             return path
     return ("model",)
-
-
-def model_plan(draft: Draft) -> plan.Model:
-    """The model as the plan states it."""
-    import json
-
-    assert draft.model is not None and draft.precision is not None
-    facts, family = draft.model, draft.model.family
-    trained = family.trained_component
-    components = []
-    for name, class_name in family.components.items():
-        full = name == trained and draft.adapter is None
-        dtype: plan.Dtype = draft.precision.trained if full else draft.precision.weights
-        components.append(
-            plan.Component(
-                name=name,
-                class_name=class_name,
-                parameters=facts.parameters.get(name, 0),
-                dtype="float32" if name == "vae" else dtype,
-                trained=full,
-            )
-        )
-    return plan.Model(
-        family=family.name,
-        base=facts.base,
-        local=facts.local,
-        revision=facts.revision,
-        init=draft.recipe.model.transformer.init,
-        trained_component=trained,
-        components=tuple(components),
-        configs={
-            name: json.dumps(config, sort_keys=True) for name, config in facts.configs.items()
-        },
-    )

@@ -154,7 +154,7 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             candidate.model,
             candidate.adapter,
             candidate.precision,
-            candidate.activation_checkpointing,
+            candidate.layout,
             family,
             device,
             empty=True,

@@ -69,7 +69,7 @@ class FixedMemory:
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`."""
         self.asked.append(candidate)
-        interval = candidate.activation_checkpointing
+        interval = candidate.layout.activation_checkpointing
         size = 8 * GIB if interval == 0 else 4 * GIB + interval * GIB // 4
         parts = {"weights": 2 * GIB, "activations": size - 2 * GIB}
         return Simulation(

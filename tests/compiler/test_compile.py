@@ -250,11 +250,11 @@ def test_checkpointing_fits_the_budget(tmp_path: Path) -> None:
     path, model = project(tmp_path), FixedMemory()
     result = compiled(path, "memory.budget=5 GiB", memory_model=model)
     assert result.plan is not None
-    assert result.plan.memory.activation_checkpointing == 4  # 5 GiB: the first that fits
-    assert [c.activation_checkpointing for c in model.asked] == [0, 4]
+    assert result.plan.memory.layout.activation_checkpointing == 4  # 5 GiB: the first that fits
+    assert [c.layout.activation_checkpointing for c in model.asked] == [0, 4]
     assert result.plan.memory.phases[0].device_bytes == 5 * GIB
     roomy = compiled(path, "memory.budget=9 GiB", memory_model=FixedMemory())
-    assert roomy.plan is not None and roomy.plan.memory.activation_checkpointing == 0
+    assert roomy.plan is not None and roomy.plan.memory.layout.activation_checkpointing == 0
     tight = compiled(path, "memory.budget=2 GiB", memory_model=FixedMemory())
     assert codes(tight) == ["does-not-fit"] and tight.plan is None
 
@@ -286,7 +286,7 @@ def test_presets_are_named_by_what_they_fit(tmp_path: Path) -> None:
     (presets / "small.toml").write_text("[memory]\nactivation_checkpointing = 2\n")
     path = project(tmp_path, 'extends = "preset:small"\n' + RECIPE)
     plan = plan_of(path, presets=presets)
-    assert plan.memory.activation_checkpointing == 2
+    assert plan.memory.layout.activation_checkpointing == 2
     path.write_text('extends = "preset:smal"\n' + RECIPE)
     wrong = refusal(path, presets=presets)
     assert wrong.help == "did you mean `preset:small`?"

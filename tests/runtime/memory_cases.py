@@ -12,6 +12,7 @@ from compiler.plan import (
     Adapter,
     Component,
     Dtype,
+    Layout,
     Model,
     Objective,
     Optimizer,
@@ -127,7 +128,7 @@ def candidate(
         max_grad_norm=max_grad_norm,
         ema_on_device=ema,
         accumulate=accumulate,
-        activation_checkpointing=checkpointing,
+        layout=Layout(activation_checkpointing=checkpointing),
         shapes=shapes,
         device=device,
     )

@@ -45,7 +45,7 @@ LORA = Adapter(
     init="gaussian",
     targets=(r"transformer_blocks\.\d+\.attn\d?\.to_[qkv]",),
 )
-NO_MEMORY = Memory(budget_bytes=0, activation_checkpointing=0, phases=())
+NO_MEMORY = Memory(budget_bytes=0, phases=())
 NO_PICTURES = Validation(
     every=0,
     at_start=False,

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from compiler import costs
 from compiler.data.prompts import prompts_of
 from compiler.memory import Candidate
-from compiler.plan import Plan, Prompt
+from compiler.plan import Layout, Plan, Prompt
 from runtime import speeds
 from runtime.data.store import INDEX, SHARDS
 from runtime.events import Silent
@@ -39,7 +39,7 @@ def simulated(plan: Plan) -> Plan:
         max_grad_norm=plan.max_grad_norm,
         ema_on_device=False,
         accumulate=1,
-        activation_checkpointing=0,
+        layout=Layout(),
         shapes=tuple({(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets}),
         device="cpu",
     )

@@ -17,7 +17,7 @@ import torch
 from attrs import evolve
 
 from compiler import lock
-from compiler.plan import Checkpoints, Plan, Precision
+from compiler.plan import Checkpoints, Layout, Plan, Precision
 from runtime import checkpoints
 from runtime.errors import PlanChanged, RunFailed
 from runtime.execute import execute, out_of_memory, result_folder
@@ -435,7 +435,7 @@ def test_measured_memory_is_what_the_simulation_says(make, family, method):
             max_grad_norm=plan.max_grad_norm,
             ema_on_device=False,
             accumulate=plan.steps.accumulate,
-            activation_checkpointing=0,
+            layout=Layout(),
             shapes=tuple((b.width, b.height, b.batch_size) for b in plan.buckets),
             device="cpu",
         )

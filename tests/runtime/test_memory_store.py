@@ -10,7 +10,7 @@ import pytest
 from attrs import evolve
 
 from compiler.memory import Candidate, Simulation
-from compiler.plan import Phase
+from compiler.plan import Layout, Phase
 from runtime.memory import store
 from runtime.memory.store import CachedMemoryModel, key
 from tests.runtime.memory_cases import small
@@ -83,7 +83,7 @@ def test_key_depends_on_candidate_libraries_and_source(monkeypatch: pytest.Monke
     others = [
         small("sd3"),
         evolve(base, accumulate=2),
-        evolve(base, activation_checkpointing=1),
+        evolve(base, layout=Layout(activation_checkpointing=1)),
         evolve(base, device="cuda"),
         evolve(base, shapes=((256, 256, 3),)),
         small("sana", rank=4),

@@ -22,6 +22,7 @@ from compiler.plan import (
     Decision,
     Ema,
     Geometry,
+    Layout,
     Memory,
     Model,
     Objective,
@@ -162,7 +163,7 @@ def sd35_large_lora() -> Plan:
         ),
         memory=Memory(
             budget_bytes=80 * GIB,
-            activation_checkpointing=1,
+            layout=Layout(activation_checkpointing=1),
             phases=(
                 _phase("text", 0, 9_900, weights=9_700, activations=200),
                 _phase("latents", 0, 3_100, weights=320, activations=2_780),
@@ -323,7 +324,7 @@ def quickstart() -> Plan:
         ),
         memory=Memory(
             budget_bytes=0,
-            activation_checkpointing=0,
+            layout=Layout(),
             phases=(_phase("train", 0, 61, weights=8, optimizer=2, activations=51),),
             counts={"parameters": 1_318_912, "trainable": 98_304, "adapted": 32, "flops": 10**9},
         ),
