@@ -64,6 +64,13 @@ CODES: Mapping[str, Code] = {
         '[validation]\nprompts = "prompts.txt"  # which holds lines of plain text',
         '[validation]\nprompts = { beach = "a dog on a beach" }',
     ),
+    "bad-ratio": Code(
+        "text that is no aspect ratio",
+        "Buckets to choose from are aspect ratios, width before height. Their size in pixels "
+        "follows from `resolution`.",
+        '[data]\ncrop = { aspect = "closest", buckets = ["1024x768"] }',
+        '[data]\ncrop = { aspect = "closest", buckets = ["4:3", "1:1"] }',
+    ),
     "bad-size": Code(
         "a picture size that the model can't draw",
         "Both edges must be a multiple of the model's patch in pixels; the message names the "
@@ -112,6 +119,20 @@ CODES: Mapping[str, Code] = {
         "[train]\nepochs = 10\nsteps = 500",
         "[train]\nepochs = 10",
     ),
+    "crop-too-large": Code(
+        "a cut that is larger than the image",
+        'With `resize = "none"` the bucket is cut out of the image at its own size, and an image '
+        "that is smaller than the bucket can't give it.",
+        '[data]\nresolution = 256  # with images of 64 pixels\ncrop = { resize = "none" }',
+        '[data]\nresolution = 64\ncrop = { resize = "none" }',
+    ),
+    "data-not-apart": Code(
+        "data and results in one folder",
+        "Where a run or a cache lies in a data folder, its pictures would be trained on; where "
+        "data lies in them, clearing them would delete it.",
+        'output = "pictures"',
+        'output = "runs"',
+    ),
     "disk-full": Code(
         "more disk needed than is free",
         "Checkpoints, results, pictures and caches are larger than the disk's free space, or may "
@@ -139,6 +160,13 @@ CODES: Mapping[str, Code] = {
         "TOML allows each key once; which of the two values was meant can't be known.",
         "[train]\nbatch_size = 1\nbatch_size = 2",
         "[train]\nbatch_size = 2",
+    ),
+    "empty-prompt": Code(
+        "validation without words",
+        "A prompt without words draws what the model makes of nothing, and a table without "
+        "prompts draws no picture at all.",
+        '[validation]\nprompts = { beach = "" }',
+        '[validation]\nprompts = { beach = "a dog on a beach" }',
     ),
     "extends-circle": Code(
         "a recipe that extends itself",
@@ -173,12 +201,56 @@ CODES: Mapping[str, Code] = {
         '[model]\nfamily = "sd3"\nbase = "stabilityai/stable-diffusion-3.5-medium"\n'
         '[precision]\ncompute = "bf16"',
     ),
+    "fused-backward": Code(
+        "a backward pass that can't update as it goes",
+        "With `fused_backward` each weight is updated as soon as its own gradient is complete, and "
+        "that gradient is dropped. What needs all gradients at once can't go with it: clipping by "
+        "the global norm, accumulation over batches, some optimizers.",
+        "[memory]\nfused_backward = true\n[train]\nmax_grad_norm = 1.0",
+        "[memory]\nfused_backward = true\n[train]\nmax_grad_norm = 0.0",
+    ),
+    "holdout-leak": Code(
+        "images held out by one source and trained by another",
+        "A measure on such images would say nothing: the model has seen them. Sources of one "
+        "folder with one `holdout` hold out the same images.",
+        '[[data.source]]\npath = "captioned"\nholdout = 1\n[[data.source]]\nid = "again"\n'
+        'path = "captioned"',
+        '[[data.source]]\npath = "captioned"\nholdout = 1\n[[data.source]]\nid = "again"\n'
+        'path = "captioned"\nholdout = 1',
+    ),
+    "holdout-too-large": Code(
+        "all images held out",
+        "What is held out is not trained on, and here nothing else is left.",
+        '[[data.source]]\npath = "captioned"\nholdout = 4  # of 4 images',
+        '[[data.source]]\npath = "captioned"\nholdout = 1',
+    ),
+    "idle-devices": Code(
+        "more devices than batches",
+        "Each device takes whole batches. An epoch that has fewer of them than there are devices "
+        "leaves some without work in every step.",
+        "[launch]\ndevices = 64",
+        "[launch]\ndevices = 2",
+    ),
+    "interval-too-long": Code(
+        "an interval longer than the run",
+        "Nothing happens before the run ends, so a run that is killed has nothing to go on from, "
+        "and no picture tells how it goes.",
+        '[train]\nepochs = 2\n[checkpoints]\nevery = "5000 steps"',
+        '[train]\nepochs = 2\n[checkpoints]\nevery = "1 epoch"',
+    ),
     "invalid-toml": Code(
         "text that is no TOML",
         "The file can't be read as TOML from the marked place on. Text needs quotes, a key and "
         "its value are joined by `=`, a table's name stands in brackets.",
         "name = my run",
         'name = "my-run"',
+    ),
+    "long-warmup": Code(
+        "a warm-up as long as the run",
+        "The learning rate rises until the run ends, so only the last step is trained at `lr` and "
+        "the schedule never falls.",
+        '[train.schedule]\nname = "cosine"\nwarmup = "100%"',
+        '[train.schedule]\nname = "cosine"\nwarmup = "10%"',
     ),
     "missing-captions": Code(
         "images without a caption",
@@ -194,6 +266,13 @@ CODES: Mapping[str, Code] = {
         "[adapter]\nrank = 8",
         '[adapter]\nkind = "lora"\nrank = 8',
     ),
+    "missing-package": Code(
+        "an optimizer or a crop whose package is not here",
+        "The recipe is right and plans everywhere, but it can't be run on this machine before what "
+        "it needs is there.",
+        '[train.optimizer]\nname = "lion"  # without the package torch-optimi',
+        '[train.optimizer]\nname = "adamw"',
+    ),
     "missing-path": Code(
         "a file or folder that does not exist",
         "Paths are relative to the recipe, not to where the command is run.",
@@ -206,6 +285,13 @@ CODES: Mapping[str, Code] = {
         "or the targets match no layer. The message is the reason it gave.",
         '[adapter]\nkind = "lora"\ntargets = ["no_such_layer"]',
         '[adapter]\nkind = "lora"\ntargets = "attention"',
+    ),
+    "needs-variants": Code(
+        "tags that change from use to use under cached embeddings",
+        "Text embeddings are computed once and cached, so a caption can't be shuffled each time it "
+        "is used. With `variants` so many shuffled forms of it are cached, and each use draws one.",
+        '[[data.source]]\npath = "captioned"\ncaptions = { shuffle = true }',
+        '[[data.source]]\npath = "captioned"\ncaptions = { shuffle = true, variants = 8 }',
     ),
     "nested-too-deep": Code(
         "tables and arrays nested beyond reason",
@@ -226,6 +312,13 @@ CODES: Mapping[str, Code] = {
         '[[data.source]]\npath = "empty"  # a folder without images',
         '[[data.source]]\npath = "pictures"',
     ),
+    "no-such-component": Code(
+        "a component that the family does not have",
+        "Families are made of different parts: one has one text encoder, another three. The "
+        "message lists those of the recipe's family.",
+        '[model.text_encoder_3]\nquantize = "int8"',
+        '[model.text_encoder]\nquantize = "int8"',
+    ),
     "no-such-entry": Code(
         "a `--set` that reaches for nothing",
         "An override may reach into an array that the recipe holds: entries count from 0.",
@@ -243,6 +336,13 @@ CODES: Mapping[str, Code] = {
         "An empty list of targets adapts no layer, so nothing would be trained.",
         '[adapter]\nkind = "lora"\ntargets = []',
         '[adapter]\nkind = "lora"\ntargets = "attention"',
+    ),
+    "no-trigger": Code(
+        "captions that do not say the trigger word",
+        "What is learned is called up later by its trigger word. A caption that does not say it "
+        "ties its image to other words; the message names some of them.",
+        '[[data.source]]\npath = "captioned"\ncaptions = { trigger = "k4s4" }',
+        '[[data.source]]\npath = "captioned"\ncaptions = { trigger = "k4s4", prefix = "k4s4," }',
     ),
     "not-a-file": Code(
         "a folder or device where a recipe is needed",
@@ -264,6 +364,27 @@ CODES: Mapping[str, Code] = {
         "schema = 1  # with a key that schema 2 has renamed",
         "schema = 2",
     ),
+    "optimizer-device": Code(
+        "an optimizer that does not run on the device",
+        "Its kernels exist for other devices only. The reference lists where each optimizer runs.",
+        '[launch]\ndevice = "cpu"\n[train.optimizer]\nname = "bnb-adamw-8bit"',
+        '[launch]\ndevice = "cpu"\n[train.optimizer]\nname = "adamw-8bit"',
+    ),
+    "optimizer-precision": Code(
+        "an optimizer for other weights than these",
+        "It exists to train weights of another number format than the recipe trains.",
+        '[precision]\ntrained = "fp32"\n[train.optimizer]\nname = "adamw-bf16"',
+        '[precision]\ntrained = "bf16"\n[train.optimizer]\nname = "adamw-bf16"',
+    ),
+    "out-of-aspect": Code(
+        "images of a shape that the recipe rules out",
+        "They are skipped, as `min_aspect` and `max_aspect` ask. The message counts and names "
+        "them.",
+        '[[data.source]]\npath = "mixed"  # four squares and one panorama\nmax_aspect = 2\n'
+        'captions = { from = "instance", prompt = "a photo" }',
+        '[[data.source]]\npath = "mixed"\nmax_aspect = 4\n'
+        'captions = { from = "instance", prompt = "a photo" }',
+    ),
     "out-of-range": Code(
         "a number outside of its bounds",
         "The label says what is allowed. NaN, infinity and numbers beyond 64 bits are refused "
@@ -277,6 +398,27 @@ CODES: Mapping[str, Code] = {
         "is computed in.",
         '[adapter]\nkind = "lora"\n[precision]\ncompute = "bf16"\nweights = "fp32"',
         '[adapter]\nkind = "lora"\n[precision]\ncompute = "bf16"\nweights = "bf16"',
+    ),
+    "quantised-training": Code(
+        "a full fine-tune of quantised weights",
+        "A quantised weight can only take one of a few values, and a step is much smaller than the "
+        "distance between them. An adapter on top of quantised weights trains well.",
+        '[model.transformer]\nquantize = "int8"',
+        '[model.transformer]\nquantize = "int8"\n[adapter]\nkind = "lora"',
+    ),
+    "quantised-vae": Code(
+        "a quantised autoencoder",
+        "The autoencoder is small and made of convolutions that are not quantised, and an error in "
+        "it is an error in every latent that is trained on.",
+        '[model.vae]\nquantize = "int8"',
+        '[model.vae]\nweights = "bf16"',
+    ),
+    "random-frozen": Code(
+        "random weights that nothing trains",
+        '`init = "random"` starts from fresh weights. That is of use only for the component that '
+        "is trained, and only without an adapter.",
+        '[model.text_encoder]\ninit = "random"',
+        '[model.transformer]\ninit = "random"',
     ),
     "schedule-too-long": Code(
         "a warm-up longer than the run",
@@ -370,6 +512,21 @@ CODES: Mapping[str, Code] = {
         "The folder is there but its entries can't be listed.",
         '[[data.source]]\npath = "pictures"  # with permissions for nobody',
         '[[data.source]]\npath = "pictures"',
+    ),
+    "unusual-lr": Code(
+        "a learning rate that the optimizer is not used with",
+        "Adam and its kin move a weight by about the learning rate in each step, and weights are "
+        "mostly below 0.1. Prodigy finds the size of its steps itself and multiplies it by `lr`, "
+        "which is about 1.",
+        '[train.optimizer]\nname = "prodigy"\nlr = 1e-4',
+        '[train.optimizer]\nname = "prodigy"\nlr = 1.0',
+    ),
+    "unusual-size": Code(
+        "a picture size that the model was not made for",
+        "Models draw well near the size and shape that they saw in training. At twice or half of "
+        "it, or very wide or tall, they repeat things or leave them out.",
+        '[validation]\nprompts = { beach = "a dog on a beach" }\nsizes = ["2048x2048"]',
+        '[validation]\nprompts = { beach = "a dog on a beach" }\nsizes = ["64x64"]',
     ),
     "unwritable-output": Code(
         "a folder that can't be written",

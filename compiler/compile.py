@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from compiler.diagnostics import Diagnostic, sort_diagnostics
 from compiler.inherit import chain
+from compiler.mended import blamed_by, is_echo, mended
 from compiler.schema import Recipe
-from compiler.source import Source, dotted, merge, parse_overrides, read_source
-from compiler.spans import KeyPath
+from compiler.source import Source, merge, parse_overrides, read_source
 from compiler.structure import structure, tagged_paths
 from compiler.synonyms import SYNONYMS
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # many recipes are refused before any of this is needed
     from compiler.draft import Draft
     from compiler.machine import Machine
     from compiler.memory import MemoryModel
-    from compiler.plan import Plan
+    from compiler.plan import Decision, Plan
     from compiler.site import Site
 
 
@@ -37,6 +37,17 @@ class Compiled:
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]  # by file name, for `render`
     outlook: Outlook | None = None  # what the plan costs here; None without a plan
+    draft: Draft | None = None  # as far as the passes came; None where the tables are not there
+
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every value with its origin: the plan's, or what is known of a recipe with errors."""
+        if self.plan is not None:
+            return self.plan.decisions
+        if self.draft is None:
+            return ()
+        from compiler.provenance import known
+
+        return known(self.draft)
 
 
 def compile_file(
@@ -66,10 +77,11 @@ def compile_file(
     located, more = merge([*parents, *layers], tagged_paths(Recipe))
     faults += more
     recipe, more = structure(located.data, Recipe, located, SYNONYMS)
-    faults += more
-    blamed = frozenset(fault.path for fault in faults if fault.severity == "error")
+    faults += _without_echoes(more, blamed_by(faults))
+    blamed = blamed_by(faults)
     if recipe is None:
-        recipe, _ = structure(_without(located.data, blamed), Recipe, located, SYNONYMS)
+        rest, blamed = mended(located.data, Recipe, blamed)
+        recipe, _ = structure(rest, Recipe, located, SYNONYMS)
     if recipe is None:
         return _refused(faults, located.texts)
     from compiler.draft import Draft
@@ -97,12 +109,14 @@ def _resolved(draft: Draft, blamed: frozenset[str]) -> Compiled:
     told = len(draft.diagnostics)
     for draft.running, resolve in PASSES:
         resolve(draft)
-    draft.diagnostics[told:] = [
-        fault
-        for fault in draft.diagnostics[told:]
-        if not any(_below(fault.path, path) for path in blamed)
-    ]
+    draft.diagnostics[told:] = _without_echoes(draft.diagnostics[told:], blamed)
     return _finished(draft)
+
+
+def _without_echoes(faults: Sequence[Diagnostic], blamed: frozenset[str]) -> list[Diagnostic]:
+    if not blamed:
+        return list(faults)
+    return [fault for fault in faults if not is_echo(fault, blamed)]
 
 
 def _not_here(layer: Source) -> Diagnostic:
@@ -113,28 +127,6 @@ def _not_here(layer: Source) -> Diagnostic:
         path="extends",
         help="write a recipe of two lines that extends what you want",
     )
-
-
-def _without(data: dict[str, Any], blamed: frozenset[str]) -> dict[str, Any]:
-    """`data` without the keys at the dotted paths `blamed`: what is left is judged all the same, so
-    that a person sees every mistake at once."""
-
-    def kept(node: Any, path: KeyPath) -> Any:
-        if isinstance(node, dict):
-            rows = ((key, (*path, key), value) for key, value in node.items())
-            return {key: kept(value, at) for key, at, value in rows if dotted(at) not in blamed}
-        if isinstance(node, list):
-            return [kept(value, (*path, number)) for number, value in enumerate(node)]
-        return node
-
-    found = kept(data, ())
-    assert isinstance(found, dict)
-    return found
-
-
-def _below(path: str, blamed: str) -> bool:
-    """Whether `path` is `blamed` or inside it."""
-    return path == blamed or path.startswith((f"{blamed}.", f"{blamed}["))
 
 
 def default_cache() -> Path:
@@ -150,10 +142,13 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def _refused(faults: Sequence[Diagnostic], texts: Mapping[str, str]) -> Compiled:
+def _refused(
+    faults: Sequence[Diagnostic], texts: Mapping[str, str], draft: Draft | None = None
+) -> Compiled:
     return Compiled(
         plan=None,
         manifest=None,
+        draft=draft,
         diagnostics=tuple(sort_diagnostics(faults, tuple(texts))),
         texts=texts,
     )
@@ -162,13 +157,13 @@ def _refused(faults: Sequence[Diagnostic], texts: Mapping[str, str]) -> Compiled
 def _finished(draft: Draft) -> Compiled:
     located = draft.located
     if any(fault.severity == "error" for fault in draft.diagnostics):
-        return _refused(draft.diagnostics, located.texts)
+        return _refused(draft.diagnostics, located.texts, draft)
     from compiler.passes.costs import judge_costs
 
     plan = _plan(draft)
     outlook = judge_costs(draft, plan)
     if any(fault.severity == "error" for fault in draft.diagnostics):
-        return _refused(draft.diagnostics, located.texts)
+        return _refused(draft.diagnostics, located.texts, draft)
     return Compiled(
         plan=plan,
         manifest=draft.manifest,

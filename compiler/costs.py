@@ -16,7 +16,7 @@ from compiler.devices import peak_flops
 from compiler.families import FAMILIES
 from compiler.machine import Machine
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.optimizers import state_bytes
+from compiler.optimizers import saved_bytes
 from compiler.plan import Dtype, Plan, digest_of, plain
 from compiler.site import Present, Site, Space
 
@@ -84,10 +84,20 @@ class Skipped:
 
 
 @frozen(kw_only=True)
+class Hidden:
+    """Files and folders of one data folder that begin with a dot and are left alone."""
+
+    source: str
+    count: int
+    names: tuple[str, ...]  # of the first of them
+
+
+@frozen(kw_only=True)
 class Outlook:
     """What a plan costs here and now. No part of the plan, because it changes with the disk."""
 
     skipped: tuple[Skipped, ...] = ()
+    hidden: tuple[Hidden, ...] = ()
     disk: Disk
     duration: Duration | None  # None: nothing was simulated, or the device's rate is unknown
     unknown: str  # why there is no duration; "" if there is one
@@ -179,7 +189,7 @@ def one_checkpoint_bytes(plan: Plan) -> int | None:
         return None
     size = BYTES[plan.precision.trained]
     ema = trainable * max(4, size) if plan.ema else 0
-    states = state_bytes(plan.optimizer.name, plan.precision.trained, trainable)
+    states = saved_bytes(plan.optimizer.name, plan.precision.trained, trainable)
     return trainable * size + ema + states + TENSOR * _trained_tensors(plan)
 
 

@@ -54,6 +54,8 @@ class Diagnostic:
     path: str = ""
     """Dotted path of the key to blame, as `data.source[1].repeats`."""
     notes: tuple[str, ...] = ()
+    meant: str = ""
+    """Dotted path of the key that an unknown one was probably meant to be."""
     excerpt: str = ""
     """The span's source line, where the text of the file cannot be had otherwise."""
 
@@ -82,15 +84,20 @@ def render(diagnostic: Diagnostic, texts: Mapping[str, str], style: Style = plai
     return "\n".join(lines)
 
 
-def to_json(diagnostic: Diagnostic) -> dict[str, Any]:
-    """A diagnostic as plain data; `start` and `end` are 0-based as in LSP, or null."""
+def to_json(diagnostic: Diagnostic, texts: Mapping[str, str]) -> dict[str, Any]:
+    """A diagnostic as plain data.
+
+    `start` and `end` are positions as the Language Server Protocol has them by default, or null:
+    0-based, in UTF-16 code units, the end exclusive. A character beyond U+FFFF counts twice, so
+    `texts` (see `render`) is needed to count.
+    """
     span = diagnostic.span
     place: dict[str, Any] = {"file": None, "start": None, "end": None}
     if span is not None:
         place = {
             "file": span.file,
-            "start": {"line": span.line - 1, "character": span.column - 1},
-            "end": {"line": span.end_line - 1, "character": span.end_column - 1},
+            "start": _position(diagnostic, span.line, span.column, texts),
+            "end": _position(diagnostic, span.end_line, span.end_column, texts),
         }
     facts: dict[str, Any] = {
         "code": diagnostic.code,
@@ -100,6 +107,19 @@ def to_json(diagnostic: Diagnostic) -> dict[str, Any]:
         "path": diagnostic.path,
     }
     return facts | place
+
+
+def _position(
+    diagnostic: Diagnostic, line: int, column: int, texts: Mapping[str, str]
+) -> dict[str, int]:
+    """A place in UTF-16 code units; `column` is 1-based and counts characters."""
+    span = diagnostic.span
+    assert span is not None
+    known = span.file in texts
+    text = _line(texts[span.file], line) if known else diagnostic.excerpt
+    before = text[: column - 1]
+    wide = sum(char > "\uffff" for char in before)
+    return {"line": line - 1, "character": column - 1 + wide}
 
 
 def sort_diagnostics(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attrs import Factory, define
 
@@ -35,6 +35,16 @@ class ModelFacts:
     parameters: dict[str, int]
     known: KnownModel | None
 
+    @property
+    def native_resolution(self) -> int:
+        """Pixels it was made for: as the card states, else sample size times VAE factor."""
+        if self.known is not None:
+            return self.known.resolution
+        size = self.configs[self.family.trained_component].get("sample_size")
+        if isinstance(size, int):
+            return size * self.family.vae_factor(self.configs["vae"])
+        return self.family.default_resolution
+
 
 @define(kw_only=True)
 class Draft:
@@ -56,10 +66,15 @@ class Draft:
     device: plan.Device = "cpu"
     adapter: plan.Adapter | None = None
     precision: plan.Precision | None = None
+    formats: dict[str, plan.Dtype] = Factory(dict)  # of each component's weights
+    quantize: dict[str, plan.Quantisation] = Factory(dict)  # of each component
+    quantize_on: dict[str, Literal["cpu", "device"]] = Factory(dict)
     text: plan.Text | None = None
+    entangled: set[int] = Factory(set)  # sources in which something would be written: never read
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
     skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
+    hidden: list[tuple[str, int, tuple[str, ...]]] = Factory(list)  # (source, count, some names)
     buckets: tuple[plan.Bucket, ...] = ()
     steps: plan.Steps | None = None
     optimizer: plan.Optimizer | None = None

@@ -29,10 +29,12 @@ from compiler.kinds import (
 )
 from compiler.source import Merged, Source, dotted
 from compiler.spans import KeyPath
+from compiler.synonyms import WORDS
 
 MAX_SHOWN = 200
 """Diagnostics of one recipe; a file of megabytes may hold a fault in every line."""
 INT64 = 2**63
+_AS_TABLE = "{as table}"
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.A)
 Part = Literal["key", "value", "table"]
 
@@ -104,6 +106,8 @@ def _type_advice(value: Any, kind: Any) -> str:
         return text_too if takes_text(kind) else "a recipe holds no dates"
     if shape == "str":
         return _unquoted(value, shapes)
+    if shape == "table" and "array" in shapes and any(tables_in(kind)):
+        return "write `[[{path}]]`, once for each entry"
     if shape == "array" and len(value) == 1 and kind_of(value[0]) in shapes:
         return "write one value, without the brackets"
     if shape == "float" and "int" in shapes and math.isfinite(value) and value == int(value):
@@ -113,7 +117,7 @@ def _type_advice(value: Any, kind: Any) -> str:
     if shape in SCALARS and "array" in shapes:
         return "write `{set}[{raw}]`"
     if shape in SCALARS and "table" in shapes and attrs.has(kind):
-        return "write `[{path}]` with a line for each key"
+        return _AS_TABLE
     return ""
 
 
@@ -129,7 +133,7 @@ def _unquoted(value: str, shapes: frozenset[str]) -> str:
         return "write `{set}false`"
     if "array" in shapes:
         return "write `{set}[{raw}]`"
-    return "write `[{path}]` with a line for each key" if shapes == {"table"} else ""
+    return _AS_TABLE if shapes == {"table"} else ""
 
 
 def no_choice(value: Any, kind: Any, allowed: Sequence[Any]) -> Rejected:
@@ -137,9 +141,14 @@ def no_choice(value: Any, kind: Any, allowed: Sequence[Any]) -> Rejected:
     names = [item for item in allowed if isinstance(item, str)]
     if kind_of(value) not in {kind_of(item) for item in allowed}:
         return wrong_type(value, kind)
-    near = nearest(value, names) if isinstance(value, str) else None
+    near = nearest(value, names, _words(names)) if isinstance(value, str) else None
     advice = f"did you mean `{near}`?" if near else f"it must be {literal_words(allowed, 20)}"
     return reject("unknown-value", "unknown value `{text}`", advice=escaped(advice))
+
+
+def _words(names: Sequence[str]) -> dict[str, str]:
+    """Other words for some of `names`."""
+    return {word: name for word, name in WORDS if name in names}
 
 
 def no_option(value: Any, kind: Any, failures: Sequence[tuple[Any, Rejected]]) -> Rejected:
@@ -148,7 +157,8 @@ def no_option(value: Any, kind: Any, failures: Sequence[tuple[Any, Rejected]]) -
         item for one, _ in failures if origin_of(one) is Literal for item in typing.get_args(one)
     ]
     others = [(one, rejected) for one, rejected in failures if origin_of(one) is not Literal]
-    near = nearest(value, [str(word) for word in words]) if isinstance(value, str) else None
+    texts = [str(word) for word in words]
+    near = nearest(value, texts, _words(texts)) if isinstance(value, str) else None
     if not others or near is not None:
         numeric = isinstance(value, str) and near is None and _unquoted(value, shapes_of(kind))
         advice = f"did you mean `{near}`?" if near else numeric or f"it must be {type_words(kind)}"
@@ -175,7 +185,8 @@ def check_range(value: float, limit: Range) -> None:
 
 def _bounds(limit: Range) -> str:
     if limit.ge is not None and limit.le is not None:
-        return f"between {limit.ge:g} and {limit.le:g}"
+        only = limit.ge == limit.le
+        return f"{limit.ge:.12g}" if only else f"between {limit.ge:.12g} and {limit.le:.12g}"
     signs = ((">=", limit.ge), (">", limit.gt), ("<=", limit.le), ("<", limit.lt))
     return " and ".join(f"{sign} {bound:.12g}" for sign, bound in signs if bound is not None)
 
@@ -245,7 +256,7 @@ def placed_elsewhere(fault: Fault, cls: type, synonyms: Mapping[str, str]) -> Fa
         return fault
     known_places = places(cls).get(fault.unknown, ())
     own = ".".join(part for part in fault.path if isinstance(part, str))
-    found = [place for place in known_places if place != own]
+    found = [place for place in known_places if not f"{own}.".startswith(f"{place}.")]
     if known_places and not found:
         return fault._replace(help=f"only another kind of this table has it; {fault.help}")
     if len(found) == 1:
@@ -300,7 +311,14 @@ def to_diagnostic(fault: Fault, located: Source | Merged) -> Diagnostic:
         label=fill(fault.label),
         help=fill(advice),
         path=dotted(path),
+        meant=_meant(fault),
     )
+
+
+def _meant(fault: Fault) -> str:
+    if not fault.meant or fault.meant.startswith("."):
+        return fault.meant[1:]
+    return dotted((*fault.path[:-1], fault.meant))
 
 
 def _filler(fault: Fault, located: Source | Merged) -> Callable[[str], str]:
@@ -313,13 +331,16 @@ def _filler(fault: Fault, located: Source | Merged) -> Callable[[str], str]:
         "key": shown(_own_key(fault.path)),
         "path": shown(dotted(fault.path), 60),
         "set": _assignment(fault.path),
+        "as table": _as_table(fault.path),
         "value": f"`{shown(raw.strip())}`",
         "raw": shown(raw.strip()),
         "text": shown(text),
         "table": _table_words(fault, located),
         "{": "{",
     }
-    return lambda template: re.sub(r"\{(\w+|\{)\}", lambda match: names[match[1]], template)
+    return lambda template: re.sub(
+        r"\{(as table|\w+|\{)\}", lambda match: names[match[1]], template
+    )
 
 
 def _own_text(fault: Fault, located: Source | Merged) -> str:
@@ -335,6 +356,13 @@ def escaped(text: str) -> str:
 def _assignment(path: KeyPath) -> str:
     """What stands before a value on its line; nothing before an entry of an array."""
     return "" if path and isinstance(path[-1], int) else f"{shown(_own_key(path))} = "
+
+
+def _as_table(path: KeyPath) -> str:
+    """How to write the table at a path: with a header, or inline within an entry of an array."""
+    if any(isinstance(part, int) for part in path):
+        return f"write a table: `{shown(_own_key(path))} = {{ ... }}`"
+    return f"write `[{shown(dotted(path), 60)}]` with a line for each key"
 
 
 def _own_key(path: KeyPath) -> str:

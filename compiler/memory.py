@@ -21,6 +21,7 @@ class Candidate:
     optimizer: Optimizer
     max_grad_norm: float
     ema_on_device: bool
+    ema_on_host: bool = False
     accumulate: int
     layout: Layout
     micro_batch: int = 0  # 0: whole batches
@@ -38,7 +39,7 @@ class Simulation:
     parameters: int  # of the trained component, without adapter
     trainable: int  # parameters that the optimizer updates
     adapted_modules: int  # modules that carry an adapter; 0 without one
-    flops: int  # floating-point operations of one forward and backward pass at the worst bucket
+    flops: int  # operations of the forward and backward passes of one batch of the worst bucket
     seconds: float  # how long the simulation took
 
 

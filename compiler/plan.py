@@ -85,20 +85,34 @@ class Geometry:
 
     resolution: float  # pixels (an edge, or the root of the area), or megapixels for "area"
     resolution_type: Literal["pixel", "area", "pixel_area"]
-    aspect: Literal["square", "preserve"]
-    crop: Literal["center", "corner", "random"]
+    aspect: Literal["square", "preserve", "closest", "random"]
+    crop: Literal["center", "corner", "random", "face", "saliency"]
     multiple: int  # bucket edges are multiples of this many pixels
+    buckets: tuple[str, ...] = ()  # ratios ("3:2") of aspect "closest" and "random"
+    resize: Literal["cover", "none"] = "cover"  # before the cut
+    max_size: int = 0  # pixels; of resize "none": shorter edge of what is cut from; 0: any
+    upscale: bool = True  # enlarge what is smaller than its bucket
+    flip: bool = False  # each image is a second sample, mirrored
 
 
 @frozen(kw_only=True)
 class Captions:
     """Where one source's captions come from."""
 
-    kind: Literal["textfile", "filename", "instance"]
-    prompt: str  # of kind "instance"
-    missing: Literal["error", "skip", "empty"]
-    multiline: Literal["join", "first"]
+    kind: Literal["textfile", "filename", "instance", "json"]
+    prompt: str  # of kind or missing "instance"
+    missing: Literal["error", "skip", "empty", "filename", "instance"]
+    multiline: Literal["join", "first", "alternatives"]
     dropout: float  # share of samples trained with the empty prompt
+    key: str = ""  # of kind "json"
+    prefix: str = ""
+    suffix: str = ""
+    trigger: str = ""  # the word that stands for what is learned
+    shuffle: bool = False  # of the tags behind the first `keep_tokens`
+    keep_tokens: int = 0
+    separator: str = ","  # of tags
+    tag_dropout: float = 0.0  # share of those tags that are left out
+    variants: int = 1  # cached forms of each caption, where shuffling or dropout makes them differ
 
 
 @frozen(kw_only=True)
@@ -107,12 +121,17 @@ class DataSource:
 
     id: str
     path: str
-    repeats: str  # passes per epoch, as an exact decimal ("5", "0.25")
+    repeats: str  # passes per epoch, an exact decimal or fraction ("5", "0.25", "7/3")
     geometry: Geometry
     captions: Captions
     broken: Literal["error", "skip"]
-    images: int  # usable
+    images: int  # usable; a mirrored one counts as another
     skipped: int
+    texts: int = 0  # distinct captions to encode
+    fallbacks: int = 0  # images without a caption of their own that `missing` gave another
+    held_out: int = 0  # images that are not trained on
+    regularisation: bool = False  # class images, for prior preservation
+    loss_weight: float = 1.0  # the loss of each sample is multiplied by it
 
 
 @frozen(kw_only=True)
@@ -158,12 +177,12 @@ class Optimizer:
 class Schedule:
     """The learning rate over the run's steps; `warmup` and `length` are steps."""
 
-    name: Literal["constant", "linear", "cosine", "polynomial"]
+    name: Literal["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"]
     warmup: int
     length: int
     end: float  # the last learning rate as a share of the first
     power: float
-    cycles: float
+    cycles: int  # falls of "cosine-with-restarts"; others have one
 
 
 @frozen(kw_only=True)
@@ -258,6 +277,7 @@ class Memory:
 
     budget_bytes: int
     layout: Layout = field(factory=Layout)
+    on_oom: Literal["stop", "next-rung"] = "stop"
     phases: tuple[Phase, ...]
     ladder: tuple[Rung, ...] = ()  # from the fastest down, as far as it was looked at
     counts: dict[str, int] = field(factory=dict)

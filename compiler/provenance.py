@@ -15,6 +15,7 @@ from attrs import evolve
 
 from compiler.draft import Draft, spelt
 from compiler.kinds import fields_of, leaf_of, tables_in
+from compiler.mended import below
 from compiler.plan import Decision
 from compiler.source import dotted
 from compiler.spans import KeyPath
@@ -45,6 +46,17 @@ def completed(draft: Draft) -> tuple[Decision, ...]:
     )
 
 
+def known(draft: Draft) -> tuple[Decision, ...]:
+    """What holds although the recipe has errors: neither what is blamed, nor what was left open
+    because a pass that needed it never ran."""
+    blamed = {fault.path for fault in draft.diagnostics if fault.severity == "error"}
+    return tuple(
+        decision
+        for decision in completed(draft)
+        if decision.value != UNUSED and not any(below(decision.key, path) for path in blamed)
+    )
+
+
 def _leaves(table: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """Each key of a table that is no table itself, with its value; an absent table is one too."""
     cls: type = type(table)
@@ -68,9 +80,9 @@ def _entries(table: dict[Any, Any], path: KeyPath) -> Iterator[tuple[KeyPath, An
     """The entries of a table whose keys are the user's own, and of tables in it."""
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            yield from _entries(value, (*path, key))
+            yield from _entries(value, (*path, str(key)))
         else:
-            yield (*path, key), value
+            yield (*path, str(key)), value
 
 
 def _undecided(draft: Draft, path: KeyPath, value: Any) -> Decision:

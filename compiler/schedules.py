@@ -27,9 +27,15 @@ def _linear(schedule: Schedule, progress: float) -> float:
 
 
 def _cosine(schedule: Schedule, progress: float) -> float:
-    """Loshchilov and Hutter, "SGDR", arXiv 1608.03983, equation 5; `cycles` 0.5 falls once."""
-    wave = 0.5 * (1.0 + math.cos(2.0 * math.pi * schedule.cycles * progress))
-    return schedule.end + (1.0 - schedule.end) * wave
+    """Loshchilov and Hutter, "SGDR", arXiv 1608.03983, equation 5, over the whole run."""
+    return schedule.end + (1.0 - schedule.end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _restarts(schedule: Schedule, progress: float) -> float:
+    """SGDR with `cycles` equal periods: it falls, begins at 1 again, and ends the run at `end`."""
+    if progress >= 1.0:
+        return schedule.end
+    return _cosine(schedule, (schedule.cycles * progress) % 1.0)
 
 
 def _polynomial(schedule: Schedule, progress: float) -> float:
@@ -40,6 +46,7 @@ SHAPES: Mapping[str, Callable[[Schedule, float], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,
+    "cosine-with-restarts": _restarts,
     "polynomial": _polynomial,
 }
 

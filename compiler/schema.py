@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from attrs import field, frozen
 
-from compiler.structure import Range
+from compiler.structure import Length, Range
 from compiler.units import ByteSize, Interval, Share
 
 Auto = Literal["auto"]
@@ -19,7 +19,9 @@ Auto = Literal["auto"]
 Count = Annotated[int, Range(ge=0, le=1_000_000)]
 Seed = Annotated[int, Range(ge=0, le=2**62)]
 PositiveFloat = Annotated[float, Range(gt=0)]
+Beta = Annotated[float, Range(ge=0, lt=1)]
 Probability = Annotated[float, Range(ge=0, le=1)]
+BatchSize = Annotated[int, Range(ge=1, le=65_536)]
 Format = Literal["bf16", "fp16", "fp32"]
 
 
@@ -96,8 +98,9 @@ class MemoryRecipe:
     activation_checkpointing: Annotated[int, Range(ge=0, le=1000)] | Literal["off", "auto"] = "auto"
     """Recompute every n-th block in the backward pass. "off" or 0: none; 1: all."""
     fused_backward: bool | Auto = "auto"
-    """Update each weight as soon as its gradient is complete, and drop the gradient."""
-    offload: OffloadRecipe | Literal["auto", "none"] = "auto"
+    """Update each weight as soon as its gradient is complete, and drop the gradient. Results stay
+    the same, bit for bit. Needs `max_grad_norm = 0` and no accumulation."""
+    offload: OffloadRecipe | Literal["auto", "none"] = field(factory=OffloadRecipe)
     """What waits in host memory until it is needed. Results stay the same, bit for bit."""
     micro_batch: Annotated[int, Range(ge=1, le=65_536)] | Auto = "auto"
     """Samples at most in one forward pass: a larger batch is run in parts and its gradients are
@@ -133,28 +136,64 @@ class TextRecipe:
 class CropRecipe:
     """How a picture is cut to its bucket."""
 
-    style: Literal["center", "corner", "random"] = "center"
-    """Where the cut lies; "random" is drawn anew each epoch only where latents are not cached."""
-    aspect: Literal["square", "preserve"] = "preserve"
-    """Cut squares, or keep the aspect ratio as nearly as the bucket allows."""
+    style: Literal["center", "corner", "random", "face", "saliency"] = "center"
+    """Where the cut lies. "random" is drawn once for each image, because latents are cached. "face"
+    and "saliency" look at the pixels, and need OpenCV: `pip install tuner[crop]`."""
+    aspect: Literal["square", "preserve", "closest", "random"] = "preserve"
+    """Cut squares, or keep the aspect ratio as nearly as the bucket allows, or take the nearest of
+    `buckets`, or one drawn once for each image."""
+    buckets: tuple[str, ...] = ()
+    """Aspect ratios as "WIDTH:HEIGHT", of aspect "closest" and "random"."""
+    resize: Literal["cover", "none"] = "cover"
+    """Scale each image to cover its bucket and cut off the rest; "none": cut the bucket out of the
+    image at its own size."""
 
 
 @frozen(kw_only=True)
 class CaptionsRecipe:
     """Where captions come from."""
 
-    source: Literal["textfile", "filename", "instance"] = field(
+    source: Literal["textfile", "filename", "instance", "json"] = field(
         default="textfile", metadata={"key": "from"}
     )
-    """A .txt file beside each image, the file's name, or one prompt for all."""
+    """A .txt or .json file beside each image, the file's name, or one prompt for all."""
     prompt: str = ""
-    """The prompt of `from = "instance"`."""
-    missing: Literal["error", "skip", "empty"] = "error"
-    """What to do with an image that has no caption or an empty one."""
-    multiline: Literal["join", "first"] = "join"
-    """A caption file of several lines is one caption, or only its first line counts."""
+    """The prompt of `from = "instance"`, and of `missing = "instance"`."""
+    key: str = "caption"
+    """Of `from = "json"`: the entry that holds a caption or a list of captions."""
+    missing: Literal["error", "skip", "empty", "filename", "instance"] = "error"
+    """What to do with an image that has no caption or an empty one. "empty": train it with the
+    empty prompt; "filename" and "instance": take that caption instead."""
+    multiline: Literal["join", "first", "alternatives"] = "join"
+    """Several lines are one caption, or only the first one counts, or each is a caption of its own,
+    one of which is drawn at each use."""
+    prefix: str = ""
+    """Put before each caption, with a space between."""
+    suffix: str = ""
+    """Put behind each caption."""
+    trigger: str = ""
+    """The word that stands for what is learned. It takes the place of `[trigger]` in captions; you
+    are warned of captions that do not say it."""
+    shuffle: bool = False
+    """Shuffle the tags of a caption. Needs `variants`, because embeddings are cached."""
+    keep_tokens: Count = 0
+    """So many tags at the front keep their place and are never dropped."""
+    separator: Annotated[str, Length(ge=1)] = ","
+    """What stands between tags."""
+    tag_dropout: Probability = 0.0
+    """Share of tags that are left out. Needs `variants`, because embeddings are cached."""
+    variants: Annotated[int, Range(ge=1, le=1000)] = 1
+    """How many shuffled forms of each caption are cached; one of them is drawn at each use."""
     dropout: Probability = 0.0
     """Share of samples that are trained with the empty prompt, for guidance."""
+
+
+@frozen(kw_only=True)
+class RegularisationRecipe:
+    """Prior preservation (DreamBooth, arXiv 2208.12242)."""
+
+    weight: PositiveFloat = 1.0
+    """The loss of each of these samples is multiplied by it."""
 
 
 @frozen(kw_only=True)
@@ -167,8 +206,16 @@ class SourceRecipe:
     """Its name in the plan; by default the folder's."""
     repeats: Annotated[float, Range(gt=0, le=1_000_000)] = 1.0
     """Passes over the source in each epoch; fractions are allowed."""
-    resolution: PositiveFloat | None = None
-    """Pixels (megapixels for resolution_type = "area")."""
+    weight: PositiveFloat | None = None
+    """Instead of `repeats`, for all sources: they are seen in the ratio of their weights, and an
+    epoch is as long as it takes to see each image at least once."""
+    regularisation: RegularisationRecipe | None = None
+    """These are images of the class, not of the subject, so that the class is not forgotten."""
+    holdout: Annotated[float, Range(ge=0, le=1_000_000)] = 0.0
+    """Images that are not trained on: a share below 1, or a whole number of them."""
+    resolution: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+    """Pixels (megapixels for resolution_type = "area"). Of a list, each image is a sample of
+    each."""
     resolution_type: Literal["pixel", "area", "pixel_area"] | None = None
     """Whether `resolution` is the short edge, the area in megapixels, or the root of the area."""
     crop: CropRecipe | None = None
@@ -177,6 +224,17 @@ class SourceRecipe:
     """Where captions come from."""
     min_size: Count | None = None
     """Skip images whose shorter edge has fewer pixels."""
+    max_size: Count | None = None
+    """Of `resize = "none"`: bring larger images down to a shorter edge of this many pixels before
+    they are cut. 0: don't."""
+    min_aspect: PositiveFloat | None = None
+    """Skip images whose width over height is less."""
+    max_aspect: PositiveFloat | None = None
+    """Skip images whose width over height is more."""
+    upscale: bool | None = None
+    """Enlarge images that are smaller than their bucket; false: skip them."""
+    flip: bool | None = None
+    """Train each image mirrored too, as a sample of its own."""
     broken: Literal["error", "skip"] | None = None
     """What to do with files that are no readable image."""
 
@@ -187,8 +245,9 @@ class DataRecipe:
 
     source: tuple[SourceRecipe, ...]
     """The sources, one `[[data.source]]` each."""
-    resolution: PositiveFloat | Auto = "auto"
-    """Pixels (megapixels for resolution_type = "area"). "auto": the size the base was made for."""
+    resolution: PositiveFloat | tuple[PositiveFloat, ...] | Auto = "auto"
+    """Pixels (megapixels for resolution_type = "area"). "auto": the size the base was made for. Of
+    a list, each image is a sample of each."""
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
     """Whether `resolution` is the short edge, the area in megapixels, or the root of the area."""
     multiple: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
@@ -199,6 +258,17 @@ class DataRecipe:
     """Where captions come from."""
     min_size: Count = 0
     """Skip images whose shorter edge has fewer pixels."""
+    max_size: Count = 0
+    """Of `resize = "none"`: bring larger images down to a shorter edge of this many pixels before
+    they are cut. 0: don't."""
+    min_aspect: PositiveFloat | None = None
+    """Skip images whose width over height is less."""
+    max_aspect: PositiveFloat | None = None
+    """Skip images whose width over height is more."""
+    upscale: bool = True
+    """Enlarge images that are smaller than their bucket; false: skip them."""
+    flip: bool = False
+    """Train each image mirrored too, as a sample of its own."""
     broken: Literal["error", "skip"] = "error"
     """What to do with files that are no readable image."""
     workers: Annotated[int, Range(ge=1, le=256)] | Auto = "auto"
@@ -207,27 +277,68 @@ class DataRecipe:
 
 @frozen(kw_only=True)
 class OptimizerRecipe:
-    """The optimizer."""
+    """The optimizer. Each takes some of the keys below; the reference lists which, and its own
+    defaults."""
 
-    name: str = "adamw"
-    """A name of the optimizer table."""
+    name: str = "auto"
+    """A name of the optimizer table. "auto": adamw, or what keeps less state if memory needs it."""
     lr: PositiveFloat
     """Learning rate."""
-    betas: tuple[float, float] | None = None
+    betas: Annotated[tuple[Beta, ...], Length(ge=2, le=3)] | None = None
     """Decay of the moment estimates."""
     eps: PositiveFloat | None = None
     """Added to the denominator."""
     weight_decay: Annotated[float, Range(ge=0)] | None = None
-    """Decoupled weight decay."""
-    momentum: Annotated[float, Range(ge=0, lt=1)] | None = None
+    """Weight decay; decoupled from the gradient, except in "adam", "adagrad" and "sgd"."""
+    momentum: Beta | None = None
     """Share of the last update that is added to the next."""
+    nesterov: bool | None = None
+    """Look one update ahead (Nesterov's momentum)."""
+    lr_decay: Annotated[float, Range(ge=0)] | None = None
+    """Of "adagrad": the learning rate falls as 1 / (1 + lr_decay x step)."""
+    beta2_decay: Annotated[float, Range(ge=-1, lt=0)] | None = None
+    """Of "adafactor": the second moment's decay is 1 - step^beta2_decay."""
+    clip_threshold: PositiveFloat | None = None
+    """Of "adafactor" and "came": root mean square of a weight's update at most."""
+    ns_steps: Annotated[int, Range(ge=1, le=99)] | None = None
+    """Of "muon": Newton-Schulz iterations."""
+    k: Annotated[int, Range(ge=1, le=1_000_000)] | None = None
+    """Of "ranger": steps between two looks ahead."""
+    alpha: Annotated[float, Range(ge=0)] | None = None
+    """Of "ranger": share of the look ahead. Of "ademamix": weight of the slow average."""
+    t_alpha_beta3: Annotated[int, Range(ge=1, le=100_000_000)] | None = None
+    """Of "ademamix": steps over which the slow average is brought in."""
+    t_alpha: Annotated[int, Range(ge=1, le=100_000_000)] | None = None
+    """Of "bnb-ademamix": steps over which the slow average's weight rises."""
+    t_beta3: Annotated[int, Range(ge=1, le=100_000_000)] | None = None
+    """Of "bnb-ademamix": steps over which the slow average becomes slow."""
+    r: Annotated[float, Range(ge=0)] | None = None
+    """Of schedule-free ones: later steps count more in the average, by this power."""
+    weight_lr_power: Annotated[float, Range(ge=0)] | None = None
+    """Of schedule-free ones: power of the learning rate by which a step counts in the average."""
+    d0: PositiveFloat | None = None
+    """Of "prodigy": the first step size."""
+    d_coef: PositiveFloat | None = None
+    """Of "prodigy": its step size is multiplied by this."""
+    growth_rate: Annotated[float, Range(ge=1)] | None = None
+    """Of "prodigy": the step size grows by this factor a step at most."""
+    use_bias_correction: bool | None = None
+    """Of "prodigy": correct the moments for their start at zero, as Adam does."""
+    safeguard_warmup: bool | None = None
+    """Of "prodigy": leave the warm-up out of the step size's estimate."""
+    slice_p: Annotated[int, Range(ge=1, le=1_000_000)] | None = None
+    """Of "prodigy": estimate from every n-th weight, which saves state."""
+    precondition_frequency: Annotated[int, Range(ge=1, le=1_000_000)] | None = None
+    """Of "soap": steps between two new bases."""
+    max_precondition_dim: Annotated[int, Range(ge=1, le=1_000_000)] | None = None
+    """Of "soap": edges longer than this keep their basis."""
 
 
 @frozen(kw_only=True)
 class ScheduleRecipe:
     """The learning rate over the run."""
 
-    name: Literal["constant", "linear", "cosine", "polynomial"] = "constant"
+    name: Literal["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"] = "constant"
     """What it does after the warm-up, up to the last step."""
     warmup: Share = field(factory=lambda: Share.parse("0 steps"))
     """Linear rise from 0: "200 steps" or "10%" of the run."""
@@ -235,8 +346,8 @@ class ScheduleRecipe:
     """The last learning rate, as a share of `lr`."""
     power: PositiveFloat = 1.0
     """Of "polynomial"."""
-    cycles: PositiveFloat = 0.5
-    """Of "cosine": 0.5 falls once; 1.5 rises again."""
+    cycles: Annotated[int, Range(ge=1, le=100_000)] = 1
+    """Of "cosine-with-restarts": how often it falls."""
 
 
 @frozen(kw_only=True)
@@ -287,8 +398,9 @@ class TrainRecipe:
     """Passes over the data."""
     steps: Annotated[int, Range(ge=1, le=100_000_000)] | None = None
     """Optimizer updates."""
-    batch_size: Annotated[int, Range(ge=1, le=65_536)] = 1
-    """Samples in one forward pass of one device."""
+    batch_size: BatchSize | dict[Annotated[int, Range(ge=1, le=8192)], BatchSize] = 1
+    """Samples in one forward pass of one device. Or a table by the resolution of the sources in
+    pixels: `{ 512 = 4, 1024 = 1 }`."""
     accumulate: Annotated[int, Range(ge=1, le=65_536)] = 1
     """Batches in one optimizer update."""
     schedule: ScheduleRecipe = field(factory=ScheduleRecipe)
@@ -325,7 +437,7 @@ class ValidationRecipe:
     """Draw the untrained model's pictures first, to set beside."""
     negative: str = ""
     """The negative prompt."""
-    sizes: tuple[str, ...] | Auto = "auto"
+    sizes: Annotated[tuple[str, ...], Length(ge=1)] | Auto = "auto"
     """"WIDTHxHEIGHT" each. "auto": the training resolution, square."""
     guidance: Annotated[float, Range(ge=0)] | Auto = "auto"
     """Classifier-free guidance scale."""
@@ -363,6 +475,11 @@ class LaunchRecipe:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """"auto": the first accelerator, else the processor."""
+    devices: Annotated[int, Range(ge=1, le=4096)] | Auto = "auto"
+    """How many of them train together, one process (rank) each. "auto": one."""
+    strategy: Literal["ddp"] = "ddp"
+    """How several devices share the work. "ddp": each holds the whole model, and gradients are
+    averaged over all samples of the step."""
     threads: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
     """Threads of one operation on the processor."""
 

@@ -22,3 +22,19 @@ class Batch:
     sigmas: Tensor  # (B,) float32
     text: Mapping[str, Tensor]
     weights: Tensor | None = None  # (B,) float32, per-sample loss weights; None: all 1
+
+    def parts(self, size: int) -> list[Batch]:
+        """The batch in parts of at most `size` samples (0: whole), each a view of it."""
+        count = self.latents.shape[0]
+        if size == 0 or size >= count:
+            return [self]
+        return [
+            Batch(
+                latents=self.latents[start : start + size],
+                noise=self.noise[start : start + size],
+                sigmas=self.sigmas[start : start + size],
+                text={name: tensor[start : start + size] for name, tensor in self.text.items()},
+                weights=None if self.weights is None else self.weights[start : start + size],
+            )
+            for start in range(0, count, size)
+        ]

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from compiler.plan import Adapter, Layout, Model, Precision
 from runtime import rng
 from runtime.families.base import Family
-from runtime.families.common import DTYPES
+from runtime.families.common import DTYPES, component_of
 from runtime.methods import full, lora
 from runtime.methods.base import Built, load_state, state
+from runtime.offload.activations import offload_activations
+from runtime.offload.blocks import offload_blocks
 
 __all__ = ["Built", "build", "load_state", "state"]
 
@@ -33,22 +35,34 @@ def build(
     """The trained component on `device`, with its adapter, in training mode.
 
     `empty` leaves its weights unset, for meta tensors. Fresh weights are functions of `seed`.
-    Raises ValueError for number formats that don't go together and for patterns that match
-    nothing.
+    Raises ValueError for number formats that don't go together, quantised weights without an
+    adapter, and patterns that match nothing.
     """
     check_precision(adapter, precision)
+    if adapter is None and layout.offload_blocks:
+        raise ValueError("blocks that are trained can't wait on the host: train an adapter")
     dtype = DTYPES[precision.trained if adapter is None else precision.weights]
     name = model.trained_component
+    if adapter is None and component_of(model, name).quantize != "none":
+        raise ValueError("quantised weights can't be trained: train an adapter on them")
     if empty:
         component = family.empty(model, name, dtype, device)
     else:
         start = rng.key(seed, "weights") % (1 << 63)
-        component = family.load(model, name, dtype, device, seed=start)
+        # What is to wait on the host never comes to the device as a whole.
+        place = torch.device("cpu") if layout.offload_blocks else device
+        component = family.load(model, name, dtype, place, seed=start)
     if adapter is None:
         built = full.prepare(component, precision)
     else:
         built = lora.prepare(component, adapter, precision, seed)
     checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
+    if layout.offload_blocks:
+        offload_blocks(built.model, family.card.blocks, layout.offload_blocks, device)
+        for parameter in built.trainable.values():
+            parameter.data = parameter.data.to(device)
+    if layout.offload_activations:
+        offload_activations(built.model)
     built.model.train()
     return built
 

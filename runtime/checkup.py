@@ -16,11 +16,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from compiler.optimizers import packages
 from runtime.machine import version
 from runtime.site import existing
 
-COMPILERS = ("c++", "g++", "clang++", "cl")
-EXTRAS = ("tensorboard", "bitsandbytes", "torchao", "triton", "accelerate", "sentencepiece")
+EXTRAS = ("tensorboard", "torchao", "triton", "accelerate", "sentencepiece", *packages())
 PROBE_BYTES = 64 * 2**20
 BLOCK = 2**20
 HUB_SECONDS = 5.0
@@ -49,13 +49,6 @@ def features(capability: str) -> dict[str, bool]:
     except ValueError:
         return {}
     return {name: number >= least for name, least in FEATURES.items()}
-
-
-def compiler() -> str:
-    """Path of the C++ compiler that torch.compile would take; "" if there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else []
-    found = (shutil.which(name) for name in (*names, *COMPILERS))
-    return next((path for path in found if path), "")
 
 
 def extras() -> dict[str, str]:

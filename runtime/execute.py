@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from attrs import frozen
 
 from compiler.data.manifest import Manifest
-from compiler.optimizers import state_bytes
+from compiler.optimizers import saved_bytes
 from compiler.plan import Plan
 from runtime import checkpoints, files, folder
 from runtime.build import Built, build, load_state, state
@@ -31,11 +31,12 @@ from runtime.events import Events
 from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
+from runtime.fused_backward import FusedBackward
 from runtime.loop import Actions, Trained, due, train
 from runtime.machine import versions
 from runtime.measured import measured
 from runtime.methods import full, lora
-from runtime.optimizers import host_state, make_optimizer, to_host
+from runtime.optimizers import check_usable, host_state, kept_weights, make_optimizer, to_host
 from runtime.optimizers import load_state as load_optimizer
 from runtime.quiet import quiet
 from runtime.stop import Stop
@@ -167,6 +168,7 @@ def device_of(plan: Plan) -> torch.device:
 
 def _run(context: Context) -> Outcome:
     plan = context.plan
+    check_usable(plan.optimizer, plan.device)
     torch.set_num_threads(plan.threads)  # sums are split by threads: part of the trajectory
     _fill(context)
     with context.clock.phase("load"):
@@ -178,8 +180,9 @@ def _run(context: Context) -> Outcome:
         reached = _train(context, built, trained, painter, trackers, done)
         if reached < plan.steps.total:
             return _outcome(plan, "stopped", reached, {})
-        _export(context, built, trained)
-        _validate(context, painter, reached)
+        with _kept(trained):
+            _export(context, built, trained)
+        _validate(context, trained, painter, reached)
     finally:
         for tracker in trackers:
             tracker.close()
@@ -190,21 +193,27 @@ def _run(context: Context) -> Outcome:
 
 def _fill(context: Context) -> None:
     """Cache embeddings and latents; the encoders are gone afterwards."""
-    for name, fill in (("text", fill_text), ("latents", fill_latents)):
-        with context.clock.phase(name):
-            fill(context.plan, context.manifest, context.family, context.cache, context.events)
+    plan, clock = context.plan, context.clock
+    given = (plan, context.manifest, context.family, context.cache, context.events)
+    with clock.phase("text"):
+        fill_text(*given, phase=clock.phase)
+    with clock.phase("latents"):
+        fill_latents(*given)
 
 
 def _prepare(context: Context) -> tuple[Built, Trained, int]:
     """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
     plan = context.plan
     built = _built(context)
+    optimizer = make_optimizer(plan.optimizer, built.trainable.items(), context.device)
+    fused = plan.memory.layout.fused_backward
     trained = Trained(
         family=context.family,
         model=built.model,
         parameters=built.trainable,
-        optimizer=make_optimizer(plan.optimizer, built.trainable.items(), context.device),
+        optimizer=optimizer,
         ema=Ema(plan.ema, built.trainable.items()) if plan.ema else None,
+        fused=FusedBackward(built.model, built.trainable, optimizer) if fused else None,
     )
     return built, trained, _resume(context, built, trained)
 
@@ -251,11 +260,11 @@ def _train(
     plan = context.plan
     actions = Actions(
         checkpoint=lambda step, epoch: _save(context, built, trained, step, epoch),
-        validate=lambda step: _validate(context, painter, step),
+        validate=lambda step: _validate(context, trained, painter, step),
     )
     with context.stop.patient():
         if (done == 0 and plan.validation.at_start) or due(done, plan.validation.every):
-            _validate(context, painter, done)
+            _validate(context, trained, painter, done)
         if context.stop.requested or done == plan.steps.total:
             return done
         _check_space(context, trained)
@@ -304,10 +313,15 @@ def _save(context: Context, built: Built, trained: Trained, step: int, epoch: in
     _announce(context, step)
 
 
-def _validate(context: Context, painter: Painter | None, step: int) -> None:
+def _kept(trained: Trained) -> AbstractContextManager[None]:
+    """Inside, the weights are those to be judged and kept."""
+    return kept_weights(trained.optimizer, trained.parameters.values())
+
+
+def _validate(context: Context, trained: Trained, painter: Painter | None, step: int) -> None:
     if painter is None or is_complete(context.plan, step):
         return
-    with context.clock.phase("validate"):
+    with context.clock.phase("validate"), _kept(trained):
         validate(painter, step)
     if step < context.plan.steps.total:
         _announce(context, step)
@@ -358,7 +372,7 @@ def _check_space(context: Context, trained: Trained) -> None:
     plan = context.plan
     count = sum(p.numel() for p in trained.parameters.values())
     weights = sum(p.nbytes for p in trained.parameters.values())
-    needed = weights + state_bytes(plan.optimizer.name, plan.precision.trained, count)
+    needed = weights + saved_bytes(plan.optimizer.name, plan.precision.trained, count)
     if trained.ema is not None:
         needed += 4 * count
     folder.check_space(context.folder, needed)

@@ -22,6 +22,7 @@ from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family
+from runtime.fused_backward import FusedBackward
 from runtime.optimizers import set_lr
 from runtime.rng import seed_torch
 from runtime.step import gradient_norm, micro_step, update
@@ -43,6 +44,7 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: Ema | None
+    fused: FusedBackward | None = None  # updates weights in the backward pass; None: after it
 
 
 @frozen(kw_only=True)
@@ -67,6 +69,7 @@ class Row:
     loss: Tensor  # mean over the window's samples
     grad_norm: Tensor  # L2, before clipping
     names: Sequence[str]
+    fused: bool = False  # weights were updated in the backward pass, before `grad_norm` was known
 
 
 @mutable(kw_only=True)
@@ -118,9 +121,11 @@ def check_finite(row: Row, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    weights = f"the weights were not updated and are those of step {row.step - 1}"
+    if row.fused and math.isfinite(loss):
+        weights = "with fused_backward some weights were updated before it was found"
     raise RunFailed(
-        f"step {row.step}: {what}; the weights were not updated and are those of step "
-        f"{row.step - 1}. Samples: {', '.join(row.names)}",
+        f"step {row.step}: {what}; {weights}. Samples: {', '.join(row.names)}",
         help="likely causes: a learning rate that is too high, float16 where the model overflows, "
         "or a damaged picture among the samples named; the last checkpoint is good",
     )
@@ -177,8 +182,10 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
     """One optimizer update over a window of micro-batches, each weighted by its samples."""
     lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
     set_lr(trained.optimizer, lr)
+    fused = trained.fused
     losses: list[Tensor] = []
-    for index, batch in enumerate(window.batches):
+    size = plan.steps.micro_batch
+    for index, batch in enumerate(part for b in window.batches for part in b.parts(size)):
         seed_torch(plan.seed, "model", window.step, index)
         losses.append(
             micro_step(
@@ -188,9 +195,10 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
                 plan.objective,
                 plan.precision,
                 window.samples,
+                fused.begin if fused else None,
             )
         )
-    norm = gradient_norm(trained.parameters.values())
+    norm = fused.finish() if fused else gradient_norm(trained.parameters.values())
     row = Row(
         step=window.step + 1,
         epoch=window.epoch,
@@ -199,9 +207,11 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
         loss=torch.cat(losses).mean(),
         grad_norm=norm.float(),
         names=window.names,
+        fused=fused is not None,
     )
     guard(trained.optimizer, row)
-    update(trained.optimizer, norm, plan.max_grad_norm)
+    if not fused:
+        update(trained.optimizer, norm, plan.max_grad_norm)
     return row
 
 
@@ -211,10 +221,12 @@ def guard(optimizer: torch.optim.Optimizer, row: Row) -> None:
     On the processor the values are at hand. On an accelerator reading them would wait for it in
     every step; there a fused optimizer is told on the device to leave weights and state alone
     (`found_inf`, as a gradient scaler does), and the ledger stops the run when it reads them.
+    `runtime.fused_backward` has seen to its own updates.
     """
     finite = torch.isfinite(row.loss) & torch.isfinite(row.grad_norm)
     if row.loss.device.type != "cpu" and optimizer.param_groups[0].get("fused"):
-        skip_unless(finite, optimizer)
+        if not row.fused:
+            skip_unless(finite, optimizer)
     elif not finite.item():
         check_finite(row, row.loss.item(), row.grad_norm.item())
 

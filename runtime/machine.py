@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from compiler.machine import Machine
+from compiler.machine import COMPILER, OPENCV, Machine
+from compiler.optimizers import packages
 from compiler.plan import Device
 
 PACKAGES = (
@@ -28,6 +31,7 @@ PACKAGES = (
     "bitsandbytes",
     "triton",
 )
+COMPILERS = ("c++", "g++", "clang++", "cl")
 BF16_CAPABILITY = 8.0  # Ampere
 SMI_SECONDS = 10.0
 
@@ -68,7 +72,23 @@ def look() -> Machine:
         bf16=bf16,
         capability=facts[3],
         processor_flops=processor_flops(),
+        missing=tuple(_missing()),
     )
+
+
+def compiler() -> str:
+    """Path of the C++ compiler that torch.compile would take; "" if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else []
+    found = (shutil.which(name) for name in (*names, *COMPILERS))
+    return next((path for path in found if path), "")
+
+
+def _missing() -> Iterator[str]:
+    yield from (name for name in packages() if not version(name))
+    if importlib.util.find_spec("cv2") is None:  # several packages carry it
+        yield OPENCV
+    if not compiler():
+        yield COMPILER
 
 
 def version(package: str) -> str:

@@ -15,6 +15,7 @@ from runtime.loop import Trained, one_update
 from runtime.machine import look, versions
 from runtime.memory.measure import measure
 from runtime.memory.simulate import worst
+from runtime.optimizers import state_tensors
 
 
 def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -> dict[str, Any]:
@@ -69,14 +70,14 @@ def _update_peak(
         "batch": [t for b in batches for t in (b.latents, b.noise, b.sigmas, *b.text.values())],
         **_resident(trained),
     }
-    return measure(lambda mark: one_update(plan, trained, window), device, held).peak
+    with torch.compiler.set_stance("force_eager"):  # compiled steps hide what they make
+        return measure(lambda mark: one_update(plan, trained, window), device, held).peak
 
 
 def _resident(trained: Trained) -> dict[str, Iterable[Tensor]]:
     """What is there before a step, as the plan names it."""
-    states = trained.optimizer.state.values()
     return {
         "weights": [*trained.model.parameters(), *trained.model.buffers()],
         "adapter": list(trained.parameters.values()),
-        "optimizer": [t for s in states for t in s.values() if isinstance(t, Tensor)],
+        "optimizer": state_tensors(trained.optimizer),
     }

@@ -10,9 +10,11 @@ noise: the direction of Diffusers' training scripts, the reverse of the paper's.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compiler.plan import Objective
@@ -20,25 +22,26 @@ from runtime.batch import Batch
 
 TIMESTEPS = 1000
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+_quantile = NormalDist().inv_cdf
 
 
-def draw_uniform(objective: Objective, generator: np.random.Generator, count: int) -> Tensor:
-    """`count` draws of u in [0, 1) from the objective's density, float32.
+def draw_uniform(objective: Objective, v: NDArray[np.float64]) -> Tensor:
+    """u in [0, 1) of the objective's density, float32, from uniform `v` in [0, 1) of one shape.
 
-    Section 3.1 of the paper: logit-normal is the logistic function of N(mean, std); mode is
-    1 - v - scale (cos^2(pi v / 2) - 1 + v); cosmap is 1 - 1 / (tan(pi v / 2) + 1), v uniform.
+    Section 3.1 of the paper: logit-normal is the logistic function of N(mean, std), here of its
+    quantile at v; mode is 1 - v - scale (cos^2(pi v / 2) - 1 + v); cosmap is
+    1 - 1 / (tan(pi v / 2) + 1).
     """
     match objective.sampling:
         case "uniform":
-            u = generator.random(count)
+            u = v
         case "logit-normal":
-            normal = generator.standard_normal(count) * objective.logit_std + objective.logit_mean
+            quantiles = np.array([_quantile(max(each, 2.0**-54)) for each in v])
+            normal = quantiles * objective.logit_std + objective.logit_mean
             u = np.exp(-np.logaddexp(0.0, -normal))  # the logistic function, without overflow
         case "mode":
-            v = generator.random(count)
             u = 1 - v - objective.mode_scale * (np.cos(np.pi * v / 2) ** 2 - 1 + v)
         case "cosmap":
-            v = generator.random(count)
             u = 1 - 1 / (np.tan(np.pi * v / 2) + 1)
     return torch.from_numpy(u.astype(np.float32)).clamp(0.0, BELOW_ONE)
 

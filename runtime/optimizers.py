@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Iterable
+import io
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compiler.optimizers import OPTIMIZERS
+from compiler.optimizers import OPTIMIZERS, OptimizerFacts
 from compiler.plan import Optimizer
 from runtime.errors import MachineUnfit
+from runtime.machine import compiler
 
 
 def make_optimizer(
@@ -24,24 +27,88 @@ def make_optimizer(
     Raises MachineUnfit if its package is missing or the device has no fused kernel of it.
     """
     facts = OPTIMIZERS[optimizer.name]
+    cls = class_of(facts)
+    if optimizer.fused and device.type not in facts.fused:
+        raise MachineUnfit(f"optimizer `{facts.name}` has no fused kernel on {device.type}")
+    made = _quietly(cls, list(named_parameters), optimizer.lr, arguments_for(optimizer))
+    if facts.averages:
+        made.train()  # type: ignore[attr-defined]
+    return made
+
+
+def arguments_for(optimizer: Optimizer) -> dict[str, Any]:
+    """What the class of the plan's optimizer is called with, besides parameters and `lr`."""
+    facts = OPTIMIZERS[optimizer.name]
+    given = {
+        facts.renamed.get(key, key): tuple(value) if isinstance(value, list) else value
+        for key, value in optimizer.arguments.items()
+    }
+    fused = {"fused": True} if optimizer.fused else {}
+    return {**facts.constants, **given, **fused}
+
+
+def class_of(facts: OptimizerFacts) -> Callable[..., Any]:
+    """The class of a row. Raises MachineUnfit if its package is missing."""
     module, _, name = facts.path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError) as error:  # RuntimeError: bitsandbytes
+        package = facts.package or module.partition(".")[0]
         raise MachineUnfit(
-            f"optimizer `{facts.name}` needs the package `{facts.extra}`: {error}",
-            help=f"pip install {facts.extra}",
+            f"optimizer `{facts.name}` needs the package `{package}`: {error}",
+            help=f"pip install {package}",
         ) from error
-    arguments = {**facts.constants, **optimizer.arguments}
-    if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])
-    if optimizer.fused:
-        if device.type not in facts.fused:
-            raise MachineUnfit(f"optimizer `{facts.name}` has no fused kernel on {device.type}")
-        arguments["fused"] = True
-    made = cls(list(named_parameters), lr=optimizer.lr, **arguments)
+    return found
+
+
+def _quietly(
+    cls: Callable[..., Any], named: list[Any], lr: float, arguments: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Made without a word on stdout, where Prodigy tells of its weight decay."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = cls(named, lr=lr, **arguments)
     assert isinstance(made, torch.optim.Optimizer)
     return made
+
+
+def check_usable(optimizer: Optimizer, device: str) -> None:
+    """Raise MachineUnfit if the plan's optimizer can't work here: before anything else is done."""
+    facts = OPTIMIZERS[optimizer.name]
+    class_of(facts)
+    if device not in facts.devices:
+        raise MachineUnfit(f"optimizer `{facts.name}` does not run on {device}")
+    if facts.compiled and not compiler():
+        raise MachineUnfit(
+            f"optimizer `{facts.name}` compiles its step, and there is no C++ compiler",
+            help="install g++ or clang, or set CXX to its path",
+        )
+
+
+@contextlib.contextmanager
+def kept_weights(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
+) -> Iterator[None]:
+    """Inside, the weights are those to be judged and kept; afterwards those that are trained.
+
+    They differ under a schedule-free optimizer, which trains at one point and keeps an average.
+    Going there and back rounds, so what is trained is copied to host memory and put back exactly:
+    looking at a model never changes what becomes of it. Nothing happens under other optimizers.
+    """
+    turn = getattr(optimizer, "eval", None)
+    if turn is None:
+        yield
+        return
+    held = list(parameters)
+    copies = [parameter.detach().to("cpu", copy=True) for parameter in held]
+    turn()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, copy in zip(held, copies, strict=True):
+                parameter.copy_(copy)
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -51,6 +118,21 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The plain tensors of the state: of those that wrap others (low-bit states), the others."""
+    return [tensor for state in optimizer.state.values() for tensor in _plain(state)]
+
+
+def _plain(tree: Any) -> list[Tensor]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [tensor for item in tree for tensor in _plain(item)]
+    if hasattr(tree, "__tensor_flatten__"):
+        return [getattr(tree, name) for name in tree.__tensor_flatten__()[0]]
+    return [tree] if isinstance(tree, Tensor) else []
 
 
 def host_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -80,7 +162,9 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, saved in state["state"].items():
-        loaded = optimizer.state[parameters[index]]
+        loaded = optimizer.state.get(parameters[index])
+        if loaded is None:  # kept elsewhere, as it was saved
+            continue
         for key, value in saved.items():
             if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
                 loaded[key] = value.to(loaded[key].device, copy=True)

@@ -8,7 +8,7 @@ Gradients arrive in `precision.trained`, see `runtime.methods.base`. Nothing wai
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,21 @@ def micro_step(
     objective: Objective,
     precision: Precision,
     window_samples: int,
+    before_backward: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Forward and backward of one batch; gradients add up until `update`. Returns losses (B,).
 
     `window_samples` is the number of samples in the whole accumulation window, so that each sample
-    weighs the same however the window is cut into batches.
+    weighs the same however the window is cut into batches. `before_backward` is given the losses
+    (B,) when the forward pass is done.
     """
     compute = DTYPES[precision.compute]
     noisy = add_noise(batch.latents, batch.noise, batch.sigmas).to(compute)
     text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
     prediction = family.predict(model, noisy, batch.sigmas, text)
     losses = per_sample_loss(prediction, batch, objective)
+    if before_backward is not None:
+        before_backward(losses.detach())
     (losses.sum() / window_samples).backward()  # type: ignore[no-untyped-call]
     return losses.detach()
 

@@ -28,6 +28,7 @@ from runtime.ema import Ema
 from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
+from runtime.families.common import sample
 from runtime.stop import Stop
 from runtime.track import Tracker
 
@@ -137,15 +138,16 @@ def _draw(painter: Painter, picture: Picture, path: Path) -> None:
         "vae": painter.vae,
         "scheduler": painter.scheduler,
     }
-    (image,) = painter.family.sample(
+    image = sample(
+        painter.family,
         parts,
-        [painter.positive[picture.prompt.text]],
-        [painter.negative],
+        painter.positive[picture.prompt.text],
+        painter.negative,
         width=picture.width,
         height=picture.height,
         guidance=validation.guidance,
         steps=validation.steps,
-        seeds=[picture.seed],
+        seed=picture.seed,
     )
     with files.partial_file(path) as partial:
         image.save(partial, "png")

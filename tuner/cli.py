@@ -108,11 +108,17 @@ def run(
         ),
     ] = None,
     strict: StrictOption = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Ask no network: what is not on this machine is an error."),
+    ] = False,
 ) -> int:
     """Cache, train, validate and save. Run it again and it goes on where it was."""
     from tuner.run import run_recipe
 
-    return run_recipe(recipe, set_ or (), accepted=accept_change or (), strict=strict)
+    return run_recipe(
+        recipe, set_ or (), accepted=accept_change or (), strict=strict, offline=offline
+    )
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ ABSENT = "-"
 LONGEST = 60  # characters of a value; `--json` has all of it
 FOLDED = "model.configs."  # another base differs in all of these
 FEW = 8
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 MARKS = {True: "!", False: " "}
 
 
@@ -86,7 +88,12 @@ def text(found: Sequence[Difference], old: str, new: str) -> str:
 
 
 def _values(difference: Difference) -> str:
-    return f"{_short(difference.old)} -> {_short(difference.new)}"
+    old, new = difference.old, difference.new
+    if old is None and isinstance(new, dict):
+        return "only in the second"
+    if new is None and isinstance(old, dict):
+        return "only in the first"
+    return f"{_short(old)} -> {_short(new)}"
 
 
 def _short(value: Any) -> str:
@@ -97,6 +104,8 @@ def _short(value: Any) -> str:
         return ABSENT
     if isinstance(value, dict) or (isinstance(value, list) and any(map(_is_nested, value))):
         value = json.dumps(value)
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
     return shown(spelt(value) or '""', LONGEST)
 
 

@@ -45,14 +45,14 @@ def examined(*, online: bool) -> dict[str, Any]:
     from compiler.compile import default_cache
     from compiler.families import FAMILIES
     from runtime import checkup
-    from runtime.machine import facts
+    from runtime.machine import compiler, facts
 
     found = facts(default_cache(), deep=True)
     found["families"] = sorted(FAMILIES)
     found["recipes"] = _recipe_names()
     found["features"] = checkup.features(found["machine"]["capability"])
     found["distributed"] = checkup.distributed()
-    found["compiler"] = checkup.compiler()
+    found["compiler"] = compiler()
     found["extras"] = checkup.extras()
     found["open_files"] = checkup.open_files()
     found["disk"] |= checkup.disk_speed(default_cache())

@@ -25,7 +25,7 @@ from tuner.plan_view import peak
 SECONDS = 15.0
 """No further recipe is simulated after this time; answers are kept, so the next call goes on."""
 WHAT_IS_FREE = 'memory.budget="auto"'
-PICTURES = 600
+PICTURES = 64  # more than any shipped batch
 EDGE = 1024  # pixels
 
 
@@ -74,6 +74,12 @@ def judged(name: str, found: Compiled, device: str) -> Judgement:
         return Judgement(
             recipe=name, fits=False if unfit else None, words=_first(errors), peak_bytes=None,
             device="",
+        )  # fmt: skip
+    lacking = next((fault for fault in found.diagnostics if fault.code == "missing-package"), None)
+    if lacking is not None:
+        return Judgement(
+            recipe=name, fits=False, words=f"{lacking.message}: {lacking.help}", peak_bytes=None,
+            device=plan.device,
         )  # fmt: skip
     top = peak(plan)
     needed = top.device_bytes if top else None

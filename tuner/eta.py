@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import fmean
@@ -54,7 +55,8 @@ class Eta:
         rest = (self._total - self._step) * self.step_seconds
         for name, due in self._due.items():
             # What is due after this very step has not begun when the step is told of.
-            rest += sum(step >= self._step for step in due) * self._seen.get(name, 0.0)
+            coming = len(due) - bisect_left(due, self._step)
+            rest += coming * self._seen.get(name, 0.0)
         return rest
 
     def _end_phase(self, after: float) -> None:

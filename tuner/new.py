@@ -272,8 +272,8 @@ def _validation(answers: Answers) -> list[str]:
     prompt = _quoted(answers.caption or "what you want to see")
     mark = "" if answers.caption else "# "
     return [
-        "[validation]                   # pictures drawn while it trains",
-        'every = "1 epoch"',
+        f"{mark}[validation]                   # pictures drawn while it trains",
+        f'{mark}every = "1 epoch"',
         f"{mark}prompts = {{ first = {prompt} }}",
     ]
 

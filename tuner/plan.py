@@ -28,14 +28,19 @@ def show_plan(
     diagnostics = judged(compiled, strict=strict)
     code = exit_code(diagnostics)
     plan = compiled.plan if code == DONE else None
-    if explain and plan is not None:
+    if explain:
         from tuner.plan_explain import explain_key
 
-        return explain_key(plan, explain, as_json=as_json)
+        if plan is None and not as_json:
+            show_diagnostics(diagnostics, compiled, str(recipe))
+        found = explain_key(
+            compiled.decisions(), explain, whole=compiled.plan is not None, as_json=as_json
+        )
+        return found or code
     if as_json:
         from tuner.plan_json import json_object
 
-        out(json.dumps(json_object(plan, diagnostics, compiled.outlook), indent=2))
+        out(json.dumps(json_object(plan, diagnostics, compiled.outlook, compiled.texts), indent=2))
         return code
     show_diagnostics(diagnostics, compiled, str(recipe))
     if plan is not None:

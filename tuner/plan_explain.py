@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compiler.plan import Decision, Plan
+from compiler.plan import Decision
 from tuner.exits import DONE, REFUSED
 from tuner.layout import columns, section, wrapped
 from tuner.screen import err, out
@@ -20,27 +20,31 @@ EMPTY = '""'
 _ENTRY = re.compile(r"\.(\d+)(?=\.|$)")  # data.source.0.path is data.source[0].path, as in --set
 
 
-def explain_key(plan: Plan, key: str, *, as_json: bool = False) -> int:
-    """A key, or a table's keys, on stdout; 2 if the recipe language has no such key."""
+def explain_key(
+    known: Sequence[Decision], key: str, *, whole: bool = True, as_json: bool = False
+) -> int:
+    """A key, or a table's keys, on stdout; 2 if the recipe language has no such key.
+
+    `known` is what the compiler decided; all of it if `whole`, else what errors let it decide."""
     from compiler.reference import row_of
 
-    found = _meant(plan, key)
+    found = _meant(known, key)
     if len(found) != 1:
         err(f"error: the recipe has no key `{key}`" if not found else _several(key, found))
-        guess = "" if found else _nearest(plan, key)
+        guess = "" if found else _nearest(known, key)
         err(f"help: did you mean `{guess}`?" if guess else "help: `tuner plan -v` lists all keys")
         return REFUSED
     row = row_of(found[0])
     assert row is not None, "what is meant is a key of the schema"
-    decisions = [decision for decision in plan.decisions if _is_below(decision.key, found[0])]
+    decisions = [decision for decision in known if _is_below(decision.key, found[0])]
     if as_json:
         out(json.dumps(_object(found[0], row, decisions), indent=2))
     else:
-        out(text(found[0], row, decisions))
+        out(text(found[0], row, decisions, whole=whole))
     return DONE
 
 
-def text(key: str, row: Row, decisions: list[Decision]) -> str:
+def text(key: str, row: Row, decisions: list[Decision], *, whole: bool = True) -> str:
     """What is known of a key: its value in this plan first, then what it may be."""
     own = next((decision for decision in decisions if decision.key == key), None)
     lines = [key, ""]
@@ -48,8 +52,10 @@ def text(key: str, row: Row, decisions: list[Decision]) -> str:
         lines += section("value", own.value or EMPTY) + section("from", origin(own))
     elif decisions:
         lines += columns([(d.key, d.value or EMPTY, origin(d)) for d in decisions])
-    else:
+    elif whole:
         lines += section("value", "none: this recipe leaves its table out")
+    else:
+        lines += section("value", "not known, because the recipe has errors")
     if row.doc:
         lines += ["", *wrapped(row.doc, "", "")]
     if own is not None or not row.table:
@@ -91,33 +97,33 @@ def _object(key: str, row: Row, decisions: Iterable[Decision]) -> dict[str, Any]
     }
 
 
-def _meant(plan: Plan, key: str) -> list[str]:
+def _meant(decisions: Sequence[Decision], key: str) -> list[str]:
     """The keys that `key` may be: itself, or those that end in it."""
     from compiler.reference import row_of
 
     key = _ENTRY.sub(r"[\1]", key.strip().strip("."))
-    known = _known(plan)
+    known = _known(decisions)
     if key in known or (row_of(key) is not None and "[" not in key):
         return [key]
     return [name for name in known if name.endswith(f".{key}")]
 
 
-def _known(plan: Plan) -> list[str]:
-    """Every key and table: those of this plan, and what it leaves out."""
+def _known(decisions: Sequence[Decision]) -> list[str]:
+    """Every key and table: those that were decided, and what the recipe leaves out."""
     from compiler.reference import all_rows
 
-    keys = [decision.key for decision in plan.decisions]
+    keys = [decision.key for decision in decisions]
     tables = [key.rpartition(".")[0] for key in keys if "." in key]
     rest = [row.key for row in all_rows() if "[]" not in row.key]
     return list(dict.fromkeys([*keys, *tables, *rest]))
 
 
-def _nearest(plan: Plan, key: str) -> str:
+def _nearest(decisions: Sequence[Decision], key: str) -> str:
     """The whole key that was probably meant; a misspelt last part is enough."""
     from compiler.diagnostics import nearest
     from compiler.synonyms import SYNONYMS
 
-    known = _known(plan)
+    known = _known(decisions)
     guess = nearest(key, known, SYNONYMS)
     if guess is not None:
         return guess

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiler.costs import Disk, Outlook
@@ -17,18 +17,24 @@ from compiler.site import Counted, Present
 from tuner.plan_view import peak, result_folder
 
 FORMAT_VERSION = 1
+LISTED = 1000  # steps of checkpoints and of validation, at most
 POINTS = 33  # of the learning rate's curve, at most
 
 
 def json_object(
-    plan: Plan | None, diagnostics: Sequence[Diagnostic], outlook: Outlook | None = None
+    plan: Plan | None,
+    diagnostics: Sequence[Diagnostic],
+    outlook: Outlook | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `tuner plan --json` prints; without a plan, only why there is none."""
+    """What `tuner plan --json` prints; without a plan, only why there is none. `texts` are those
+    that the diagnostics point into, by file name."""
+    told = [to_json(fault, texts or {}) for fault in diagnostics]
     found: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "valid": plan is not None,
-        "diagnostics": [to_json(fault) for fault in diagnostics],
-        "warnings": [to_json(fault) for fault in diagnostics if fault.severity == "warning"],
+        "diagnostics": told,
+        "warnings": [fault for fault in told if fault["severity"] == "warning"],
     }
     return found if plan is None else found | _plan(plan) | _costs(plan, outlook)
 
@@ -45,11 +51,16 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "model": tree["model"] | {"parameters": _parameters(plan)},
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},
-        "checkpoints": tree["checkpoints"] | {"at": checkpoint_steps(plan)},
-        "validation": tree["validation"] | {"at": validation_steps(plan)},
+        "checkpoints": tree["checkpoints"] | _times(checkpoint_steps(plan)),
+        "validation": tree["validation"] | _times(validation_steps(plan)),
         "memory": _memory(plan),
         "result": result_folder(plan),
     }
+
+
+def _times(steps: Sequence[int]) -> dict[str, Any]:
+    """After which steps, the first of them; and how often in all."""
+    return {"at": list(steps[:LISTED]), "times": len(steps)}
 
 
 def _parameters(plan: Plan) -> dict[str, Any]:
@@ -80,6 +91,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
         "peak_phase": top.name if top else None,
         "activation_checkpointing": plan.memory.layout.activation_checkpointing,
         "layout": plain(plan.memory.layout),
+        "on_oom": plan.memory.on_oom,
         "ladder": [plain(rung) for rung in plan.memory.ladder],
         "phases": [plain(phase) for phase in plan.memory.phases],
         "counts": dict(plan.memory.counts),
@@ -91,6 +103,7 @@ def _costs(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
     present = outlook.present if outlook else None
     return {
         "skipped": [plain(row) for row in outlook.skipped] if outlook else [],
+        "hidden": [plain(row) for row in outlook.hidden] if outlook else [],
         "disk": _disk(outlook.disk) if outlook else None,
         "duration": _duration(outlook) if outlook else None,
         "cached": _cached(present) if present else None,

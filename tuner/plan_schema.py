@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 import attrs
 
 from compiler import plan
-from compiler.costs import Duration, Skipped
+from compiler.costs import Duration, Hidden, Skipped
 from compiler.jsonschema import field_docs
+from tuner.plan_json import LISTED
 
 Schema = dict[str, Any]
 INT: Schema = {"type": "integer"}
@@ -70,10 +71,13 @@ def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
     point = _object(step=INT, lr={"type": "number"})
     _add(definitions, "Schedule", points={"type": "array", "items": point})
     for name in ("Checkpoints", "Validation"):
-        at = {"type": "array", "items": INT, "description": "Steps after which it happens."}
-        _add(definitions, name, at=at)
-    _add(definitions, "Memory", peak_bytes=MAYBE_INT, peak_phase={"type": ["string", "null"]})
-    definitions["Diagnostic"] = {"type": "object", "required": ["code", "severity", "message"]}
+        at = {"type": "array", "items": INT}
+        at["description"] = f"Steps after which it happens, the first {LISTED:,}."
+        _add(definitions, name, at=at, times=INT)
+    phase: Schema = {"type": ["string", "null"]}
+    _add(definitions, "Memory", peak_bytes=MAYBE_INT, peak_phase=phase)
+    _add(definitions, "Memory", activation_checkpointing=INT)
+    definitions["Diagnostic"] = _diagnostic()
     digest = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
     return found | {"digest": digest, "result": TEXT | {"description": "Folder of the result."}}
 
@@ -104,11 +108,30 @@ def _costs(definitions: dict[str, Schema]) -> dict[str, Schema]:
     skipped = {"type": "array", "items": _of(Skipped, definitions)}
     return {
         "skipped": skipped | {"description": "Images that are left out, and why."},
+        "hidden": {"type": "array", "items": _of(Hidden, definitions)},
         "disk": _nullable(_object(**disk), "All that a run writes, from nothing; what is free."),
         "duration": _nullable(_duration(definitions), "What is left of a begun run stands apart."),
         "cached": _nullable(_object(texts=counted, latents=counted), "What is there already."),
         "resume": _nullable(resume, "What a run would go on from; null where none has begun."),
     }
+
+
+def _diagnostic() -> Schema:
+    place = _object(line=INT, character=INT)
+    where = (
+        "As in the Language Server Protocol: `line` and `character` count from 0, `character` in "
+        "UTF-16 code units; null where no file is to blame."
+    )
+    return _object(
+        code=TEXT,
+        severity={"enum": ["error", "warning", "note"]},
+        message=TEXT,
+        help=TEXT,
+        path=TEXT | {"description": "Dotted key to blame."},
+        file={"type": ["string", "null"], "description": "As given; --set for an override."},
+        start=_nullable(place, where),
+        end=_nullable(place, "Behind the last character. " + where),
+    )
 
 
 def _duration(definitions: dict[str, Schema]) -> Schema:

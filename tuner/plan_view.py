@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
-from compiler.plan import Bucket, Component, DataSource, Phase, Plan
+from compiler.plan import Bucket, Component, DataSource, Geometry, Phase, Plan
 from tuner.curve import draw
 from tuner.formats import amount, counted, in_unit_of, number, size
 from tuner.layout import columns, section, wrapped
@@ -90,12 +90,17 @@ def _model(plan: Plan, recipe: str) -> list[str]:
         (
             part.name,
             (amount(part.parameters) if part.parameters else "-").rjust(5),
-            part.dtype,
+            _held(part),
             _fate(part, plan),
         )
         for part in parts
     ]
     return lines + columns(rows)
+
+
+def _held(part: Component) -> str:
+    """The number format of its weights."""
+    return part.dtype if part.quantize == "none" else part.quantize
 
 
 def _fate(part: Component, plan: Plan) -> str:
@@ -127,7 +132,9 @@ def _method(plan: Plan, recipe: str) -> list[str]:
         share = 100 * trainable / whole
         lines.append(f"  {amount(trainable)} of {amount(whole)} parameters train ({share:.3g}%)")
     precision = plan.precision
-    frozen = f", {precision.weights} frozen" if adapter else ""
+    base = next(part for part in plan.model.components if part.name == plan.model.trained_component)
+    held = precision.weights if base.quantize == "none" else base.quantize
+    frozen = f", {held} frozen" if adapter else ""
     lines.append(f"  {precision.compute} compute{frozen}, {precision.trained} trained weights")
     return lines
 
@@ -139,7 +146,10 @@ def _data(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     lines = section("data", words + total)
     most = len(plan.buckets) if verbose else max(1, MAX_BUCKETS // len(plan.sources))
     for source in plan.sources:
-        note = f" ({_skipped_words(source, outlook)})" if source.skipped else ""
+        told = [_skipped_words(source, outlook)] if source.skipped else []
+        told += [f"{source.held_out:,} held out"] if source.held_out else []
+        told += _hidden_words(source, outlook)
+        note = f" ({'; '.join(told)})" if told else ""
         lines += wrapped(f"{source.id}: {source.path}{note}", "  ", "    ")
         if verbose:
             lines += _source_details(plan, source.id)
@@ -159,16 +169,49 @@ def _skipped_words(source: DataSource, outlook: Outlook | None) -> str:
     return f"{source.skipped:,} skipped" + (f"; {why}" if why else "")
 
 
+def _hidden_words(source: DataSource, outlook: Outlook | None) -> list[str]:
+    """Hidden files, which are no data: named, so that nobody looks for them in vain."""
+    own = source.id.partition("@")[0], source.id  # several resolutions are named behind an @
+    rows = [row for row in (outlook.hidden if outlook else ()) if row.source in own]
+    return [
+        f"{row.count:,} hidden left alone: {', '.join(row.names)}"
+        + (", ..." if row.count > len(row.names) else "")
+        for row in rows
+    ]
+
+
 def _source_details(plan: Plan, source_id: str) -> list[str]:
     source = next(source for source in plan.sources if source.id == source_id)
-    shape, captions = source.geometry, source.captions
+    rows = [_shape_words(source.geometry), _caption_words(source)]
+    if source.regularisation:
+        rows.append(f"class images: their loss counts {number(source.loss_weight)} times")
+    return [line for row in rows for line in wrapped(row, "    ", "      ")]
+
+
+def _shape_words(shape: Geometry) -> str:
+    listed = f" of {', '.join(shape.buckets)}" if shape.buckets else ""
     words = (
-        f"resolution {number(shape.resolution)} {shape.resolution_type}, {shape.aspect}, "
+        f"resolution {number(shape.resolution)} {shape.resolution_type}, {shape.aspect}{listed}, "
         f"{shape.crop} crop, edges in multiples of {shape.multiple}"
     )
+    if shape.resize == "none":
+        words += ", cut at their own size"
+        words += f" (shorter edge at most {shape.max_size})" if shape.max_size else ""
+    return words + (", each image mirrored too" if shape.flip else "")
+
+
+def _caption_words(source: DataSource) -> str:
+    captions = source.captions
     named = f" `{captions.prompt}`" if captions.prompt else ""
-    spoken = f"captions from {captions.kind}{named}, dropout {number(captions.dropout)}"
-    return wrapped(words, "    ", "      ") + wrapped(spoken, "    ", "      ")
+    words = f"captions from {captions.kind}{named}, dropout {number(captions.dropout)}"
+    changes = ["shuffled"] * captions.shuffle
+    share = number(100 * captions.tag_dropout)
+    changes += [f"{share}% of tags dropped"] if captions.tag_dropout else []
+    if changes:
+        words += f", {' and '.join(changes)} in {captions.variants} forms"
+    if source.fallbacks:
+        words += f", {counted(source.fallbacks, 'image')} without one told by `{captions.missing}`"
+    return f"{words}; {counted(source.texts, 'text')} to encode"
 
 
 def _bucket_words(bucket: Bucket, repeats: str) -> str:
@@ -195,6 +238,9 @@ def _arithmetic(plan: Plan) -> str:
         divisor = " x ".join(parts)
         words += f" / ({divisor})" if len(parts) > 1 else f" / {divisor}"
     words += f" = {counted(steps.per_epoch, 'step')} an epoch"
+    last = steps.batches_per_epoch - (steps.per_epoch - 1) * window
+    if steps.ranks > 1 and last < window:
+        words += f", the last of {counted(last, 'batch', 'batches')}"
     whole, rest = divmod(steps.total, max(steps.per_epoch, 1))
     if rest == 0:
         return f"{words} x {counted(whole, 'epoch')} = {counted(steps.total, 'step')}"
@@ -227,6 +273,8 @@ def _schedule(plan: Plan, verbose: bool) -> list[str]:
     words = f"  schedule {schedule.name}"
     if schedule.warmup:
         words += f", {counted(schedule.warmup, 'step')} of warm-up"
+    if schedule.cycles > 1:
+        words += f", falls {schedule.cycles} times"
     if schedule.name == "constant" and not (verbose and schedule.warmup):
         return [words]
     if schedule.name != "constant":
@@ -239,7 +287,8 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     prompts = len(plan.validation.prompts)
     present = present_of(outlook)
     texts, latents = (present.texts, present.latents) if present else (None, None)
-    told = f"captions of {counted(_images(plan), 'image')}"
+    told = f"{counted(sum(source.texts for source in plan.sources), 'caption')} of "
+    told += counted(_images(plan), "image")
     told += f", {counted(prompts, 'prompt')}" if prompts else ""
     window = plan.steps.accumulate * plan.steps.ranks
     batch = max(min(b.batch_size, b.samples) for b in plan.buckets) * window

@@ -21,6 +21,11 @@ A recipe is one TOML file. Paths are relative to it. `auto` leaves a value to th
 without a default is required or may be left out, as its row says. Quantities with a unit are texts:
 `"24 GiB"`, `"400 steps"`, `"10%"`.
 """
+OPTIMIZERS_HEAD = """\
+The names of `train.optimizer.name`, and the keys that each takes besides `lr`. State is bytes on
+the device per trained parameter, for float32 and for bfloat16 weights. What stands under "needs" is
+installed by `pip install`; all but bitsandbytes by `pip install "tuner[optimizers]"`.
+"""
 FAMILIES_HEAD = """\
 The names of `model.family`, what `adapter.targets` may name there, and the bases that plan without
 a download.
@@ -85,14 +90,25 @@ def _names() -> Iterator[str]:
     """The names that some keys take, from the tables that hold them."""
     from compiler.families import FAMILIES
     from compiler.optimizers import OPTIMIZERS
+    from compiler.optimizers.facts import EVERYWHERE
     from compiler.reference import spelt
 
     yield "## Optimizers\n"
-    yield "The names of `train.optimizer.name`, and the keys that each takes besides `lr`.\n"
-    lines = ["| name | optimizer | keys and their defaults |", "| --- | --- | --- |"]
+    yield OPTIMIZERS_HEAD
+    lines = [
+        "| name | optimizer | state | runs on | needs | keys and their defaults |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in OPTIMIZERS.values():
-        keys = ", ".join(f"`{key} = {spelt(value)}`" for key, value in row.defaults.items())
-        lines.append(f"| `{row.name}` | {row.title} | {keys} |")
+        keys = [f"`{key} = {spelt(value)}`" for key, value in row.defaults.items()]
+        keys += [f"`{key}`" for key in row.optional]
+        full, half = (f"{row.state_bytes[kind]:.3g}" for kind in ("float32", "bfloat16"))
+        where = "all" if row.devices == EVERYWHERE else ", ".join(row.devices)
+        needs = f"`{row.package}`" if row.package else "a C++ compiler" if row.compiled else ""
+        lines.append(
+            f"| `{row.name}` | {row.title} | {full} / {half} | {where} | {needs} "
+            f"| {', '.join(keys)} |"
+        )
     yield "\n".join(lines) + "\n"
     yield "## Families\n"
     yield FAMILIES_HEAD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,10 @@ from tuner.screen import err, out
 
 if TYPE_CHECKING:
     from compiler.costs import Outlook
-    from runtime.errors import PlanChanged, RunFailed
+    from runtime.errors import MachineUnfit, PlanChanged, RunFailed
     from runtime.execute import Outcome
 
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # read when the libraries are imported
 MANIFEST = "manifest.jsonl"  # beside plan.lock.toml: the list of samples that it was made for
 LOCK_SUFFIX = ".lock.toml"
 # What a begun run can go on with although it differs: nothing that a checkpoint's shape rests on.
@@ -44,9 +46,19 @@ class Job:
 
 
 def run_recipe(
-    path: Path, overrides: Sequence[str], *, accepted: Sequence[str], strict: bool
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    accepted: Sequence[str],
+    strict: bool,
+    offline: bool = False,
 ) -> int:
-    """Run a recipe or a saved plan; returns the exit code."""
+    """Run a recipe or a saved plan; returns the exit code.
+
+    The compiler never asks a network. With `offline` the libraries that load the base don't either.
+    """
+    if offline:
+        os.environ |= dict.fromkeys(OFFLINE, "1")
     if path.name.endswith(LOCK_SUFFIX):
         job = _from_lock(path, overrides)
     else:
@@ -97,6 +109,8 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     from tuner.plan_view import summary
 
     err(summary(job.plan, job.outlook))
+    if job.plan.steps.ranks > 1:
+        return _failed(_one_device(job.plan), UNFIT)
     try:
         outcome = _execute(job)
     except PlanChanged as error:
@@ -111,6 +125,16 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     if outcome.status != "already":
         _keep_speed(job.plan)
     return _ended(outcome, _report(job.plan))
+
+
+def _one_device(plan: Plan) -> MachineUnfit:
+    from runtime.errors import MachineUnfit
+
+    window = plan.steps.ranks * plan.steps.accumulate
+    return MachineUnfit(
+        f"this version trains on one device; the plan is for {plan.steps.ranks}",
+        f"the same steps on one: --set launch.devices=1 --set train.accumulate={window}",
+    )
 
 
 def _execute(job: Job) -> Outcome:

@@ -36,8 +36,14 @@ def _runtime_model() -> MemoryModel:
 
 
 def _simulator() -> MemoryModel:
+    _announce()
+    return _Quiet()
+
+
+@cache
+def _announce() -> None:
+    """Tell once, however many recipes are simulated, why it takes a while."""
     from tuner.screen import err
 
     if sys.stderr.isatty():
         err("simulating the training step (once for each new step; takes seconds) ...")
-    return _Quiet()

@@ -1,13 +1,18 @@
 """Where captions come from.
 
     textfile   the file beside the picture with the same name and the suffix `.txt`, UTF-8 with or
-               without a byte order mark. "join": all of it is one caption. "first": its first
-               line that is not blank.
+               without a byte order mark
     filename   the picture's name without suffix: `_` becomes a space; a counter is dropped, which
                is a number at the end behind a space, `_` or `-` or in parentheses ("a dog_007",
                "a dog (2)") and a zero-padded number at the front ("007_a dog"); dashes and other
                numbers stay ("close-up of 2 dogs"). A name without any letter has no caption.
-    instance   the same prompt for every picture.
+    instance   the same prompt for every picture
+    json       the file beside the picture with the same name and the suffix `.json`: an object
+               that holds, under `key`, one text or a list of texts
+
+The lines of a text and the texts of a list are treated alike. "join": all of them are one caption.
+"first": the first that is not blank. "alternatives": each is a caption of its own, equal ones
+count once, and every use of the picture takes one of them.
 
 In every caption each run of white space, line breaks included, becomes one space, and none is left
 at the ends: two captions that differ only in spacing are the same caption.
@@ -15,11 +20,14 @@ at the ends: two captions that differ only in spacing are the same caption.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from compiler.data.scan import Fault
+from compiler.files import at_once
 from compiler.plan import Captions
 
 MAX_BYTES = 1 << 20
@@ -29,18 +37,23 @@ _COUNTER = re.compile(r"(?:[\s_-]+\d+|[\s_-]*\(\d+\))$")
 _FRONT = re.compile(r"^0\d*[\s_-]+")
 
 
-def caption(folder: str, key: str, captions: Captions) -> str | Fault:
-    """The caption of the picture `key` below `folder`; "" where there is none or an empty one."""
+def captions_of(folder: str, key: str, captions: Captions) -> tuple[str, ...] | Fault:
+    """The captions of the picture `key` below `folder`: none empty; () where there is none."""
     if captions.kind == "instance":
-        return tidy(captions.prompt)
+        return _spoken([captions.prompt])
     if captions.kind == "filename":
-        return from_name(key)
-    return _from_textfile(os.path.splitext(os.path.join(folder, key))[0] + ".txt", captions)
+        return _spoken([from_name(key)])
+    beside = os.path.splitext(os.path.join(folder, key))[0]
+    reader = _from_json if captions.kind == "json" else _from_textfile
+    lines = reader(f"{beside}.{'json' if captions.kind == 'json' else 'txt'}", captions)
+    return lines if isinstance(lines, Fault) else _chosen(lines, captions.multiline)
 
 
-def caption_all(folder: str, keys: Sequence[str], captions: Captions) -> list[str | Fault]:
-    """`caption` of each key, in order."""
-    return [caption(folder, key, captions) for key in keys]
+def all_captions(
+    folder: str, keys: Sequence[str], captions: Captions
+) -> list[tuple[str, ...] | Fault]:
+    """`captions_of` each key, in order."""
+    return [captions_of(folder, key, captions) for key in keys]
 
 
 def tidy(text: str) -> str:
@@ -59,9 +72,47 @@ def from_name(key: str) -> str:
     return tidy(name.replace("_", " ")) if any(c.isalpha() for c in name) else ""
 
 
-def _from_textfile(path: str, captions: Captions) -> str | Fault:
+def _chosen(lines: Sequence[str], multiline: str) -> tuple[str, ...]:
+    if multiline == "join":
+        return _spoken([" ".join(lines)])
+    found = _spoken(lines)
+    return found[:1] if multiline == "first" else found
+
+
+def _spoken(lines: Sequence[str]) -> tuple[str, ...]:
+    """The lines that say something, tidy, each once."""
+    return tuple(dict.fromkeys(text for line in lines if (text := tidy(line))))
+
+
+def _from_textfile(path: str, captions: Captions) -> list[str] | Fault:
+    text = _text(path)
+    return text if isinstance(text, Fault) else text.splitlines()
+
+
+def _from_json(path: str, captions: Captions) -> list[str] | Fault:
+    text = _text(path)
+    if isinstance(text, Fault) or not text:
+        return text if isinstance(text, Fault) else []
     try:
-        with open(path, "rb") as file:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Fault(path=path, why=f"not JSON: {error}")
+    if not isinstance(value, dict):
+        return Fault(path=path, why="not a JSON object")
+    value = value.get(captions.key)
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, str) for one in texts):
+        return Fault(path=path, why=f"`{captions.key}` is neither a text nor a list of texts")
+    lines = [line for one in texts for line in one.splitlines()]
+    if not all(_is_text(line) for line in lines):
+        return Fault(path=path, why=f"`{captions.key}` holds characters that are no text")
+    return lines
+
+
+def _text(path: str) -> str | Fault:
+    """What the file holds; "" where there is none."""
+    try:
+        with open(path, "rb", opener=at_once) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return ""
@@ -72,9 +123,16 @@ def _from_textfile(path: str, captions: Captions) -> str | Fault:
     text = _decoded(data)
     if text is None or "\0" in text:
         return Fault(path=path, why=f"not UTF-8 text{_guess(data)}")
-    if captions.multiline == "first":
-        text = next((line for line in text.splitlines() if line.strip()), "")
-    return tidy(text)
+    return text
+
+
+def _is_text(text: str) -> bool:
+    """JSON's escapes may spell a null character, or half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _decoded(data: bytes) -> str | None:

@@ -14,7 +14,7 @@ _OFFSETS = ((273, 279), (324, 325))  # TIFF: strips and tiles, (offsets, byte co
 
 def short(kind: str, image: Any, read: Read, total: int) -> bool:
     """Whether the file of `total` bytes that Pillow opened as `image` is cut off."""
-    check = {"WEBP": _webp, "AVIF": _avif, "BMP": _bmp, "GIF": _gif, "TIFF": _tiff}.get(kind)
+    check = {"WEBP": _webp, "AVIF": _boxes, "HEIF": _boxes, "BMP": _bmp, "GIF": _gif, "TIFF": _tiff}.get(kind)
     return check is not None and check(image, read, total)
 
 
@@ -23,7 +23,7 @@ def _webp(image: Any, read: Read, total: int) -> bool:
     return int.from_bytes(read(4, 4), "little") + 8 > total
 
 
-def _avif(image: Any, read: Read, total: int) -> bool:
+def _boxes(image: Any, read: Read, total: int) -> bool:
     """An ISO media file is a row of boxes (length, name); length 1 means 64 bits, 0 to the end."""
     offset = 0
     while offset < total:

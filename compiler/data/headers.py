@@ -2,11 +2,14 @@
 
 JPEG and PNG, nearly all of every data set, are read by `quick_headers`; whatever is unusual in
 them, and every other format, is left to Pillow. Formats are told by content, not by name. A file
-that ends early is recognised where its format says how it must end (`endings`).
+that ends early is recognised where its format says how it must end (`endings`). HEIC is read where
+the package pillow-heif is installed.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
 from functools import cache
@@ -16,15 +19,20 @@ from typing import IO
 from attrs import frozen
 
 from compiler.data.endings import short
-from compiler.data.quick_headers import TRUNCATED, Broken, Read, Size, jpeg, oriented, png
+from compiler.data.quick_headers import TRUNCATED, Broken, Read, Size, jpeg, oriented, png, webp
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit (twice Image.MAX_IMAGE_PIXELS): beyond it a file is a decompression bomb."""
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
-FOREIGN = frozenset((".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef"))
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+)
+FOREIGN = frozenset((".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef"))
 """Names of pictures that are not read: such a file is a fault, not a companion."""
 
+NEEDS_HEIF = "HEIC is read with the package pillow-heif: pip install \"tuner[heic]\""
+
 _CLAIMS = SUFFIXES | FOREIGN
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _HEAD = 16_384  # bytes of the first read; nearly every header lies within
 _ORIENTATION = 0x0112  # EXIF
 _DIB_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
@@ -41,18 +49,25 @@ Header = Size | Broken | Foreign
 def read_header(path: str) -> Header:
     """What the file at `path` is. Raises OSError where the file itself can't be opened or read."""
     with open(path, "rb", buffering=0) as file:
-        return _header(path, file)
+        return header_of(path, file, os.fstat(file.fileno()).st_size)
 
 
-def _header(path: str, file: IO[bytes]) -> Header:
-    total = os.fstat(file.fileno()).st_size
+def claims_picture(name: str) -> bool:
+    """Whether a file of this name says that it is a picture."""
+    return os.path.splitext(name)[1].lower() in _CLAIMS
+
+
+def header_of(name: str, file: IO[bytes], total: int) -> Header:
+    """What the `total` bytes of `file` are, which lie anywhere and are called `name`."""
     head = file.read(_HEAD)
-    claims = os.path.splitext(path)[1].lower() in _CLAIMS
+    claims = claims_picture(name)
     if not head:
         return Broken("empty file (0 bytes)") if claims else Foreign()
     kind = _kind(head)
     if kind is None:
-        return Broken(_no_format(path)) if claims else Foreign()
+        return Broken(_no_format(name)) if claims else Foreign()
+    if kind == "HEIF" and not _reads_heif():
+        return Broken(NEEDS_HEIF)
 
     def read(offset: int, count: int) -> bytes:
         if offset + count <= len(head):
@@ -60,7 +75,7 @@ def _header(path: str, file: IO[bytes]) -> Header:
         file.seek(offset)
         return file.read(count)
 
-    quick = {"JPEG": jpeg, "PNG": png}.get(kind)
+    quick = {"JPEG": jpeg, "PNG": png, "WEBP": webp}.get(kind)
     found = quick(read, total) if quick else None
     return _limited(found or _by_pillow(file, kind, read, total))
 
@@ -98,6 +113,8 @@ def _kind(head: bytes) -> str | None:
         return "TIFF"
     if head[4:8] == b"ftyp" and (b"avif" in head[8:64] or b"avis" in head[8:64]):
         return "AVIF"
+    if head[4:8] == b"ftyp" and any(brand in head[8:64] for brand in _HEIF_BRANDS):
+        return "HEIF"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _DIB_HEADERS:
         return "BMP"
     return None
@@ -128,6 +145,11 @@ def _by_pillow(file: IO[bytes], kind: str, read: Read, total: int) -> Header:
 
 
 @cache
+def _reads_heif() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+@cache
 def pillow() -> ModuleType:
     """Pillow, loaded when first needed, without its warnings: what matters becomes a fault, and
     pictures between its warning and its error are merely large."""
@@ -135,4 +157,6 @@ def pillow() -> ModuleType:
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged metadata: said by a fault
+    if _reads_heif():
+        importlib.import_module("pillow_heif").register_heif_opener()
     return Image

@@ -1,9 +1,10 @@
 """The list of samples: every picture that is used, where it goes, and its caption.
 
 A manifest is held in columns, because there may be millions of rows: numbers in arrays, placements
-and captions once each however many pictures share them. Rows are sorted by source, then by key, so
-that the same data give the same manifest whatever the disk's order. As a file it is one line of
-JSON per source, placement, caption and sample, behind a head that states the digest.
+and captions once each however many pictures share them. Rows are sorted by source, then by key, a
+picture before its mirror image, so that the same data give the same manifest whatever the disk's
+order. As a file it is one line of JSON per source, placement, caption and sample, behind a head
+that states the digest.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrs import astuple, frozen
+from attrs import astuple, fields, frozen
 
 from compiler.data.geometry import Placement
 
-FORMAT = 1
+FORMAT = 2
 _ROW = struct.Struct("<IQIIII")
-_PLACEMENT = struct.Struct("<6I")
+_LENGTH = struct.Struct("<I")
 _T = TypeVar("_T")
 
 
@@ -51,7 +52,7 @@ class Sample:
     width: int  # pixels of the picture, after EXIF orientation
     height: int
     placement: Placement
-    caption: str  # "" without one
+    captions: tuple[str, ...]  # one of them is drawn at each use; ("",) without one
 
 
 @frozen(kw_only=True, slots=True)
@@ -68,14 +69,15 @@ class Manifest:
     """Rows of samples; `len`, index and iteration give `Sample`s. Immutable once built."""
 
     def __init__(self, folders: Sequence[Folder], samples: Iterable[Sample]) -> None:
-        """Sorts `samples`. Raises ValueError if a source holds one key twice."""
+        """Sorts `samples`. Raises ValueError if a source holds one key twice, other than as a
+        picture and its mirror image."""
         self.folders = tuple(folders)
         self._columns = _Columns()
-        last: tuple[int, str] | None = None
-        for sample in sorted(samples, key=lambda row: (row.source, row.key)):
-            if last == (sample.source, sample.key):
+        last: tuple[int, str, bool] | None = None
+        for sample in sorted(samples, key=_place):
+            if last == _place(sample):
                 raise ValueError(f"the key {sample.key!r} stands twice in one source")
-            last = (sample.source, sample.key)
+            last = _place(sample)
             self._columns.add(sample)
 
     def __len__(self) -> int:
@@ -100,17 +102,18 @@ class Manifest:
         """The source's number of `row`."""
         return self._columns.source[row]
 
-    def caption_number(self, row: int) -> int:
-        """Where the caption of `row` stands in `captions`."""
-        return self._columns.caption[row]
+    def caption_numbers(self, row: int) -> array[int]:
+        """Where the captions of `row`, at least one, stand in `captions`."""
+        return self._columns.caption_numbers(row)
 
-    def caption(self, row: int) -> str:
-        """The caption of `row`."""
-        return self._columns.captions[self._columns.caption[row]]
+    def captions_of(self, row: int) -> tuple[str, ...]:
+        """The captions of `row`, at least one."""
+        return self._columns.captions_of(row)
 
     def name(self, row: int) -> str:
         """What a person calls `row`: the source's id and the key."""
-        return f"{self.folders[self._columns.source[row]].id}/{self._columns.keys[row]}"
+        mirrored = " (mirrored)" if self.placement(row).mirrored else ""
+        return f"{self.folders[self._columns.source[row]].id}/{self._columns.keys[row]}{mirrored}"
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -139,19 +142,24 @@ class Manifest:
         """
         columns = self._columns
         state = hashlib.sha256(json.dumps([folder.id for folder in self.folders]).encode())
-        placements = [_PLACEMENT.pack(*astuple(placement)) for placement in columns.placements]
-        captions = [text.encode("utf-8", "surrogatepass") for text in columns.captions]
+        placements = [
+            hashlib.sha256(json.dumps(astuple(placement)).encode()).digest()
+            for placement in columns.placements
+        ]
+        captions = [_framed(text.encode("utf-8", "surrogatepass")) for text in columns.captions]
         for row in range(len(self)):
-            key, caption = os.fsencode(columns.keys[row]), captions[columns.caption[row]]
+            key, said = os.fsencode(columns.keys[row]), columns.caption_numbers(row)
             numbers = _ROW.pack(
                 columns.source[row],
                 columns.bytes[row],
                 columns.width[row],
                 columns.height[row],
                 len(key),
-                len(caption),
+                len(said),
             )
-            state.update(numbers + placements[columns.placement[row]] + key + caption)
+            state.update(numbers + placements[columns.placement[row]] + key)
+            for number in said:
+                state.update(captions[number])
         return state.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -197,7 +205,7 @@ class Manifest:
                 columns.width[row],
                 columns.height[row],
                 columns.placement[row],
-                columns.caption[row],
+                list(columns.caption_numbers(row)),
             ]
 
     @classmethod
@@ -206,7 +214,7 @@ class Manifest:
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']}, not {FORMAT}")
         folders = [Folder(id=i, path=p) for i, p in _take(lines, head["folders"])]
-        names = Placement.__slots__[:6]
+        names = [field.name for field in fields(Placement)]
         placements = [
             Placement(**dict(zip(names, values, strict=True)))
             for values in _take(lines, head["placements"])
@@ -222,9 +230,9 @@ class Manifest:
                     width=width,
                     height=height,
                     placement=placements[placement],
-                    caption=captions[caption],
+                    captions=tuple(captions[number] for number in said),
                 )
-                for source, key, size, width, height, placement, caption in _take(
+                for source, key, size, width, height, placement, said in _take(
                     lines, head["samples"]
                 )
             ),
@@ -232,6 +240,15 @@ class Manifest:
         if manifest.digest != head["digest"]:
             raise ValueError("the rows do not have the digest that the head states")
         return manifest
+
+
+def _place(sample: Sample) -> tuple[int, str, bool]:
+    return sample.source, sample.key, sample.placement.mirrored
+
+
+def _framed(data: bytes) -> bytes:
+    """The length goes first, so that no two lists of texts give the same bytes."""
+    return _LENGTH.pack(len(data)) + data
 
 
 def _take(lines: Iterator[Any], count: int) -> Iterator[Any]:
@@ -248,6 +265,7 @@ class _Columns:
         self.width = array("I")
         self.height = array("I")
         self.placement = array("I")
+        self.first_caption = array("Q", [0])  # where each row's begin in the next, and the end
         self.caption = array("I")
         self.placements: list[Placement] = []
         self.captions: list[str] = []
@@ -261,7 +279,16 @@ class _Columns:
         self.width.append(sample.width)
         self.height.append(sample.height)
         self.placement.append(_number(sample.placement, self.placements, self._placement_numbers))
-        self.caption.append(_number(sample.caption, self.captions, self._caption_numbers))
+        self.caption.extend(
+            _number(text, self.captions, self._caption_numbers) for text in sample.captions
+        )
+        self.first_caption.append(len(self.caption))
+
+    def caption_numbers(self, row: int) -> array[int]:
+        return self.caption[self.first_caption[row] : self.first_caption[row + 1]]
+
+    def captions_of(self, row: int) -> tuple[str, ...]:
+        return tuple(self.captions[number] for number in self.caption_numbers(row))
 
     def sample(self, row: int) -> Sample:
         return Sample(
@@ -271,7 +298,7 @@ class _Columns:
             width=self.width[row],
             height=self.height[row],
             placement=self.placements[self.placement[row]],
-            caption=self.captions[self.caption[row]],
+            captions=self.captions_of(row),
         )
 
 

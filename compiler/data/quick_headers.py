@@ -1,4 +1,5 @@
-"""JPEG and PNG headers read directly, some five times faster than by opening them with Pillow.
+"""JPEG, PNG and WebP headers read directly: some five times faster than by opening them with
+Pillow, and for WebP fifty times.
 
 Each function returns the size after orientation, a fault, or None where the file is unusual and
 Pillow must look: what is decided here agrees with Pillow, and a test compares them.
@@ -16,6 +17,9 @@ TRUNCATED = "truncated: the file ends before the picture does"
 _ORIENTATION = 0x0112
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman coding
 _SCAN = 0xDA
+_WEBP_FLAGS = {0x20: b"ICCP", 0x10: b"ALPH"}
+# All other flags are left to Pillow: EXIF and XMP, which may orient, animation, reserved ones.
+_WEBP_CHUNKS = 4  # before the picture, at most
 _TABLES = (0xC4, *range(0xDB, 0xFF))  # segments with a length that say nothing of the size
 
 
@@ -138,6 +142,58 @@ def png(read: Read, total: int) -> Size | Broken | None:
     if size is None:
         return None
     return Broken(TRUNCATED) if offset + 12 > total else Size(*size)
+
+
+def webp(read: Read, total: int) -> Size | None:
+    """Size of a still WebP without EXIF and XMP that is all there; None: let Pillow decide.
+
+    The container as in Google's "WebP Container Specification": RIFF, then a `VP8 ` (RFC 6386,
+    9.1) or `VP8L` chunk, or `VP8X` with flags and the canvas, whose picture stands further on.
+    """
+    head = read(0, 30)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    end = int.from_bytes(head[4:8], "little") + 8
+    if end > total:
+        return None
+    if head[12:16] != b"VP8X":
+        return _webp_picture(head[12:], 12, end)
+    if head[20] & ~sum(_WEBP_FLAGS) or any(head[21:24]) or head[16:20] != b"\x0a\0\0\0":
+        return None
+    canvas = [int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27)]
+    offset, promised = 30, head[20]
+    for _ in range(_WEBP_CHUNKS):
+        chunk = read(offset, 18)
+        if chunk[:4] in (b"VP8 ", b"VP8L"):
+            size = _webp_picture(chunk, offset, end)
+            if chunk[:4] == b"VP8L":
+                promised &= ~0x10  # it holds its own alpha
+            return size if size == Size(*canvas) and not promised else None
+        length = int.from_bytes(chunk[4:8], "little")
+        flag = next((bit for bit, name in _WEBP_FLAGS.items() if name == chunk[:4]), 0)
+        if len(chunk) < 8 or not head[20] & flag:
+            return None
+        promised &= ~flag
+        offset += 8 + length + length % 2
+    return None
+
+
+def _webp_picture(chunk: bytes, offset: int, end: int) -> Size | None:
+    """Size in a picture's chunk, whose first 18 bytes these are. It must be the last of
+    the container, which ends at `end`."""
+    length = int.from_bytes(chunk[4:8], "little")
+    if len(chunk) < 18 or length < 10 or offset + 8 + length + length % 2 != end:
+        return None
+    if chunk[:4] == b"VP8 ":
+        tag = int.from_bytes(chunk[8:11], "little")
+        if tag & 1 or chunk[11:14] != b"\x9d\x01\x2a" or tag >> 5 > length:
+            return None  # no key frame
+        edges = [int.from_bytes(chunk[at : at + 2], "little") & 0x3FFF for at in (14, 16)]
+        return Size(*edges) if all(edges) else None
+    if chunk[:4] == b"VP8L" and chunk[8] == 0x2F:
+        bits = int.from_bytes(chunk[9:13], "little")
+        return Size((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1) if bits >> 29 == 0 else None
+    return None
 
 
 def _may_orient(keyword: bytes) -> bool:

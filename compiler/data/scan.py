@@ -27,6 +27,7 @@ __all__ = ["Fault", "Index", "Picture", "Scan", "scan", "shown"]
 COMPANIONS = (".txt", ".json")
 _WORKERS = 8  # threads: the disk may be slow or far away, the parsing is not
 _CHUNK = 128  # files per task
+_NAMED = 8  # hidden files and folders that are named
 
 
 @frozen(kw_only=True, slots=True)
@@ -57,6 +58,7 @@ class Scan:
     pictures: tuple[Picture, ...]
     faults: tuple[Fault, ...]
     hidden: int  # files and folders whose name begins with a dot
+    hidden_names: tuple[str, ...] = ()  # the first of them, as keys
     others: int  # files that are no pictures and do not claim to be; companions not counted
 
 
@@ -72,6 +74,7 @@ class _Walk:
     files: list[_File] = field(factory=list)
     faults: list[Fault] = field(factory=list)
     hidden: int = 0
+    hidden_names: list[str] = field(factory=list)
     entered: set[tuple[int, int]] = field(factory=set)
     links: list[tuple[str, str]] = field(factory=list)  # (path, key) of linked folders
 
@@ -122,6 +125,7 @@ def _list(walk: _Walk, folder: str, prefix: str) -> None:
         for entry in entries:
             if entry.name.startswith("."):
                 walk.hidden += 1
+                walk.hidden_names.append(prefix + entry.name)
             elif below := _place(walk, entry, prefix):
                 waiting.append(below)
 
@@ -231,4 +235,10 @@ def _sorted_out(walk: _Walk, results: Sequence[Result]) -> Scan:
         else:
             others += 1
     faults.sort(key=lambda fault: fault.path)
-    return Scan(pictures=tuple(pictures), faults=tuple(faults), hidden=walk.hidden, others=others)
+    return Scan(
+        pictures=tuple(pictures),
+        faults=tuple(faults),
+        hidden=walk.hidden,
+        hidden_names=tuple(sorted(walk.hidden_names)[:_NAMED]),
+        others=others,
+    )

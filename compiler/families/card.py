@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -32,6 +32,12 @@ class FamilyCard:
     text_encoders: tuple[str, ...]  # component names, in the order they are run
     trained_component: Literal["transformer", "unet"]
     blocks: tuple[str, ...]  # attribute names of the module lists that checkpointing counts
+    depth_keys: tuple[str, ...]  # keys of the configuration that say how many are in each
+    runs: Callable[[Mapping[str, Any]], Sequence[int] | None] | None
+    """Numbers of equal blocks that follow each other, by the trained component's configuration;
+    None where they are not so regular. A last block that differs is not counted."""
+    shortened: Callable[[Mapping[str, Any], Sequence[int]], dict[str, Any]]
+    """The configuration with other such numbers."""
     latent_channels_key: str  # key of the vae's configuration
     moments: tuple[str, ...]  # what is cached of a picture, each of the latents' shape
     embedding_shapes: Callable[[Configs, int], Mapping[str, tuple[int, ...]]]

@@ -6,6 +6,7 @@ a key that is absent has its class's default. Parameter counts are of those clas
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiler.families.card import Configs, FamilyCard, KnownModel
@@ -136,6 +137,22 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
     }
 
 
+def _runs(config: Mapping[str, Any]) -> list[int] | None:
+    """Blocks with a second attention, which come first, and those without; the last block, whose
+    text stream ends, is neither's."""
+    dual, layers = list(config.get("dual_attention_layers") or ()), int(config.get("num_layers", 0))
+    if dual != list(range(len(dual))):
+        return None
+    return [min(len(dual), layers - 1), max(layers - 1 - len(dual), 0)]
+
+
+def _shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+    first, second = counts
+    all_dual = len(config.get("dual_attention_layers") or ()) == int(config["num_layers"])
+    dual = list(range(first + all_dual))
+    return {**config, "num_layers": first + second + 1, "dual_attention_layers": dual}
+
+
 CARD = FamilyCard(
     name="sd3",
     title="Stable Diffusion 3",
@@ -154,6 +171,9 @@ CARD = FamilyCard(
     text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     trained_component="transformer",
     blocks=("transformer_blocks",),
+    depth_keys=("num_layers",),
+    runs=_runs,
+    shortened=_shortened,
     latent_channels_key="latent_channels",
     moments=("mean", "std"),
     embedding_shapes=_embedding_shapes,

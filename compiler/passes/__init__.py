@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from compiler.draft import Draft
 from compiler.passes.batches import resolve_batches
+from compiler.passes.components import resolve_components
 from compiler.passes.data import resolve_data
 from compiler.passes.memory import resolve_memory
 from compiler.passes.model import resolve_model
@@ -23,6 +24,7 @@ Pass = Callable[[Draft], None]
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("model", resolve_model),
     ("precision", resolve_precision),
+    ("components", resolve_components),
     ("storage", resolve_storage),
     ("data", resolve_data),
     ("batches", resolve_batches),

@@ -6,21 +6,25 @@ from math import ceil
 
 from compiler.data.counts import bucket_rows, samples_per_epoch, steps_per_epoch
 from compiler.draft import Draft
-from compiler.plan import Steps
+from compiler.plan import DataSource, Geometry, Steps
+from compiler.spans import KeyPath
+
+SIZE: KeyPath = ("train", "batch_size")
+DEVICES: KeyPath = ("launch", "devices")
 
 
 def resolve_batches(draft: Draft) -> None:
     """Fill in `draft.buckets` and `draft.steps`."""
+    ranks = _ranks(draft)
     if not _one_length(draft) or draft.manifest is None:
         return
     train = draft.recipe.train
-    draft.decide(("train", "batch_size"), train.batch_size)
+    sizes = _batch_sizes(draft)
     draft.decide(("train", "accumulate"), train.accumulate)
-    if not _batch_fits(draft):
+    if sizes is None or not _batch_fits(draft, sizes):
         return
-    draft.buckets = bucket_rows(draft.manifest, draft.sources, train.batch_size)
+    draft.buckets = bucket_rows(draft.manifest, draft.sources, sizes)
     batches = sum(bucket.batches for bucket in draft.buckets)
-    ranks = 1
     per_epoch = steps_per_epoch(batches, ranks, train.accumulate)
     total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
     draft.steps = Steps(
@@ -35,6 +39,67 @@ def resolve_batches(draft: Draft) -> None:
     key = "steps" if train.steps is not None else "epochs"
     draft.decide(("train", key), train.steps if key == "steps" else train.epochs)
     _small_buckets(draft)
+    _idle_devices(draft, draft.steps)
+
+
+def _ranks(draft: Draft) -> int:
+    launch = draft.recipe.launch
+    ranks = 1 if launch.devices == "auto" else launch.devices
+    draft.decide(DEVICES, ranks, by="decided", why="one device, unless the recipe asks for more")
+    if launch.devices == 1 and draft.given(("launch", "strategy")):
+        draft.error(
+            "no-effect",
+            ("launch", "strategy"),
+            "`strategy` says how several devices share the work; this recipe trains on one",
+            of="key",
+        )
+    if ranks > 1 and draft.device == "mps":
+        draft.error("conflict", DEVICES, f"a machine has one mps device, not {ranks}")
+    return ranks
+
+
+def _batch_sizes(draft: Draft) -> list[int] | None:
+    """The batch size of each source: one for all, or by its resolution in pixels."""
+    asked = draft.recipe.train.batch_size
+    if isinstance(asked, int):
+        draft.decide(SIZE, asked)
+        return [asked] * len(draft.sources)
+    edges = [_pixels(source) for source in draft.sources]
+    missing = sorted(set(edges) - set(asked))
+    if missing and any(fault.path.startswith("train.batch_size") for fault in draft.diagnostics):
+        return None  # the entry is there, but wrong
+    if missing:
+        rows = ", ".join(f"{edge} = 1" for edge in missing)
+        names = ", ".join(str(edge) for edge in missing)
+        draft.error(
+            "missing-key",
+            SIZE,
+            f"`batch_size` has no entry for resolution {names}",
+            help=f"add {rows}; keys are the resolutions of the sources in pixels",
+        )
+        return None
+    for edge in sorted(set(asked) - set(edges)):
+        draft.error(
+            "no-effect",
+            (*SIZE, str(edge)),
+            f"no source has a resolution of {edge} pixels",
+            help="the sources have " + ", ".join(str(one) for one in sorted(set(edges))),
+            of="key",
+        )
+    for edge, size in asked.items():
+        draft.decide((*SIZE, str(edge)), size)
+    return [asked[edge] for edge in edges]
+
+
+def edge_of(shape: Geometry) -> float:
+    """A resolution as an edge in pixels: the root of an area."""
+    area = shape.resolution_type == "area"
+    return (shape.resolution * 1e6) ** 0.5 if area else shape.resolution
+
+
+def _pixels(source: DataSource) -> int:
+    """A source's resolution in whole pixels, by which batch sizes are told apart."""
+    return round(edge_of(source.geometry))
 
 
 def _one_length(draft: Draft) -> bool:
@@ -61,24 +126,28 @@ def _one_length(draft: Draft) -> bool:
     return True
 
 
-def _batch_fits(draft: Draft) -> bool:
+def _batch_fits(draft: Draft, sizes: list[int]) -> bool:
     """A batch larger than a whole source is a mistake; a short batch in a bucket is not."""
-    size = draft.recipe.train.batch_size
     fits = True
-    for number, source in enumerate(draft.sources):
+    for number, (source, size) in enumerate(zip(draft.sources, sizes, strict=True)):
         samples = samples_per_epoch(source.images, source.repeats)
         if size > samples:
             fits = False
             draft.error(
                 "batch-too-large",
-                ("train", "batch_size") if draft.given(("train", "batch_size")) else ("train",),
+                _place_of_size(draft, source),
                 f"a batch of {size} is larger than source `{source.id}`: "
                 f"{source.images} image{'s' * (source.images != 1)} x {source.repeats} = "
                 f"{samples} samples an epoch",
-                help=f"batch_size = {samples}, or repeats = {ceil(size / source.images)} "
-                f"in [[data.source]] entry {number + 1}",
+                help=f"{_place_of_size(draft, source)[-1]} = {samples}, or repeats = "
+                f"{ceil(size / source.images)} in [[data.source]] entry {number + 1}",
             )
     return fits
+
+
+def _place_of_size(draft: Draft, source: DataSource) -> KeyPath:
+    places = ((*SIZE, str(_pixels(source))), SIZE)
+    return next((place for place in places if draft.given(place)), SIZE)
 
 
 def _small_buckets(draft: Draft) -> None:
@@ -91,4 +160,16 @@ def _small_buckets(draft: Draft) -> None:
             ("data", "source"),
             f"{len(short)} of {len(draft.buckets)} buckets never fill a batch ({sizes}{more})",
             help="they are trained short and weighted by their samples; nothing is dropped",
+        )
+
+
+def _idle_devices(draft: Draft, steps: Steps) -> None:
+    """With fewer batches in an epoch than devices, some of them never have any work."""
+    if steps.batches_per_epoch < steps.ranks:
+        draft.warn(
+            "idle-devices",
+            DEVICES,
+            f"an epoch has fewer batches ({steps.batches_per_epoch}) than there are devices "
+            f"({steps.ranks}): some never have any work",
+            help="say fewer devices, smaller batches or more repeats",
         )

@@ -1,40 +1,244 @@
-"""The components of the base as the plan states them: number format, quantisation, configuration."""
+"""The components of the base: number format, quantisation, and what of their tables makes sense."""
 
 from __future__ import annotations
 
 import json
 
+from attrs import evolve
+
 from compiler import plan
-from compiler.draft import Draft
+from compiler.diagnostics import choices
+from compiler.draft import Draft, ModelFacts
+from compiler.passes.precision import FORMATS
+from compiler.quantisers import QUANTISERS
+from compiler.schema import ComponentRecipe
+from compiler.spans import KeyPath
+
+TABLES = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+"""Keys of `[model]` that are components, by their names in the family."""
+
+
+def resolve_components(draft: Draft) -> None:
+    """Fill in `draft.formats`, `draft.quantize` and `draft.quantize_on`."""
+    if draft.model is None or draft.precision is None:
+        return
+    for name in TABLES:
+        if name not in draft.model.family.components:
+            _refuse_stranger(draft, draft.model, name)
+            continue
+        recipe: ComponentRecipe = getattr(draft.recipe.model, name)
+        draft.formats[name] = _format(draft, draft.model, name, recipe)
+        asked = recipe.quantize
+        kind: plan.Quantisation = "none" if asked == "auto" else asked
+        draft.quantize_on[name] = recipe.where
+        settle(draft, name, kind, why="kept whole" if asked == "auto" else "")
+        _init(draft, draft.model, name, recipe)
+        _quantisation(draft, draft.model, name, kind)
+        if asked == "none" and draft.given(_at(name, "where")):
+            draft.error(
+                "no-effect",
+                _at(name, "where"),
+                f"the {_words(name)} is not quantised, so `where` has no effect",
+                help='say `quantize = "int8"`, or leave `where` out',
+            )
+    _transformer_format(draft, draft.model)
+
+
+def settle(draft: Draft, name: str, kind: plan.Quantisation, *, why: str = "") -> None:
+    """Quantise component `name` as `kind`; a later choice takes the place of an earlier one."""
+    path = _at(name, "quantize")
+    key = ".".join(map(str, path))
+    draft.decisions = [made for made in draft.decisions if made.key != key]
+    draft.quantize[name] = kind
+    draft.decide(path, kind, by="decided" if why else "default", why=why)
 
 
 def model_plan(draft: Draft) -> plan.Model:
     """The model as the plan states it."""
     assert draft.model is not None and draft.precision is not None
     facts, family = draft.model, draft.model.family
-    trained = family.trained_component
-    components = []
-    for name, class_name in family.components.items():
-        full = name == trained and draft.adapter is None
-        dtype: plan.Dtype = draft.precision.trained if full else draft.precision.weights
-        components.append(
-            plan.Component(
-                name=name,
-                class_name=class_name,
-                parameters=facts.parameters.get(name, 0),
-                dtype="float32" if name == "vae" else dtype,
-                trained=full,
-            )
-        )
     return plan.Model(
         family=family.name,
         base=facts.base,
         local=facts.local,
         revision=facts.revision,
         init=draft.recipe.model.transformer.init,
-        trained_component=trained,
-        components=tuple(components),
+        trained_component=family.trained_component,
+        components=tuple(
+            plan.Component(
+                name=name,
+                class_name=class_name,
+                parameters=facts.parameters.get(name, 0),
+                dtype=draft.formats.get(name, draft.precision.weights),
+                trained=_is_trained(draft, facts, name),
+                quantize=draft.quantize.get(name, "none"),
+                quantize_on=draft.quantize_on.get(name, "device"),
+            )
+            for name, class_name in family.components.items()
+        ),
         configs={
             name: json.dumps(config, sort_keys=True) for name, config in facts.configs.items()
         },
     )
+
+
+def _at(name: str, key: str) -> KeyPath:
+    return ("model", name, key)
+
+
+def _words(name: str) -> str:
+    """A component's name in a sentence: "text encoder 2"."""
+    return name.replace("_", " ")
+
+
+def _is_trained(draft: Draft, facts: ModelFacts, name: str) -> bool:
+    """Whether all of its weights are trained."""
+    return name == facts.family.trained_component and draft.recipe.adapter is None
+
+
+def _refuse_stranger(draft: Draft, facts: ModelFacts, name: str) -> None:
+    if not draft.given(("model", name)):
+        return
+    own = [table for table in TABLES if table in facts.family.components]
+    draft.error(
+        "no-such-component",
+        ("model", name),
+        f"{facts.family.title} has no {_words(name)}",
+        of="key",
+        help=f"its components are {choices(own)}",
+    )
+
+
+def _format(draft: Draft, facts: ModelFacts, name: str, recipe: ComponentRecipe) -> plan.Dtype:
+    """What its weights are loaded as."""
+    assert draft.precision is not None
+    path = _at(name, "weights")
+    if _is_trained(draft, facts, name):
+        draft.decide(path, draft.precision.trained, by="decided", why="as [precision] trained")
+        if recipe.weights != "auto":
+            draft.error(
+                "no-effect",
+                path,
+                f"all of the {_words(name)} is trained, in the format of `[precision] trained`",
+                help=f'say `trained = "{recipe.weights}"` in `[precision]`',
+            )
+        return draft.precision.trained
+    if recipe.weights != "auto":
+        draft.decide(path, FORMATS[recipe.weights])
+        if recipe.weights == "fp16" and name != facts.family.trained_component:
+            _overflow(draft, facts, name)
+        return FORMATS[recipe.weights]
+    if name == "vae":
+        draft.decide(path, "float32", by="decided", why="each picture is encoded once: exactly")
+        return "float32"
+    draft.decide(path, draft.precision.weights, by="decided", why="as [precision] weights")
+    return draft.precision.weights
+
+
+def _overflow(draft: Draft, facts: ModelFacts, name: str) -> None:
+    """A text encoder or autoencoder in float16."""
+    if facts.family.fp16_overflows:
+        draft.error(
+            "fp16-overflow",
+            _at(name, "weights"),
+            f"{facts.family.title}'s {_words(name)} can't run in fp16: activations exceed what "
+            "fp16 holds (65504)",
+            help='say "bf16", or "fp32" where the device has no bf16',
+        )
+
+
+def _transformer_format(draft: Draft, facts: ModelFacts) -> None:
+    """What carries an adapter multiplies, so its weights are of the arithmetic's format."""
+    assert draft.precision is not None
+    name, precision = facts.family.trained_component, draft.precision
+    if draft.recipe.adapter is None:
+        return
+    held = draft.formats[name]
+    draft.precision = evolve(precision, weights=held)
+    own = draft.recipe.model.transformer.weights != "auto"
+    path: KeyPath = _at(name, "weights") if own else ("precision", "weights")
+    if "float16" in (precision.compute, held):
+        if own and held == "float16" and precision.compute != "float16":
+            _refuse_half(draft, facts, path)
+    elif held != precision.compute:
+        draft.error(
+            "precision-mismatch",
+            path,
+            f"a base in {held} can't compute in {precision.compute}",
+            help="leave `weights` out: it follows `compute`",
+        )
+
+
+def _refuse_half(draft: Draft, facts: ModelFacts, path: KeyPath) -> None:
+    overflows = facts.family.fp16_overflows
+    why = "activations exceed what fp16 holds (65504)" if overflows else "gradients underflow"
+    draft.error(
+        "fp16-overflow" if overflows else "fp16-unsupported",
+        path,
+        f"{facts.family.title} can't be trained in fp16: {why}",
+        help='say "bf16", or "fp32" where the device has no bf16',
+    )
+
+
+def _init(draft: Draft, facts: ModelFacts, name: str, recipe: ComponentRecipe) -> None:
+    if recipe.init == "random" and name != facts.family.trained_component:
+        draft.error(
+            "random-frozen",
+            _at(name, "init"),
+            f"the {_words(name)} is not trained, so random weights would stay random",
+            help=f"leave `init` out; it is for the {facts.family.trained_component}",
+        )
+
+
+def _quantisation(draft: Draft, facts: ModelFacts, name: str, kind: plan.Quantisation) -> None:
+    """Everything that speaks against keeping component `name` as `kind`."""
+    if kind == "none":
+        return
+    path, row = _at(name, "quantize"), QUANTISERS[kind]
+    if name == "vae":
+        draft.error(
+            "quantised-vae",
+            path,
+            "the vae is not quantised: it is small, nearly all of it convolutions of more than one "
+            "pixel, and its errors would go into every latent",
+            help="leave `quantize` out",
+        )
+    elif name == facts.family.trained_component and draft.recipe.adapter is None:
+        _refuse_trained(draft, name, kind)
+    if draft.device not in row.devices:
+        draft.error(
+            "conflict",
+            path,
+            f"{row.title} weights can't be kept on {draft.device}",
+            help=f"these can: {_fitting(draft)}",
+        )
+    carries = name == facts.family.trained_component
+    if carries and draft.adapter and draft.adapter.kind not in row.adapters:
+        draft.error(
+            "conflict",
+            path,
+            f"a {kind} base can't carry an adapter of kind `{draft.adapter.kind}`",
+            help=f"it can carry {choices(row.adapters)}",
+        )
+
+
+def _refuse_trained(draft: Draft, name: str, kind: plan.Quantisation) -> None:
+    if draft.recipe.model.transformer.init == "random":
+        draft.error(
+            "conflict",
+            _at(name, "quantize"),
+            f"fresh weights are trained, and {kind} weights can't be",
+            help="leave out `quantize`",
+        )
+        return
+    draft.error(
+        "quantised-training",
+        _at(name, "quantize"),
+        f"all of the {_words(name)} is trained, and {kind} weights can't be: steps are smaller "
+        "than their levels",
+        help="leave out `quantize`, or train an adapter with `[adapter]`",
+    )
+
+
+def _fitting(draft: Draft) -> str:
+    return choices([name for name, row in QUANTISERS.items() if draft.device in row.devices])

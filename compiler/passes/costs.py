@@ -5,7 +5,7 @@ from __future__ import annotations
 from attrs import evolve
 
 from compiler import costs
-from compiler.costs import Outlook, Skipped
+from compiler.costs import Hidden, Outlook, Skipped
 from compiler.draft import Draft
 from compiler.memory import gib
 from compiler.plan import Plan
@@ -19,7 +19,8 @@ def judge_costs(draft: Draft, plan: Plan) -> Outlook:
     assert draft.manifest is not None
     site = draft.site() if callable(draft.site) else draft.site
     found = costs.outlook(plan, draft.manifest, draft.machine, site)
-    found = evolve(found, skipped=_skipped(draft))
+    hidden = [Hidden(source=name, count=n, names=names) for name, n, names in draft.hidden]
+    found = evolve(found, skipped=_skipped(draft), hidden=tuple(hidden))
     if site is None:
         return found
     run, cache = site.space(plan.run_folder), site.space(plan.cache_folder)

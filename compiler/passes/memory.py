@@ -1,4 +1,4 @@
-"""Peak device memory, and the activation checkpointing that fits the budget."""
+"""Peak device memory of every phase, and the settings by which it fits the budget."""
 
 from __future__ import annotations
 
@@ -7,62 +7,229 @@ from attrs import evolve
 from compiler import plan
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
-from compiler.passes.components import model_plan
+from compiler.passes import ladder
+from compiler.passes.components import model_plan, settle
+from compiler.passes.ladder import Rung
+from compiler.passes.optimizer import resolve_optimizer
+from compiler.passes.suggest import refuse
+from compiler.schema import OffloadRecipe
 from compiler.spans import KeyPath
 from compiler.units import ByteSize
 
-WHERE: KeyPath = ("memory", "activation_checkpointing")
 BUDGET: KeyPath = ("memory", "budget")
-RUNGS = (0, 4, 3, 2, 1)  # fewest recomputed blocks first: off, every 4th, 3rd, 2nd, all
 
 
 def resolve_memory(draft: Draft) -> None:
-    """Fill in `draft.memory`, by simulation where a memory model is at hand."""
+    """Fill in `draft.memory`, by simulation where a memory model is at hand, and what of the other
+    passes' choices is left to it."""
     if draft.optimizer is None or draft.objective is None or not draft.buckets:
         return
+    _judge_offload(draft)
     if any(diagnostic.severity == "error" for diagnostic in draft.diagnostics):
         return  # a recipe that is refused anyway is answered at once
     budget = _budget(draft)
-    asked = draft.recipe.memory.activation_checkpointing
     if draft.memory_model is None:
-        interval = 0 if asked in ("auto", "off") else int(asked)
+        rung = ladder.first(draft)
+        _settle(draft, rung, "nothing was simulated")
         draft.memory = plan.Memory(
             budget_bytes=budget,
-            layout=plan.Layout(activation_checkpointing=interval),
+            layout=rung.layout,
+            on_oom=draft.recipe.memory.on_oom,
             phases=(),
         )
         return
-    candidate = _candidate(draft)
+    search = Search(draft=draft, model=draft.memory_model, base=_candidate(draft), budget=budget)
     try:
-        if asked == "auto":
-            interval, found = _fit(draft, draft.memory_model, candidate, budget)
-        else:
-            interval = 0 if asked == "off" else int(asked)
-            found = draft.memory_model.simulate(
-                evolve(candidate, layout=plan.Layout(activation_checkpointing=interval))
-            )
-            draft.decide(WHERE, interval or "off")
+        chosen = search.run()
+        if search.fits(chosen):
+            chosen = search.encoders(chosen)
     except ValueError as error:
-        draft.error("model-refused", _blame(draft), str(error))
+        draft.error("model-refused", blame(draft), str(error))
         return
-    counts = {
-        "parameters": found.parameters,
-        "trainable": found.trainable,
-        "adapted": found.adapted_modules,
-        "flops": found.flops,
-    }
+    found = search.look(chosen)
+    _settle(draft, chosen, search.why(chosen))
     draft.memory = plan.Memory(
         budget_bytes=budget,
-        layout=plan.Layout(activation_checkpointing=interval),
+        layout=chosen.layout,
+        on_oom=draft.recipe.memory.on_oom,
         phases=found.phases,
-        counts=counts,
+        ladder=search.seen(chosen),
+        counts={
+            "parameters": found.parameters,
+            "trainable": found.trainable,
+            "adapted": found.adapted_modules,
+            "flops": found.flops,
+        },
     )
-    _compare(draft, peak(found), budget, interval)
+    worst = peak(found)
+    if budget and worst.device_bytes > budget:
+        refuse(draft, search.candidate(chosen), draft.memory_model, budget, worst, blame(draft))
 
 
-def peak(found: Simulation) -> int:
-    """Bytes on the device at the worst moment of the worst phase."""
-    return max((phase.device_bytes for phase in found.phases), default=0)
+def peak(found: Simulation) -> plan.Phase:
+    """The phase that needs most."""
+    return max(found.phases, key=lambda phase: phase.device_bytes)
+
+
+class Search:
+    """Looks for the first rung that fits, by simulating as few as it can."""
+
+    def __init__(self, *, draft: Draft, model: MemoryModel, base: Candidate, budget: int) -> None:
+        self.draft, self.model, self.base, self.budget = draft, model, base, budget
+        self.rungs = ladder.rungs(draft)
+        self._found: dict[Rung, Simulation] = {}
+
+    def run(self) -> Rung:
+        """The first rung that fits; the last one if none does. Raises ValueError."""
+        low, high = 0, len(self.rungs) - 1
+        if not self.budget or self.fits(self.rungs[0]) or not high:
+            return self.rungs[0]
+        if not self.fits(self.rungs[high]):
+            return self.rungs[high]
+        while high - low > 1:  # rung `low` does not fit, rung `high` does
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(self.rungs[middle]) else (middle, high)
+        return self.rungs[high]
+
+    def encoders(self, chosen: Rung) -> Rung:
+        """Quantise text encoders that are left open, where they would not fit."""
+        for name in _open_encoders(self.draft):
+            for kind in ladder.FEWER_BITS:
+                needed = (p.device_bytes for p in self.look(chosen).phases if p.name == name)
+                if not self.budget or max(needed, default=0) <= self.budget:
+                    break
+                why = f"the fewest bits saved that fit {gib(self.budget)} while it encodes"
+                settle(self.draft, name, kind, why=why)
+                self.base = _candidate(self.draft)
+                del self._found[chosen]  # other rungs are judged by what comes after
+        return chosen
+
+    def candidate(self, rung: Rung) -> Candidate:
+        """What is simulated for `rung`."""
+        return ladder.candidate_of(self.draft, self.base, rung)
+
+    def look(self, rung: Rung) -> Simulation:
+        """The simulation of `rung`; each is run once."""
+        if rung not in self._found:
+            self._found[rung] = self.model.simulate(self.candidate(rung))
+        return self._found[rung]
+
+    def fits(self, rung: Rung) -> bool:
+        """Whether no phase that the ladder has a say in exceeds the budget."""
+        return not self.budget or self._peak(rung) <= self.budget
+
+    def _peak(self, rung: Rung) -> int:
+        apart = {*self.base_encoders, "latents"}
+        return max(p.device_bytes for p in self.look(rung).phases if p.name not in apart)
+
+    @property
+    def base_encoders(self) -> tuple[str, ...]:
+        """Phases named after a text encoder."""
+        assert self.draft.model is not None
+        return self.draft.model.family.text_encoders
+
+    def why(self, chosen: Rung) -> str:
+        """The reason for `chosen`."""
+        if not self.budget:
+            return "no budget to fit"
+        if not self.fits(chosen):
+            return "the least memory there is; it still does not fit"
+        if chosen == self.rungs[0]:
+            return f"nothing has to be saved to fit {gib(self.budget)}"
+        return f"the fastest that fits {gib(self.budget)}"
+
+    def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
+        """The ladder, as far as it was looked at, with the rungs next to `chosen`."""
+        if len(self.rungs) == 1 or not self.budget:
+            return ()
+        place = self.rungs.index(chosen)
+        for neighbour in self.rungs[max(place - 1, 0) : place + 2]:
+            self.look(neighbour)
+        known = [rung for rung in self.rungs if rung in self._found]
+        start = self.look(self.rungs[0])
+        fastest = ladder.seconds(self.draft, self.rungs[0], start, start)
+        return tuple(
+            plan.Rung(
+                settings=ladder.settings(self.draft, rung),
+                peak_bytes=self._peak(rung),
+                relative_time=round(
+                    ladder.seconds(self.draft, rung, self.look(rung), start) / fastest, 3
+                ),
+                alters=ladder.alters(self.rungs[0], rung),
+                chosen=rung == chosen,
+            )
+            for rung in known
+        )
+
+
+def _open_encoders(draft: Draft) -> list[str]:
+    assert draft.model is not None
+    return [
+        name
+        for name in draft.model.family.text_encoders
+        if getattr(draft.recipe.model, name).quantize == "auto"
+    ]
+
+
+def _settle(draft: Draft, rung: Rung, why: str) -> None:
+    """Put what the rung says where the other passes left it open."""
+    assert draft.model is not None and draft.optimizer is not None and draft.steps is not None
+    trained = draft.model.family.trained_component
+    if getattr(draft.recipe.model, trained).quantize == "auto":
+        words = f"{why}; it alters the result a little" if rung.quantize != "none" else why
+        settle(draft, trained, rung.quantize, why=words)
+    if rung.optimizer != draft.optimizer.name:
+        words = f"{why}; it alters the result a little"
+        draft.optimizer = resolve_optimizer(draft, rung.optimizer, why=words)
+    draft.steps = evolve(draft.steps, micro_batch=rung.micro_batch)
+    decided: dict[KeyPath, object] = {
+        ("memory", "activation_checkpointing"): rung.checkpointing or "off",
+        ("memory", "fused_backward"): rung.fused_backward,
+        ("memory", "offload", "activations"): rung.activations,
+        ("memory", "offload", "blocks"): rung.blocks,
+        ("memory", "micro_batch"): rung.micro_batch or "whole batches",
+        ("memory", "on_oom"): draft.recipe.memory.on_oom,
+    }
+    if not isinstance(draft.recipe.memory.offload, OffloadRecipe):
+        decided["memory", "offload"] = _offloaded(rung)
+    for path, value in decided.items():
+        draft.decide(path, value, by="decided", why=why)
+
+
+def _offloaded(rung: Rung) -> str:
+    parts = ["activations"] if rung.activations else []
+    parts += [f"{rung.blocks} blocks"] if rung.blocks else []
+    return ", ".join(parts) or "none"
+
+
+def _judge_offload(draft: Draft) -> None:
+    """What can't wait on the host, or can't be cut smaller."""
+    if draft.model is None:
+        return
+    offload, where = ladder.offload_of(draft), ("memory", "offload", "blocks")
+    if offload.blocks != "auto" and offload.blocks > 0:
+        if draft.adapter is None:
+            draft.error(
+                "conflict",
+                where,
+                "all blocks are trained, and weights that are trained can't wait on the host",
+                help="train an adapter, or leave `blocks` out",
+            )
+        elif offload.blocks > ladder.depth(draft):
+            draft.error(
+                "out-of-range",
+                where,
+                f"{offload.blocks} is out of range",
+                label=f"the {draft.model.family.trained_component} has {ladder.depth(draft)} "
+                "blocks",
+            )
+    size = draft.recipe.memory.micro_batch
+    if isinstance(size, int) and size > ladder.largest_batch(draft):
+        draft.warn(
+            "no-effect",
+            ("memory", "micro_batch"),
+            f"no batch has {size} samples: the largest has {ladder.largest_batch(draft)}",
+        )
 
 
 def _budget(draft: Draft) -> int:
@@ -83,6 +250,7 @@ def _budget(draft: Draft) -> int:
 
 def _candidate(draft: Draft) -> Candidate:
     assert draft.precision and draft.text and draft.objective and draft.optimizer and draft.steps
+    drawn = draft.validation if draft.validation and draft.validation.prompts else None
     return Candidate(
         model=model_plan(draft),
         adapter=draft.adapter,
@@ -93,64 +261,20 @@ def _candidate(draft: Draft) -> Candidate:
         max_grad_norm=draft.recipe.train.max_grad_norm,
         ema_on_device=draft.ema is not None
         and (draft.ema.device == "same" or draft.device == "cpu"),
+        ema_on_host=draft.ema is not None and draft.ema.device == "cpu" != draft.device,
         accumulate=draft.steps.accumulate,
         layout=plan.Layout(),
         shapes=tuple(
             sorted({(b.width, b.height, min(b.batch_size, b.samples)) for b in draft.buckets})
         ),
+        pictures=drawn.sizes if drawn else (),
+        guidance=drawn.guidance if drawn else 0.0,
         device=draft.device,
     )
 
 
-def _fit(
-    draft: Draft, model: MemoryModel, candidate: Candidate, budget: int
-) -> tuple[int, Simulation]:
-    """The first rung that fits; the last one if none does."""
-    found = None
-    for interval in RUNGS:
-        found = model.simulate(
-            evolve(candidate, layout=plan.Layout(activation_checkpointing=interval))
-        )
-        if not budget or peak(found) <= budget:
-            why = (
-                "fits without recomputing anything"
-                if interval == 0
-                else f"the fewest recomputed blocks that fit {gib(budget)}"
-            )
-            if not budget:
-                why = "no budget to fit"
-            draft.decide(WHERE, interval or "off", by="decided", why=why)
-            return interval, found
-    assert found is not None
-    draft.decide(WHERE, 1, by="decided", why="the least memory there is; it still does not fit")
-    return 1, found
-
-
-def _compare(draft: Draft, needed: int, budget: int, interval: int) -> None:
-    if not budget or needed <= budget:
-        return
-    draft.error(
-        "does-not-fit",
-        _blame(draft),
-        f"needs {gib(needed)} of device memory, {gib(needed - budget)} "
-        f"more than the budget of {gib(budget)}",
-        help=_smaller(draft, interval),
-    )
-
-
-def _smaller(draft: Draft, interval: int) -> str:
-    ways = []
-    if interval == 0:
-        ways.append("activation_checkpointing = 1")
-    if draft.recipe.train.batch_size > 1:
-        ways.append("a smaller batch_size with accumulate")
-    if draft.adapter is not None and draft.adapter.rank > 16:
-        ways.append("a lower rank")
-    ways.append("a smaller resolution")
-    return "what would lower it: " + ", ".join(ways)
-
-
-def _blame(draft: Draft) -> KeyPath:
+def blame(draft: Draft) -> KeyPath:
+    """The key that a run which does not fit is blamed on."""
     for path in (BUDGET, ("train", "batch_size"), ("model", "base")):
         if draft.given(path):
             return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from compiler.diagnostics import choices, nearest
 from compiler.draft import Draft, ModelFacts
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
+from compiler.files import read_small
 from compiler.plan import Adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -125,7 +127,7 @@ def _local(draft: Draft, family: FamilyCard, folder: Path) -> ModelFacts | None:
     if not _right_class(draft, family, index):
         return None
     configs = _configs(draft, family, folder)
-    if configs is None:
+    if configs is None or not _usable(draft, family, configs):
         return None
     counts = {name: _parameters(folder / name) for name in family.components}
     return ModelFacts(
@@ -178,9 +180,32 @@ def _configs(draft: Draft, family: FamilyCard, folder: Path) -> dict[str, dict[s
     return configs
 
 
+def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]) -> bool:
+    """Whether the configurations hold what the family's card reads in them."""
+    try:
+        multiple = family.multiple(configs)
+        shift, _ = family.shift(configs["scheduler"])
+        channels = configs["vae"][family.latent_channels_key]
+        family.embedding_shapes(configs, family.prompt_length)
+        good = 0 < multiple <= 1024 and 0 < shift < inf and type(channels) is int and channels > 0
+        why = "sizes or the shift in them are out of range"
+    except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+        good, why = False, f"{type(error).__name__}: {error}"
+    except (TypeError, ValueError) as error:
+        good, why = False, str(error)
+    if not good:
+        draft.error(
+            "not-a-pipeline",
+            ("model", "base"),
+            f"the configurations of `{draft.recipe.model.base}` are none of {family.title}: {why}",
+            help="copy the config.json files of the published pipeline, as they are",
+        )
+    return good
+
+
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -202,14 +227,14 @@ def _header(path: Path) -> dict[str, Any]:
             if length > HEADER_LIMIT:
                 return {}
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, RecursionError, struct.error):
         return {}
     return header if isinstance(header, dict) else {}
 
 
 def _elements(entry: Any) -> int:
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list):
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
         return 0
     count = 1
     for size in shape:

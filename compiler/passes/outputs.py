@@ -10,6 +10,9 @@ from typing import Any
 
 from compiler import plan
 from compiler.draft import Draft
+from compiler.families.card import Configs
+from compiler.files import read_small
+from compiler.passes.batches import edge_of
 from compiler.passes.training import in_steps
 from compiler.spans import KeyPath
 
@@ -17,6 +20,8 @@ SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 PROMPT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 SCORES = ("shapes",)
 LARGEST_EDGE = 8192  # pixels; no family samples beyond
+FAR = 2.0  # a model that draws at twice or half of its size repeats things or leaves them out
+LONG = 4.0  # width to height; beyond, pictures fall apart
 
 
 def resolve_outputs(draft: Draft) -> None:
@@ -29,12 +34,15 @@ def resolve_outputs(draft: Draft) -> None:
     draft.decide(("checkpoints", "keep"), recipe.keep if recipe.keep else "all")
     draft.checkpoints = plan.Checkpoints(every=every, keep=recipe.keep)
     draft.validation = _validation(draft, draft.steps)
+    _longer_than_the_run(draft, draft.steps.total)
 
 
 def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
     assert draft.model is not None
     recipe, family = draft.recipe.validation, draft.model.family
     prompts = _prompts(draft)
+    if not prompts:
+        _nothing_to_draw(draft)
     by = f"family {family.name}"
     every = in_steps(draft, ("validation", "every"), recipe.every, steps) if prompts else 0
     guidance = family.guidance if recipe.guidance == "auto" else float(recipe.guidance)
@@ -44,6 +52,13 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         draft.decide(("validation", "every"), f"{every} steps" if every else "off")
         draft.decide(("validation", "guidance"), guidance, by=by, why="the pipeline's default")
         draft.decide(("validation", "steps"), sampling_steps, by=by, why="the pipeline's default")
+    if recipe.negative and guidance <= 1:
+        draft.error(
+            "no-effect",
+            ("validation", "negative"),
+            f"a negative prompt has no effect at guidance {guidance:g}: only above 1 is it used",
+            of="key",
+        )
     if recipe.score and recipe.score not in SCORES:
         draft.error(
             "unknown-value",
@@ -62,6 +77,53 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         seeds=tuple(range(recipe.seed, recipe.seed + recipe.count)),
         score=recipe.score if prompts else "",
     )
+
+
+def _nothing_to_draw(draft: Draft) -> None:
+    """Settings of pictures that are never drawn."""
+    if any(fault.path.startswith("validation.prompts") for fault in draft.diagnostics):
+        return  # there are prompts, but wrong ones
+    table = draft.located.data.get("validation", {})
+    stated = [key for key in table if key != "prompts"] if isinstance(table, dict) else []
+    if stated:
+        draft.error(
+            "no-effect",
+            ("validation", stated[0]),
+            f"`{stated[0]}` has no effect: there are no validation prompts, so nothing is drawn",
+            help='prompts = { beach = "a dog on a beach" }',
+            of="key",
+        )
+    elif draft.given(("validation", "prompts")):
+        draft.warn(
+            "empty-prompt",
+            ("validation", "prompts"),
+            "there is no prompt here, so no picture is drawn while training",
+            help='prompts = { beach = "a dog on a beach" }',
+        )
+
+
+def _longer_than_the_run(draft: Draft, total: int) -> None:
+    """Intervals that never come round. The run's end always counts, so this is only unwise."""
+    assert draft.checkpoints is not None and draft.validation is not None
+    for name, every, what in (
+        ("checkpoints", draft.checkpoints.every, "checkpoint is written"),
+        ("validation", draft.validation.every, "picture is drawn"),
+    ):
+        where = (name, "every")
+        if every > total and draft.given(where):
+            draft.warn(
+                "interval-too-long",
+                where,
+                f"every {every} steps in a run of {total}: no {what} before the end",
+                help='`every = "off"` says the same on purpose',
+            )
+    if draft.ema is not None and draft.ema.every > total:
+        draft.error(
+            "no-effect",
+            ("train", "ema", "every"),
+            f"an average that is updated every {draft.ema.every} steps, in a run of {total}, "
+            "never is",
+        )
 
 
 def _prompts(draft: Draft) -> tuple[plan.Prompt, ...]:
@@ -104,6 +166,12 @@ def _add_prompt(
             of="key",
         )
     else:
+        if not text.strip():
+            draft.warn(
+                "empty-prompt",
+                where,
+                f"prompt `{name}` is empty: it draws what the model makes of nothing",
+            )
         found.append(plan.Prompt(name=name, text=text, group=group))
 
 
@@ -111,7 +179,7 @@ def _prompt_file(draft: Draft, name: str) -> Mapping[str, Any]:
     where = ("validation", "prompts")
     path = draft.folder / name
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_small(path).decode("utf-8-sig")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         draft.error("missing-path", where, f"can't read `{name}`: {error.strerror or error}")
@@ -135,16 +203,20 @@ def _sizes(draft: Draft) -> tuple[tuple[int, int], ...]:
         )
         return ((edge, edge),)
     draft.decide(("validation", "sizes"), asked)
-    return tuple(
-        size
-        for number, text in enumerate(asked)
-        if (size := _size(draft, ("validation", "sizes", number), text, multiple)) is not None
-    )
+    found: list[tuple[int, int]] = []
+    for number, text in enumerate(asked):
+        where = ("validation", "sizes", number)
+        size = _size(draft, where, text, multiple)
+        if size in found:
+            draft.error("duplicate-id", where, f"the size `{text}` is given twice")
+        elif size is not None:
+            _unusual(draft, where, size)
+            found.append(size)
+    return tuple(found)
 
 
-def _size(
-    draft: Draft, where: tuple[str | int, ...], text: str, multiple: int
-) -> tuple[int, int] | None:
+def _size(draft: Draft, where: KeyPath, text: str, multiple: int) -> tuple[int, int] | None:
+    configs = draft.model.configs if draft.model else {}
     match = SIZE.fullmatch(text.strip())
     if match is None:
         draft.error(
@@ -166,7 +238,46 @@ def _size(
             help=f'the nearest is "{near}"',
         )
         return None
+    most = largest_edge(draft.model.family.multiple(configs), configs) if draft.model else 0
+    if most and max(width, height) > most:
+        draft.error(
+            "bad-size",
+            where,
+            f"`{text}` is more than this model can draw: its positions end at {most} pixels",
+        )
+        return None
     return width, height
+
+
+def largest_edge(multiple: int, configs: Configs) -> int:
+    """Pixels of the longest edge that a model with a table of positions has places for; 0 where
+    there is no such table. Each place is one patch, `multiple` pixels wide."""
+    places = configs.get("transformer", {}).get("pos_embed_max_size")
+    return places * multiple if isinstance(places, int) else 0
+
+
+def _unusual(draft: Draft, where: KeyPath, size: tuple[int, int]) -> None:
+    """Warn of a size far from what the base was made for and from what it is trained on."""
+    assert draft.model is not None
+    width, height = size
+    made_for = [draft.model.native_resolution, *(edge_of(s.geometry) for s in draft.sources)]
+    root = (width * height) ** 0.5
+    shape = max(width, height) / min(width, height)
+    if all(root >= FAR * edge or root <= edge / FAR for edge in made_for):
+        draft.warn(
+            "unusual-size",
+            where,
+            f"`{width}x{height}` is far from what the base was made for "
+            f"({made_for[0]:g} pixels) and from what it is trained on",
+            help="pictures at twice or half of that size repeat things or leave them out",
+        )
+    elif shape > LONG:
+        draft.warn(
+            "unusual-size",
+            where,
+            f"`{width}x{height}` is {shape:.3g} times as long as it is wide; no family was made "
+            f"for more than {LONG:g}",
+        )
 
 
 def _near(edge: int, multiple: int) -> int:
@@ -174,6 +285,4 @@ def _near(edge: int, multiple: int) -> int:
 
 
 def _training_edge(draft: Draft, multiple: int) -> int:
-    first = draft.sources[0].geometry
-    area = first.resolution * 1e6 if first.resolution_type == "area" else first.resolution**2
-    return _near(round(area**0.5), multiple)
+    return _near(round(edge_of(draft.sources[0].geometry)), multiple)

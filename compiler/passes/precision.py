@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compiler.draft import Draft
+from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Dtype, Precision
 
 SMALL_MODEL = 20_000_000  # parameters; below, one thread was up to ten times faster than two
@@ -77,13 +78,6 @@ def _conflicts(draft: Draft, precision: Precision) -> None:
             f"{family.title if family else 'this model'} can't be trained in fp16: {why}",
             help='say "bf16", or "fp32" where the device has no bf16',
         )
-    if not halves and draft.recipe.adapter is not None and precision.weights != precision.compute:
-        draft.error(
-            "precision-mismatch",
-            ("precision", "weights"),
-            f"a base in {precision.weights} can't compute in {precision.compute}",
-            help="leave `weights` out: it follows `compute`",
-        )
     if precision.trained == "float16":
         draft.error(
             "fp16-trained",
@@ -91,10 +85,12 @@ def _conflicts(draft: Draft, precision: Precision) -> None:
             "fp16 weights can't be trained: updates and gradients underflow",
             help='say "fp32" (the default) or "bf16"',
         )
-    if precision.trained == "bfloat16":
+    row = OPTIMIZERS.get(draft.recipe.train.optimizer.name)
+    if precision.trained == "bfloat16" and (row is None or row.bf16 == "rounds"):
         draft.warn(
             "bf16-trained",
             ("precision", "trained"),
             "plain bf16 weights lose small updates: at a low rate most entries never change",
-            help='leave it out, or say "fp32": masters in fp32 under bf16 compute',
+            help='leave it out for masters in fp32, or take optimizer "adamw-bf16", which rounds '
+            "stochastically",
         )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from compiler.draft import Draft
+from compiler.source import dotted
 from compiler.spans import KeyPath
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -38,6 +39,7 @@ def resolve_storage(draft: Draft) -> None:
         _check_writable(draft, ("cache", "path"), cache)
     draft.cache_folder = str(cache)
     draft.decide(("cache", "path"), draft.cache_folder, why="shared by all runs of this user")
+    _apart_from_data(draft)
 
 
 def _resolved(draft: Draft, path: KeyPath, text: str) -> Path | None:
@@ -46,6 +48,41 @@ def _resolved(draft: Draft, path: KeyPath, text: str) -> Path | None:
     except (OSError, ValueError, RuntimeError) as error:
         draft.error("bad-path", path, f"this is no path: {error}")
         return None
+
+
+def _apart_from_data(draft: Draft) -> None:
+    """What is written and what is read must not lie in each other.
+
+    Pictures and checkpoints would become training data, and who clears a run or a cache would
+    delete data with it.
+    """
+    written = (
+        (("output",), "the run folder", Path(draft.run_folder)),
+        (("cache", "path"), "the cache", Path(draft.cache_folder)),
+    )
+    for number, source in enumerate(draft.recipe.data.source):
+        where: KeyPath = ("data", "source", number, "path")
+        try:
+            data = (draft.folder / Path(source.path).expanduser()).resolve()
+        except (OSError, ValueError, RuntimeError):
+            continue  # the data pass says so
+        for key, what, folder in written:
+            if folder.is_relative_to(data):
+                draft.entangled.add(number)
+                draft.error(
+                    "data-not-apart",
+                    key if draft.given(key) else where,
+                    f"{what} `{folder}` would lie in the data folder `{source.path}`",
+                    help=f"nothing is written beside your data: choose another `{dotted(key)}`",
+                )
+            elif data.is_relative_to(folder):
+                draft.entangled.add(number)
+                draft.error(
+                    "data-not-apart",
+                    where,
+                    f"the data folder `{source.path}` lies in {what} `{folder}`",
+                    help="runs and caches are cleared as a whole: keep data elsewhere",
+                )
 
 
 def _check_writable(draft: Draft, path: KeyPath, folder: Path) -> None:

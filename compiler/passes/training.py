@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from compiler import plan
-from compiler.diagnostics import choices, nearest
 from compiler.draft import Draft
-from compiler.optimizers import OPTIMIZERS, OptimizerFacts
+from compiler.passes.fused import refuse_fused_backward
+from compiler.passes.optimizer import averages, optimizer_name, resolve_optimizer
 from compiler.spans import KeyPath
 from compiler.units import Interval
-
-ARGUMENTS = ("betas", "eps", "weight_decay", "momentum")  # keys of `[train.optimizer]` besides lr
 
 
 def resolve_training(draft: Draft) -> None:
     """Fill in `optimizer`, `schedule`, `objective` and `ema`."""
-    draft.optimizer = _optimizer(draft)
+    name = optimizer_name(draft)
+    draft.optimizer = resolve_optimizer(draft, name) if name else None
+    refuse_fused_backward(draft)
     draft.objective = _objective(draft)
     if draft.steps is not None:
         draft.schedule = _schedule(draft, draft.steps.total)
         draft.ema = _ema(draft, draft.steps)
     draft.decide(("train", "max_grad_norm"), draft.recipe.train.max_grad_norm)
-
-
-def _optimizer(draft: Draft) -> plan.Optimizer | None:
-    recipe = draft.recipe.train.optimizer
-    row = OPTIMIZERS.get(recipe.name)
-    if row is None:
-        guess = nearest(recipe.name, OPTIMIZERS)
-        draft.error(
-            "unknown-value",
-            ("train", "optimizer", "name"),
-            f"unknown optimizer `{recipe.name}`",
-            help=f"did you mean `{guess}`?" if guess else f"known: {choices(tuple(OPTIMIZERS))}",
-        )
-        return None
-    arguments: dict[str, Any] = dict(row.defaults)
-    for name in ARGUMENTS:
-        value = getattr(recipe, name)
-        where: KeyPath = ("train", "optimizer", name)
-        if value is None:
-            if name in arguments:
-                draft.decide(where, arguments[name], by=f"optimizer {row.name}")
-            continue
-        if name not in row.arguments:
-            draft.error(
-                "no-effect",
-                where,
-                f"optimizer `{row.name}` takes no `{name}`",
-                help=f"it takes {choices(tuple(row.arguments))}",
-                of="key",
-            )
-            continue
-        arguments[name] = list(value) if isinstance(value, tuple) else value
-        draft.decide(where, value)
-    _betas(draft, recipe.betas)
-    draft.decide(("train", "optimizer", "name"), row.name)
-    draft.decide(("train", "optimizer", "lr"), recipe.lr)
-    return plan.Optimizer(
-        name=row.name,
-        lr=float(recipe.lr),
-        arguments={k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()},
-        fused=_fused(draft, row),
-    )
-
-
-def _fused(draft: Draft, row: OptimizerFacts) -> bool:
-    """One kernel for the whole update where an accelerator has it. The processor's own rounds
-    otherwise than the reference scripts and gains nothing there."""
-    return draft.device in row.fused and draft.device != "cpu"
-
-
-def _betas(draft: Draft, betas: tuple[float, float] | None) -> None:
-    for number, beta in enumerate(betas or ()):
-        if not 0 <= beta < 1:
-            draft.error(
-                "out-of-range",
-                ("train", "optimizer", "betas", number),
-                f"{beta:g} is out of range",
-                label="must be at least 0 and below 1",
-            )
 
 
 def _objective(draft: Draft) -> plan.Objective | None:
@@ -134,26 +73,14 @@ def _unused_timestep_keys(draft: Draft, sampling: str) -> None:
 def _schedule(draft: Draft, total: int) -> plan.Schedule:
     recipe = draft.recipe.train.schedule
     warmup = recipe.warmup.of(total)
-    if warmup > total:
-        draft.error(
-            "schedule-too-long",
-            ("train", "schedule", "warmup"),
-            f"a warm-up of {warmup} steps in a run of {total}",
-            help='say a share, such as warmup = "10%"',
-        )
+    _judge_length(draft, warmup, total)
     draft.decide(("train", "schedule", "name"), recipe.name)
     draft.decide(("train", "schedule", "warmup"), f"{warmup} steps")
-    for key, owner in (("power", "polynomial"), ("cycles", "cosine")):
+    for key, owner in (("power", "polynomial"), ("cycles", "cosine-with-restarts")):
         where = ("train", "schedule", key)
         if draft.given(where) and recipe.name != owner:
             draft.error("no-effect", where, f"`{key}` belongs to the {owner} schedule", of="key")
-    if draft.given(("train", "schedule", "end")) and recipe.name == "constant":
-        draft.error(
-            "no-effect",
-            ("train", "schedule", "end"),
-            "a constant schedule ends where it begins: `end` has no effect",
-            of="key",
-        )
+    _judge_shape(draft)
     return plan.Schedule(
         name=recipe.name,
         warmup=warmup,
@@ -164,10 +91,65 @@ def _schedule(draft: Draft, total: int) -> plan.Schedule:
     )
 
 
+def _judge_length(draft: Draft, warmup: int, total: int) -> None:
+    """Warm-up and restarts must have room in the run."""
+    recipe, where = draft.recipe.train.schedule, ("train", "schedule", "warmup")
+    if warmup > total:
+        draft.error(
+            "schedule-too-long",
+            where,
+            f"a warm-up of {warmup} steps in a run of {total}",
+            help='say a share, such as warmup = "10%"',
+        )
+    elif warmup == total:
+        draft.warn(
+            "long-warmup",
+            where,
+            f"the warm-up takes the whole run of {total} steps: only the last is trained at `lr`",
+            help='say a share, such as warmup = "10%"',
+        )
+    elif recipe.name == "cosine-with-restarts" and recipe.cycles > total - warmup:
+        draft.error(
+            "schedule-too-long",
+            ("train", "schedule", "cycles"),
+            f"{recipe.cycles} cycles in the {total - warmup} steps after the warm-up",
+            label="at most one a step",
+        )
+
+
+def _judge_shape(draft: Draft) -> None:
+    """A fall that is none, and one under an optimizer that needs none."""
+    recipe = draft.recipe.train.schedule
+    if draft.given(("train", "schedule", "end")) and recipe.name == "constant":
+        draft.error(
+            "no-effect",
+            ("train", "schedule", "end"),
+            "a constant schedule ends where it begins: `end` has no effect",
+            of="key",
+        )
+    if recipe.name != "constant" and averages(draft):
+        draft.error(
+            "conflict",
+            ("train", "schedule", "name"),
+            f"`{draft.recipe.train.optimizer.name}` is schedule-free: it averages its weights "
+            f"instead of lowering the learning rate, so {recipe.name} would weaken it twice",
+            help='schedule = { name = "constant", warmup = "5%" }',
+        )
+
+
 def _ema(draft: Draft, steps: plan.Steps) -> plan.Ema | None:
     recipe = draft.recipe.train.ema
     if recipe is None:
         return None
+    if averages(draft):
+        draft.error(
+            "conflict",
+            ("train", "ema"),
+            f"`{draft.recipe.train.optimizer.name}` averages the weights itself: an average of "
+            "what it trains is not what it keeps",
+            help="leave [train.ema] out",
+            of="key",
+        )
     every = in_steps(draft, ("train", "ema", "every"), recipe.every, steps)
     draft.decide(("train", "ema", "decay"), recipe.decay)
     draft.decide(("train", "ema", "every"), f"{every} steps")

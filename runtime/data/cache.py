@@ -30,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compiler.data.stamp import Stamp
+from runtime.data.pages import not_resident
 from runtime.data.store import INDEX, SHARDS, Store
 from runtime.errors import RunFailed
 from runtime.files import PARTIAL, partial_file
@@ -37,6 +38,9 @@ from runtime.files import PARTIAL, partial_file
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
 SHARD_SECONDS = 30.0
+RESIDENT_BYTES = 256 << 20
+"""After so much was copied out of shards, their pages leave this process (not the page cache)."""
+_TOGETHER = 20_000  # entries located at a time, so that what that takes stays small
 ORPHAN_SECONDS = 3600.0
 """Files without rows are removed when they are this old: their writer may still be at work."""
 
@@ -54,6 +58,7 @@ _DTYPES = {
 }  # as safetensors names them
 
 Entry = dict[str, Tensor]
+Rows = NDArray[np.int64]
 Layout = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 """Of an entry: (name, type, shape) of each tensor, in the order of its offsets."""
 
@@ -83,6 +88,7 @@ class Cache:
         self._pending_since = 0.0
         self._layouts: dict[int, Layout] = {}
         self._maps: dict[int, Tensor | None] = {}
+        self._touched = 0  # bytes copied out of maps since their pages were given back
         self.folders: dict[tuple[Path, tuple[Stamp, ...]], str] = {}  # of `hashes.folder_hash`
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -96,12 +102,34 @@ class Cache:
         return self.read(self.locate([key]), 0)
 
     def locate(self, keys: Sequence[bytes]) -> Located:
-        """Where the entries of `keys` lie. Raises CacheIncomplete if one is missing."""
-        if absent := self.missing(keys):
+        """Where the entries of `keys` lie. Raises CacheIncomplete if one is missing.
+
+        Shards stay readable from here on, even if their files are removed.
+        """
+        parts = [self._locate(keys[at : at + _TOGETHER]) for at in range(0, len(keys), _TOGETHER)]
+        if absent := sum(len(part) for part in parts if isinstance(part, set)):
             raise CacheIncomplete(
-                f"{len(absent)} of {len(set(keys))} entries are not in the cache {self.folder}",
+                f"{absent} of {len(keys)} entries are not in the cache {self.folder}",
                 help="run the recipe again: what is missing is made anew",
             )
+        found = [part for part in parts if isinstance(part, Located)]
+        widest = max((part.offsets.shape[1] for part in found), default=0)
+        offsets = np.zeros((len(keys), widest), np.int64)
+        at = 0
+        for part in found:
+            count, width = part.offsets.shape
+            offsets[at : at + count, :width] = part.offsets
+            at += count
+        return Located(
+            shards=np.concatenate([np.empty(0, np.int32), *(part.shards for part in found)]),
+            layouts=np.concatenate([np.empty(0, np.int32), *(part.layouts for part in found)]),
+            offsets=offsets,
+        )
+
+    def _locate(self, keys: Sequence[bytes]) -> Located | set[bytes]:
+        """Where these entries lie, or which of them are missing."""
+        if absent := self.missing(keys):
+            return absent
         found = {row[0]: row[1:] for row in self._rows(set(keys))}
         rows = [found[key] for key in keys]
         widest = max((len(row[2]) // 8 for row in rows), default=0)
@@ -116,8 +144,7 @@ class Cache:
 
     def read(self, located: Located, number: int) -> Entry:
         """Entry `number` of those located, memory-mapped (a write to it stays in this process)."""
-        shard = self._mapped(int(located.shards[number]))
-        assert shard is not None, "what was located was mapped"
+        shard = self._located(int(located.shards[number]))
         entry: Entry = {}
         layout = self._layout(int(located.layouts[number]))
         for (name, dtype, shape), offset in zip(layout, located.offsets[number], strict=False):
@@ -125,6 +152,50 @@ class Cache:
             count = torch.Size(shape).numel() * dtype.itemsize
             entry[name] = shard[start : start + count].view(dtype).view(shape)
         return entry
+
+    def stack(self, located: Located, numbers: Rows, names: Sequence[str]) -> Entry:
+        """The tensors `names` of many entries, each copied into one tensor (entries, *shape).
+
+        Names that the first entry lacks are left out; all entries must agree with it in what is
+        asked for. What was read does not stay resident.
+        """
+        first = self._layout(int(located.layouts[numbers[0]]))
+        wanted = {name: (dtype, shape) for name, dtype, shape in first if name in names}
+        made = {
+            name: np.empty((len(numbers), torch.Size(shape).numel() * dtype.itemsize), np.uint8)
+            for name, (dtype, shape) in wanted.items()
+        }
+        for place, number in enumerate(numbers.tolist()):
+            shard = self._located(int(located.shards[number])).numpy()
+            layout = self._layout(int(located.layouts[number]))
+            for part, (name, dtype, shape) in enumerate(layout):
+                if name in wanted:
+                    assert wanted[name] == (dtype, shape), "entries of one bucket are alike"
+                    start = int(located.offsets[number, part])
+                    rows = made[name]
+                    rows[place] = shard[start : start + rows.shape[1]]
+        self.let_go(sum(rows.nbytes for rows in made.values()))
+        return {
+            name: torch.from_numpy(made[name]).view(dtype).view(len(numbers), *shape)
+            for name, (dtype, shape) in wanted.items()
+        }
+
+    def _located(self, number: int) -> Tensor:
+        """The bytes of a shard that was mapped when its entries were located."""
+        shard = self._maps.get(number)
+        assert shard is not None, "what was located was mapped"
+        return shard
+
+    def let_go(self, nbytes: int) -> None:
+        """Count what was copied out of entries; from time to time their pages are given back."""
+        with self.store.lock:
+            self._touched += nbytes
+            if self._touched < RESIDENT_BYTES:
+                return
+            self._touched = 0
+            shards = [shard for shard in self._maps.values() if shard is not None]
+        for shard in shards:
+            not_resident(shard)
 
     def put(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
         """Add an entry; it is safe on disk after the next `flush`, which large amounts cause.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from runtime.batch import Batch
 from runtime.data.cache import Cache, Entry
 from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
-from runtime.data.order import BatchRows, Order
+from runtime.data.order import BatchRows, Order, Rows
 from runtime.families.base import Family
 from runtime.objective import draw_uniform, sigmas_from_uniform
 
+MOMENTS = ("mean", "std")
+"""What of a picture's entry its latents are made of."""
 _AHEAD = 2  # windows made before they are asked for
 
 
@@ -112,44 +114,56 @@ class Feed:
 
     def _batch(self, step: int, batch: BatchRows) -> Batch:
         slots = range(batch.first_slot, batch.first_slot + len(batch.rows))
-        cached = [self._cache.read(self._latents, int(row)) for row in batch.rows]
-        latents = self._family.latents(
-            _stacked(cached), self._vae, self._posterior(cached, step, slots)
-        )
-        uniform = torch.cat([self._uniform(step, slot) for slot in slots])
+        cached = self._cache.stack(self._latents, batch.rows, MOMENTS)
+        cached = {name: tensor.float() for name, tensor in cached.items()}
+        latents = self._family.latents(cached, self._vae, self._posterior(cached, step, slots))
         text = [
             self._text(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
         ]
-        noise = self._normal("noise", tuple(latents.shape[1:]), step, slots)
+        collated = self._family.collate_text(text)
+        self._cache.let_go(sum(tensor.nbytes for tensor in collated.values()))
+        noise = self._normal("noise", latents.shape, step, slots)
         return Batch(
             latents=latents.float().to(self._device),
             noise=noise.to(self._device),
-            sigmas=sigmas_from_uniform(uniform, self._plan.objective).to(self._device),
-            text={n: t.to(self._device) for n, t in self._family.collate_text(text).items()},
+            sigmas=self._sigmas(step, slots).to(self._device),
+            text={name: tensor.to(self._device) for name, tensor in collated.items()},
+            weights=self._weights(batch.rows),
         )
 
-    def _posterior(self, cached: Sequence[Entry], step: int, slots: range) -> Tensor | None:
-        """Noise to draw the VAE's posterior with, where it has one."""
-        if "std" not in cached[0]:
+    def _weights(self, rows: Rows) -> Tensor | None:
+        """What each sample's loss is multiplied by; None where all sources have weight 1."""
+        if all(source.loss_weight == 1.0 for source in self._plan.sources):
             return None
-        return self._normal("posterior", tuple(cached[0]["mean"].shape), step, slots)
+        weights = [self._plan.sources[self._manifest.source(int(r))].loss_weight for r in rows]
+        return torch.tensor(weights, dtype=torch.float32, device=self._device)
 
-    def _normal(self, purpose: str, shape: tuple[int, ...], step: int, slots: range) -> Tensor:
-        seed = self._plan.seed
-        return torch.stack([rng.normal(shape, seed, purpose, step, slot) for slot in slots])
+    def _posterior(self, cached: Entry, step: int, slots: range) -> Tensor | None:
+        """Noise to draw the VAE's posterior with, where it has one."""
+        if "std" not in cached:
+            return None
+        return self._normal("posterior", cached["mean"].shape, step, slots)
 
-    def _uniform(self, step: int, slot: int) -> Tensor:
-        generator = rng.generator(self._plan.seed, "timestep", step, slot)
-        return draw_uniform(self._plan.objective, generator, 1)
+    def _normal(self, purpose: str, shape: torch.Size, step: int, slots: range) -> Tensor:
+        return rng.normals(tuple(shape[1:]), self._plan.seed, purpose, step, slots)
+
+    def _sigmas(self, step: int, slots: range) -> Tensor:
+        objective = self._plan.objective
+        drawn = rng.uniforms(self._plan.seed, "timestep", step, slots)
+        return sigmas_from_uniform(draw_uniform(objective, drawn), objective)
 
     def _text(self, step: int, slot: int, row: int) -> Entry:
-        """The embedding of the row's caption, or the unconditional one where it is dropped."""
+        """The embedding of one of the row's captions, or the unconditional one where it is
+        dropped."""
         share = self._dropout[self._manifest.source(row)]
         if share > 0:
-            drawn = rng.generator(self._plan.seed, "caption-dropout", step, slot).random()
-            if drawn < share:
+            if rng.uniform(self._plan.seed, "caption-dropout", step, slot) < share:
                 return self._unconditional[0]
-        return self._cache.read(self._captions, self._manifest.caption_number(row))
+        numbers = self._manifest.caption_numbers(row)
+        which = 0
+        if len(numbers) > 1:
+            which = int(rng.uniform(self._plan.seed, "caption", step, slot) * len(numbers))
+        return self._cache.read(self._captions, numbers[which])
 
 
 def _hand_over(
@@ -165,9 +179,3 @@ def _hand_over(
         except queue.Full:
             continue
     return False
-
-
-def _stacked(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """One batch, float32 where it is floating point."""
-    stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-    return {n: t.float() if t.is_floating_point() else t for n, t in stacked.items()}

@@ -9,33 +9,38 @@ of these phases that of one item. Threads decode ahead of the encoder.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from compiler.compile import default_cache
+from compiler.data.geometry import Placement
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Manifest, Sample
 from compiler.data.prompts import prompts_of
 from compiler.data.scan import shown
 from compiler.plan import Plan
 from runtime.data.cache import Cache
+from runtime.data.encoders import TOGETHER, Encoders, PhaseOf, free, load
+from runtime.data.focus import require_opencv
 from runtime.data.hashes import file_hashes
-from runtime.data.keys import LatentKeys, latent_keys, text_keys, text_parts
-from runtime.data.pixels import BrokenPicture, Pixels, decode, to_tensor
+from runtime.data.keys import LatentKeys, latent_keys, text_keys
+from runtime.data.pixels import BrokenPicture, Pixels, decode_placed, to_tensor
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
 
 _AHEAD = 3  # decoded pictures held per thread
+OFFSET = "crop"
+"""In an entry of latents: x and y of a cut that was found by looking at the pixels."""
 _NAMED = 20  # files named in one message
 
 
@@ -56,10 +61,18 @@ class BrokenData(RunFailed):
         self.files = tuple(files)
 
 
-def fill_text(plan: Plan, manifest: Manifest, family: Family, cache: Cache, events: Events) -> None:
+def fill_text(
+    plan: Plan,
+    manifest: Manifest,
+    family: Family,
+    cache: Cache,
+    events: Events,
+    phase: PhaseOf = lambda name: nullcontext(),
+) -> None:
     """Encode all prompts that are not cached; loads nothing if there are none.
 
-    Raises CacheNotWritable.
+    The encoders are on the device one after the other, each inside `phase(its name)`. Raises
+    CacheNotWritable.
     """
     wanted = prompts_of(plan, manifest)
     keys = text_keys(plan, family, cache)
@@ -68,23 +81,24 @@ def fill_text(plan: Plan, manifest: Manifest, family: Family, cache: Cache, even
     events.advance(len(wanted) - len(missing))
     if not missing:
         return
-    parts = _loaded(plan, family, text_parts(plan))
-    done = len(wanted) - len(missing)
+    todo = {keys.key(p.text, negative=p.negative): p for p in wanted}
+    todo = {key: prompt for key, prompt in todo.items() if key in missing}
+    encoders = Encoders(plan, family, phase, waiting=len(todo) > TOGETHER)
+    done = len(wanted) - len(todo)
     try:
-        for prompt in wanted:
-            key = keys.key(prompt.text, negative=prompt.negative)
-            if key not in missing:
-                continue
-            (embedding,) = family.encode_prompts(
-                parts, [prompt.text], plan.text, negative=prompt.negative
-            )
-            cache.put(key, _stored(embedding, plan))
-            done += 1
-            events.advance(done)
+        for start in range(0, len(todo), TOGETHER):
+            batch = dict(list(todo.items())[start : start + TOGETHER])
+            advance = partial(_advance, events, done)
+            for key, embedding in zip(batch, encoders(list(batch.values()), advance), strict=True):
+                cache.put(key, _stored(embedding, plan))
+            done += len(batch)
     finally:
-        parts.clear()
-        _freed(plan)
+        encoders.free()
         cache.flush()
+
+
+def _advance(events: Events, done: int, more: float) -> None:
+    events.advance(done + int(more))
 
 
 def fill_latents(
@@ -92,7 +106,8 @@ def fill_latents(
 ) -> None:
     """Encode all pictures that are not cached, bucket by bucket; loads nothing if there are none.
 
-    Raises BrokenData, after all others were cached, and CacheNotWritable.
+    Raises BrokenData, after all others were cached, CacheNotWritable, and MachineUnfit where
+    nothing here can find the faces that the plan cuts around.
     """
     keys = sample_keys(plan, manifest, family, cache)
     missing = cache.missing(keys)
@@ -102,22 +117,28 @@ def fill_latents(
     events.advance(done)
     if not todo:
         return
-    parts = _loaded(plan, family, ("vae",))
+    if any(manifest.placement(row).focus for row in todo):
+        require_opencv()
+    parts = load(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
     broken: dict[bytes, str] = {}
     try:
-        for row, pixels in _decoded(todo, manifest, keys, latents, plan.workers):
-            if isinstance(pixels, BrokenPicture):
-                broken[keys[row]] = str(pixels)
+        for row, decoded in _decoded(todo, manifest, keys, latents, plan.workers):
+            if isinstance(decoded, BrokenPicture):
+                broken[keys[row]] = str(decoded)
                 continue
+            pixels, placement = decoded
             batch = to_tensor(pixels)[None].to(plan.device)
             moments = family.encode_pixels(parts["vae"], batch)
-            cache.put(keys[row], _stored({name: t[0] for name, t in moments.items()}, plan))
+            entry = {name: t[0] for name, t in moments.items()}
+            if placement.focus:
+                entry[OFFSET] = torch.tensor([placement.crop_x, placement.crop_y])
+            cache.put(keys[row], _stored(entry, plan))
             done += 1
             events.advance(done)
     finally:
         parts.clear()
-        _freed(plan)
+        free(plan)
         cache.flush()
     if broken:
         files = [(manifest.path(r), broken[key]) for r, key in enumerate(keys) if key in broken]
@@ -141,19 +162,6 @@ def prompt_embeddings(
     return {text: cache.get(keys.key(text, negative=negative)) for text in prompts}
 
 
-def _loaded(plan: Plan, family: Family, names: Sequence[str]) -> dict[str, Any]:
-    dtypes = {component.name: DTYPES[component.dtype] for component in plan.model.components}
-    device = torch.device(plan.device)
-    return {name: family.load(plan.model, name, dtypes[name], device) for name in names}
-
-
-def _freed(plan: Plan) -> None:
-    """Give memory back to the device once no name holds a model any more."""
-    gc.collect()
-    if plan.device != "cpu":
-        getattr(torch, plan.device).empty_cache()
-
-
 def _stored(entry: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """Numbers in the plan's cache format; masks and indices as they are."""
     dtype = DTYPES[plan.precision.cache]
@@ -175,7 +183,8 @@ def _once(rows: Iterable[int], keys: Sequence[bytes], missing: set[bytes]) -> li
     return chosen
 
 
-Decoded = tuple[int, Pixels | BrokenPicture]
+Ready = tuple[Pixels, Placement]
+Decoded = tuple[int, Ready | BrokenPicture]
 
 
 def _decoded(
@@ -204,7 +213,7 @@ def _decoded(
                 future.cancel()
 
 
-def _pixels(path: str, sample: Sample, key: bytes, latents: LatentKeys) -> Pixels | BrokenPicture:
+def _pixels(path: str, sample: Sample, key: bytes, latents: LatentKeys) -> Ready | BrokenPicture:
     """The pixels of what was hashed; a file that has changed since then is an error."""
     try:
         with open(path, "rb") as file:
@@ -213,7 +222,7 @@ def _pixels(path: str, sample: Sample, key: bytes, latents: LatentKeys) -> Pixel
             raise RunFailed(
                 f"{shown(path)} was changed while the run began", help="run the recipe again"
             )
-        return decode(data, sample.placement, (sample.width, sample.height))
+        return decode_placed(data, sample.placement, (sample.width, sample.height))
     except OSError as error:
         return BrokenPicture(f"can't be read: {error.strerror or error}")
     except BrokenPicture as broken:

@@ -26,6 +26,8 @@ TEXT_VERSION = 1
 """Raise it when the same prompt and encoders would give other embeddings."""
 LATENTS_VERSION = 1
 """Raise it when the same picture and encoder would give other latents (decoding included)."""
+FOCUS_VERSION = 1
+"""Raise it when faces or what is salient would be found elsewhere in the same picture."""
 
 
 @frozen
@@ -47,7 +49,19 @@ class LatentKeys:
 
     def key(self, content: bytes, placement: Placement) -> bytes:
         """The key of a picture; `content` is the SHA-256 of its file."""
-        return _key([self.base, content.hex(), asdict(placement)])
+        return _key([self.base, content.hex(), _moves(placement)])
+
+
+def _moves(placement: Placement) -> dict[str, Any]:
+    """What is done to the picture; what is not done is left out."""
+    parts = asdict(placement)
+    if not placement.mirrored:
+        del parts["mirrored"]
+    if placement.focus:
+        parts["focus_version"] = FOCUS_VERSION
+    else:
+        del parts["focus"]
+    return parts
 
 
 def text_parts(plan: Plan) -> tuple[str, ...]:
@@ -106,26 +120,34 @@ def _latent_keys(plan: Plan, family: str, encoders: list[list[str]]) -> LatentKe
     )
 
 
+def _formats(model: Model) -> dict[str, str]:
+    """How each component's weights are held: "bfloat16", "bfloat16 int8"."""
+    return {
+        part.name: part.dtype if part.quantize == "none" else f"{part.dtype} {part.quantize}"
+        for part in model.components
+    }
+
+
 def _known_encoders(
     model: Model, names: Sequence[str], folder: Path, store: Store
 ) -> list[list[str]] | None:
-    dtypes = {component.name: component.dtype for component in model.components}
+    formats = _formats(model)
     found: list[list[str]] = []
     for name in names:
         digest = known_folder_hash(store, folder / name)
         if digest is None:
             return None
-        found.append([name, dtypes[name], digest])
+        found.append([name, formats[name], digest])
     return found
 
 
 def _encoders(model: Model, names: Sequence[str], cache: Cache) -> list[list[str]]:
-    """Name, precision and content of each component."""
+    """Name, number format and content of each component."""
     from runtime.families.common import base_folder
 
     folder = base_folder(model, names)
-    dtypes = {component.name: component.dtype for component in model.components}
-    return [[name, dtypes[name], folder_hash(cache, folder / name)] for name in names]
+    formats = _formats(model)
+    return [[name, formats[name], folder_hash(cache, folder / name)] for name in names]
 
 
 def _key(parts: list[Any]) -> bytes:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compiler.data.geometry import Placement
 from compiler.data.headers import pillow
+from runtime.data.focus import focused
 
 Pixels = NDArray[np.uint8]
 
@@ -41,6 +42,13 @@ def decode(data: bytes, placement: Placement, size: tuple[int, int]) -> Pixels:
     `size` is the (width, height) that the placement was made for. Raises BrokenPicture if the
     file can't be decoded or has another size.
     """
+    return decode_placed(data, placement, size)[0]
+
+
+def decode_placed(
+    data: bytes, placement: Placement, size: tuple[int, int]
+) -> tuple[Pixels, Placement]:
+    """As `decode`, with the placement's cut where its focus was found."""
     try:
         with pillow().open(io.BytesIO(data)) as opened:
             image = _upright(opened)
@@ -49,7 +57,10 @@ def decode(data: bytes, placement: Placement, size: tuple[int, int]) -> Pixels:
     if image.size != size:
         raise BrokenPicture(f"{image.size[0]}x{image.size[1]} pixels, not {size[0]}x{size[1]}")
     try:
-        return np.asarray(_srgb(_placed(_simple(image), placement), image.info))
+        simple = _simple(image)
+        placement = focused(simple, placement)
+        pixels = np.asarray(_srgb(_placed(simple, placement), image.info))
+        return (pixels[:, ::-1] if placement.mirrored else pixels), placement
     except (OSError, ValueError) as error:
         raise BrokenPicture(f"pixels can't be converted ({error})") from error
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from compiler.families.card import FamilyCard
@@ -36,20 +35,26 @@ class Family(Protocol):
         """One component from its configuration alone, weights unset (for meta tensors)."""
         ...
 
-    def encode_prompts(
+    def encode_with(
         self,
+        encoder: str,
         parts: Mapping[str, Any],
         prompts: Sequence[str],
         text: Text,
         *,
         negative: bool = False,
     ) -> list[TextEmbedding]:
-        """Embeddings equal to the stock pipeline's `encode_prompt`, without padding.
+        """One encoder's share of the embeddings, see `join_text`; only that encoder is run.
 
-        `parts` holds tokenizers and text encoders by component name. `negative` encodes as the
+        `parts` holds the encoder and its tokenizer by component name. `negative` encodes as the
         pipeline encodes negative prompts (Sana: without the instruction); caption dropout uses
         the negative encoding of "".
         """
+        ...
+
+    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
+        """From the shares of all encoders, by component name, an embedding equal to the stock
+        pipeline's `encode_prompt`, without padding."""
         ...
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
@@ -84,20 +89,25 @@ class Family(Protocol):
         """A batch of the right shapes and types (pixels, full prompt length), for simulation."""
         ...
 
-    def sample(
+    def denoise(
         self,
         parts: Mapping[str, Any],
-        positive: Sequence[TextEmbedding],
-        negative: Sequence[TextEmbedding],
+        positive: TextEmbedding,
+        negative: TextEmbedding,
         *,
         width: int,
         height: int,
         guidance: float,
         steps: int,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """Pictures by the stock pipeline from embeddings, one a seed.
+        seed: int,
+    ) -> Tensor:
+        """Latents (1, C, h, w) by the stock pipeline's loop, from embeddings.
 
         `parts` holds vae, transformer and scheduler.
         """
+        ...
+
+    def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """Pixels (1, 3, H, W), about in [-1, 1], as the stock pipeline decodes them, but in the
+        VAE's own type."""
         ...

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from compiler.families.card import FamilyCard
-from compiler.plan import Model
+from compiler.plan import Component, Model, Text
+from runtime.quantise.layers import hollow, quantise
+from runtime.quantise.stream import stream
+
+if TYPE_CHECKING:
+    from runtime.families.base import Family, TextEmbedding
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +39,10 @@ def load_component(
 ) -> Any:
     """One component with its weights, as `dtype` on `device`, ready for inference.
 
-    Tokenizers and schedulers have neither type nor device. The trained component of a model with
+    Quantised if the model says so. The trained component and quantised ones are read one tensor at
+    a time where the files hold exactly the component's own tensors; else the library that wrote
+    them reads them on the host, and layers are quantised one after the other. Tokenizers and
+    schedulers have neither type nor device. The trained component of a model with
     `init = "random"` is built from its configuration, its weights drawn from `seed` alone.
     """
     if model.init == "random" and name == model.trained_component:
@@ -43,8 +53,60 @@ def load_component(
         place["revision"] = model.revision
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(model.base, **place)
+    part = component_of(model, name)
+    if part.quantize != "none" or name == model.trained_component:
+        found = _streamed(model, part, dtype, device)
+        if found is not None:
+            return found
     place["dtype" if library == "transformers" else "torch_dtype"] = dtype
-    return cls.from_pretrained(model.base, **place).to(device=device).eval()
+    loaded = cls.from_pretrained(model.base, **place)
+    if part.quantize != "none":
+        quantise(loaded, part.quantize, device, on=_where(part, device))
+    return loaded.to(device=device).eval()
+
+
+def _where(part: Component, device: torch.device) -> torch.device:
+    """The device that quantises."""
+    return device if part.quantize_on == "device" else torch.device("cpu")
+
+
+def _streamed(
+    model: Model, part: Component, dtype: torch.dtype, device: torch.device
+) -> nn.Module | None:
+    cls, library = component_class(model, part.name)
+    if dtype == torch.float16 and getattr(cls, "_keep_in_fp32_modules", None):
+        return None
+    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+    files = _weight_files(model, part.name, stem)
+    if files is None:
+        return None
+    build = partial(_built, cls, library, config_of(model, part.name))
+    return stream(build, files, dtype, device, part.quantize, on=_where(part, device))
+
+
+def _weight_files(model: Model, name: str, stem: str) -> list[Path] | None:
+    """A component's safetensors files, all of them; None if there are none of the usual names."""
+    index = _file(model, f"{name}/{stem}.safetensors.index.json")
+    if index is None:
+        single = _file(model, f"{name}/{stem}.safetensors")
+        return None if single is None else [single]
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found = [_file(model, f"{name}/{shard}") for shard in sorted(shards)]
+    return [file for file in found if file is not None]
+
+
+def _file(model: Model, name: str) -> Path | None:
+    """A file of the base, downloaded if need be; None if the base has none of that name."""
+    if model.local:
+        path = Path(model.base) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model.base, name, revision=model.revision or None))
+    except EntryNotFoundError:
+        return None
 
 
 def random_component(
@@ -62,17 +124,34 @@ def random_component(
 
 
 def empty_component(model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """One component from its configuration alone; weights are whatever memory holds."""
+    """One component from its configuration alone; weights are whatever memory holds. Quantised
+    if the model says so."""
     cls, library = component_class(model, name)
-    config = config_of(model, name)
-    with torch.device("meta"):
-        built = (
-            cls(cls.config_class.from_dict(config))
-            if library == "transformers"
-            else cls.from_config(config)
-        )
-    component: nn.Module = built.to(dtype=dtype)
-    return component if device.type == "meta" else component.to_empty(device=device)
+    kind = component_of(model, name).quantize
+    # Text encoders share weights and hold tables of positions, which `to_empty` would lose.
+    start = torch.device("meta") if library == "diffusers" else device
+    with start:
+        component = _built(cls, library, config_of(model, name)).to(dtype=dtype)
+    if start != device:
+        component.to_empty(device=device)
+    if kind != "none":
+        hollow(component, kind, device)
+    return component
+
+
+def _built(cls: Any, library: str, config: dict[str, Any]) -> nn.Module:
+    """A component as its configuration says, weights as its class starts them."""
+    component: nn.Module = (
+        cls(cls.config_class.from_dict(config))
+        if library == "transformers"
+        else cls.from_config(config)
+    )
+    return component
+
+
+def component_of(model: Model, name: str) -> Component:
+    """What the plan says of a component."""
+    return next(part for part in model.components if part.name == name)
 
 
 def component_class(model: Model, name: str) -> tuple[Any, str]:
@@ -83,7 +162,7 @@ def component_class(model: Model, name: str) -> tuple[Any, str]:
     import diffusers
     import transformers
 
-    stated = next(c.class_name for c in model.components if c.name == name)
+    stated = component_of(model, name).class_name
     if name == "scheduler":
         stated = config_of(model, name).get("_class_name", stated)
     for library in (diffusers, transformers):
@@ -101,6 +180,56 @@ def stock_pipeline(card: FamilyCard, parts: Mapping[str, Any]) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def encode_prompts(
+    family: Family,
+    parts: Mapping[str, Any],
+    prompts: Sequence[str],
+    text: Text,
+    *,
+    negative: bool = False,
+) -> list[TextEmbedding]:
+    """Embeddings of `prompts` by all encoders of `parts`, one encoder after the other."""
+    shares = {
+        name: family.encode_with(name, parts, prompts, text, negative=negative)
+        for name in family.card.text_encoders
+    }
+    return [
+        family.join_text({name: of[index] for name, of in shares.items()})
+        for index in range(len(prompts))
+    ]
+
+
+def sample(
+    family: Family,
+    parts: Mapping[str, Any],
+    positive: TextEmbedding,
+    negative: TextEmbedding,
+    **options: Any,
+) -> Image.Image:
+    """A picture by the stock pipeline's own steps; `options` are those of `Family.denoise`."""
+    return to_picture(family, parts, draw(family, parts, positive, negative, **options))
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    parts: Mapping[str, Any],
+    positive: TextEmbedding,
+    negative: TextEmbedding,
+    **options: Any,
+) -> Tensor:
+    """The pixels of `sample`, (1, 3, H, W): what the memory of validation is simulated with."""
+    latents = family.denoise(parts, positive, negative, **options)
+    return family.decode(parts, latents)
+
+
+def to_picture(family: Family, parts: Mapping[str, Any], pixels: Tensor) -> Image.Image:
+    """Pixels (1, 3, H, W) from the VAE as the stock pipeline turns them into a picture."""
+    processor = stock_pipeline(family.card, parts).image_processor
+    picture: Image.Image = processor.postprocess(pixels, output_type="pil")[0]
+    return picture
 
 
 @contextmanager

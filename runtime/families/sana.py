@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from compiler.families import sana
@@ -32,15 +31,16 @@ class Sana:
         return common.empty_component(model, name, dtype, device)
 
     @torch.no_grad()
-    def encode_prompts(
+    def encode_with(
         self,
+        encoder: str,
         parts: Mapping[str, Any],
         prompts: Sequence[str],
         text: Text,
         *,
         negative: bool = False,
     ) -> list[TextEmbedding]:
-        """See `Family.encode_prompts`: {"encoder_hidden_states": (tokens, channels)} each.
+        """See `Family.encode_with`: {"encoder_hidden_states": (tokens, channels)} each.
 
         Padding is cut off: it is masked with -10000 before the softmax, whose weight is exactly 0.
         """
@@ -53,6 +53,11 @@ class Sana:
             complex_human_instruction=None if negative else list(text.instruction) or None,
         )
         return [{"encoder_hidden_states": s[m.bool()]} for s, m in zip(states, mask, strict=True)]
+
+    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
+        """See `Family.join_text`; there is one encoder."""
+        (share,) = shares.values()
+        return share
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`: states (B, tokens, channels), mask (B, tokens) of 0 and 1."""
@@ -111,35 +116,41 @@ class Sana:
             },
         )
 
-    def sample(
+    def denoise(
         self,
         parts: Mapping[str, Any],
-        positive: Sequence[TextEmbedding],
-        negative: Sequence[TextEmbedding],
+        positive: TextEmbedding,
+        negative: TextEmbedding,
         *,
         width: int,
         height: int,
         guidance: float,
         steps: int,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """See `Family.sample`. Bit-equal to `pipeline(prompt, ...)` at the stock prompt length."""
+        seed: int,
+    ) -> Tensor:
+        """See `Family.denoise`. Bit-equal to `pipeline(prompt, ...)` at the stock prompt length."""
         pipeline = common.stock_pipeline(self.card, parts)
-        pictures = []
         with common.inference(parts["transformer"]):
-            for wanted, unwanted, seed in zip(positive, negative, seeds, strict=True):
-                pictures += pipeline(
-                    prompt=None,
-                    negative_prompt=None,
-                    width=width,
-                    height=height,
-                    guidance_scale=guidance,
-                    num_inference_steps=steps,
-                    generator=common.cpu_generator(seed),
-                    use_resolution_binning=False,
-                    **self._prompt(wanted, unwanted, pipeline.transformer),
-                ).images
-        return pictures
+            latents: Tensor = pipeline(
+                prompt=None,
+                negative_prompt=None,
+                width=width,
+                height=height,
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+                generator=common.cpu_generator(seed),
+                use_resolution_binning=False,
+                output_type="latent",
+                **self._prompt(positive, negative, pipeline.transformer),
+            ).images
+        return latents
+
+    def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """See `Family.decode`."""
+        vae = parts["vae"]
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        pixels: Tensor = vae.decode(scaled, return_dict=False)[0]
+        return pixels
 
     def _prompt(
         self, positive: TextEmbedding, negative: TextEmbedding, transformer: Any

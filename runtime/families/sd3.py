@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from compiler.families import sd3
@@ -14,6 +13,8 @@ from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+
+T5 = "text_encoder_3"
 
 
 class StableDiffusion3:
@@ -32,32 +33,47 @@ class StableDiffusion3:
         return common.empty_component(model, name, dtype, device)
 
     @torch.no_grad()
-    def encode_prompts(
+    def encode_with(
         self,
+        encoder: str,
         parts: Mapping[str, Any],
         prompts: Sequence[str],
         text: Text,
         *,
         negative: bool = False,
     ) -> list[TextEmbedding]:
-        """See `Family.encode_prompts`: states (77 + length, channels) and pooled (channels,) each.
+        """See `Family.encode_with`: states (tokens, channels) each, CLIP's with pooled (channels,).
 
         There is no mask: padding positions are inputs like others, so all of them are kept.
         Negative prompts are encoded like positive ones.
         """
         pipeline = common.stock_pipeline(self.card, parts)
-        states, _, pooled, _ = pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            device=parts["text_encoder"].device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=text.max_length,
-        )
-        return [
-            {"encoder_hidden_states": s, "pooled_projections": p}
-            for s, p in zip(states, pooled, strict=True)
-        ]
+        device = parts[encoder].device
+        if encoder == T5:
+            states = pipeline._get_t5_prompt_embeds(
+                list(prompts),
+                max_sequence_length=text.max_length,
+                device=device,
+                dtype=parts[encoder].dtype,
+            )
+            return [{"states": each} for each in states]
+        states, pooled = _clip(pipeline, encoder, list(prompts), device)
+        return [{"states": s, "pooled": p} for s, p in zip(states, pooled, strict=True)]
+
+    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
+        """See `Family.join_text`: states (77 + length, channels) and pooled (channels,).
+
+        As `encode_prompt` joins them: both CLIPs' channels side by side, filled up with zeros to
+        T5's, then T5's tokens behind.
+        """
+        first, second, t5 = (shares[name] for name in self.card.text_encoders)
+        clip = torch.cat([first["states"], second["states"]], dim=-1)
+        short = t5["states"].shape[-1] - clip.shape[-1]
+        states = [nn.functional.pad(clip, (0, short)), t5["states"]]
+        return {
+            "encoder_hidden_states": torch.cat(states, dim=-2),
+            "pooled_projections": torch.cat([first["pooled"], second["pooled"]], dim=-1),
+        }
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`. All prompts are of one length."""
@@ -120,36 +136,53 @@ class StableDiffusion3:
             },
         )
 
-    def sample(
+    def denoise(
         self,
         parts: Mapping[str, Any],
-        positive: Sequence[TextEmbedding],
-        negative: Sequence[TextEmbedding],
+        positive: TextEmbedding,
+        negative: TextEmbedding,
         *,
         width: int,
         height: int,
         guidance: float,
         steps: int,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """See `Family.sample`. Bit-equal to `pipeline(prompt, ...)` where VAE and transformer have
+        seed: int,
+    ) -> Tensor:
+        """See `Family.denoise`. Bit-equal to `pipeline(prompt, ...)` where VAE and transformer have
         one type; the VAE may have another here.
         """
         pipeline = common.stock_pipeline(self.card, parts)
-        pictures = []
         with common.inference(parts["transformer"]):
-            for wanted, unwanted, seed in zip(positive, negative, seeds, strict=True):
-                latents = pipeline(
-                    width=width,
-                    height=height,
-                    guidance_scale=guidance,
-                    num_inference_steps=steps,
-                    generator=common.cpu_generator(seed),
-                    output_type="latent",
-                    **_prompt(wanted, unwanted, pipeline.transformer),
-                ).images
-                pictures.append(_decode(pipeline, latents))
-        return pictures
+            latents: Tensor = pipeline(
+                width=width,
+                height=height,
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+                generator=common.cpu_generator(seed),
+                output_type="latent",
+                **_prompt(positive, negative, pipeline.transformer),
+            ).images
+        return latents
+
+    def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """See `Family.decode`."""
+        vae = parts["vae"]
+        unscaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+        return pixels
+
+
+def _clip(
+    pipeline: Any, encoder: str, prompts: list[str], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """One CLIP's hidden states and pooled projection, by the stock pipeline's own function."""
+    number = ("text_encoder", "text_encoder_2").index(encoder)
+    if number:  # the pipeline takes the number format from its first encoder
+        pipeline.text_encoder = pipeline.text_encoder or pipeline.text_encoder_2
+    states, pooled = pipeline._get_clip_prompt_embeds(
+        prompts, device=device, clip_model_index=number
+    )
+    return states, pooled
 
 
 def _prompt(
@@ -164,15 +197,6 @@ def _prompt(
         "negative_prompt_embeds": batched(negative, "encoder_hidden_states"),
         "negative_pooled_prompt_embeds": batched(negative, "pooled_projections"),
     }
-
-
-def _decode(pipeline: Any, latents: Tensor) -> Image.Image:
-    """As the pipeline decodes, but in the VAE's own type."""
-    vae = pipeline.vae
-    unscaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pixels = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-    picture: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
-    return picture
 
 
 FAMILY = StableDiffusion3()

@@ -14,6 +14,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+# Updates in place that PyTorch has no meta kernel for; they make nothing.
+WITHOUT_META = (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
+
 Key = tuple[Any, ...]
 # One output: shape, strides, type; None where the operation returned None.
 Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
@@ -47,6 +50,8 @@ class MetaKernels:
         """`func`'s result; operations on other devices (a step counter on the CPU) really run."""
         if func.is_view:
             return func(*args, **kwargs)
+        if func.overloadpacket in WITHOUT_META:
+            return None
         try:
             key = (func, _describe(args), _describe(tuple(kwargs.items())))
             known = self._known.get(key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 from torch.nn import functional
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
@@ -32,6 +33,8 @@ def as_on(device: str) -> Iterator[None]:
         lists.append((optimizer, "_get_foreach_kernels_supported_devices"))
     stock = functional.scaled_dot_product_attention
     with ExitStack() as stack:
+        # A mask selects at most everything; what it selects is not known without data.
+        _exchange(stack, fx_config, "meta_nonzero_assume_all_nonzero", True)
         _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
         for owner, name in lists:
             _exchange(stack, owner, name, _with_meta(getattr(owner, name)))

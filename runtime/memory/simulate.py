@@ -1,37 +1,29 @@
-"""The memory model: runs the training step on meta tensors and counts.
+"""The memory model: every phase of a run on meta tensors, by the runtime's own code.
 
-What runs is the runtime's own: `build`, `make_optimizer`, `micro_step`, `update`, `Ema`. The step
-that is counted is one in the middle of a run, when the optimizer's state exists.
+A transformer's equal blocks are not all simulated: see `runtime.memory.curve.deeper`.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-from attrs import frozen
-from torch import Tensor
+from attrs import evolve
 
 from compiler import plan
 from compiler.memory import Candidate, Simulation
-from runtime.batch import Batch
-from runtime.build import Built, build
-from runtime.ema import Ema
 from runtime.families import family_of
-from runtime.families.base import Family
+from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
+from runtime.memory.curve import Curve, NotAlike, affine, deeper
 from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import as_on
+from runtime.memory.shallow import Shallow, shallow
+from runtime.memory.step import META, Course, Form, run_step, run_update
 from runtime.memory.tracker import Tracker, rounded
-from runtime.optimizers import make_optimizer
-from runtime.step import gradient_norm, micro_step, update
 
-META = torch.device("meta")
 NEAR = 0.8  # buckets with fewer pixels a batch than this share of the most are never the worst
-WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
 
 # What a process holds on a CUDA device besides tensors. The context with its loaded kernels is
 # outside of PyTorch's count ("some context needs to be created on GPU", documentation of
@@ -41,16 +33,8 @@ CUDA_CONTEXT = 500_000_000
 # compute capability 9.0; 32 MiB from there on), taken through PyTorch's allocator.
 CUBLAS_WORKSPACE = rounded((2 * 4096 + 8 * 16) * 1024)
 
-
-@frozen(kw_only=True)
-class Trace:
-    """One bucket's step. `load` and `train` are bytes by category; `train` is at the peak."""
-
-    load: Mapping[str, int]
-    train: Mapping[str, int]
-    peak: int  # sum of `train`
-    flops: int  # of one forward and backward pass, recomputation included; 0 where not counted
-    built: Built
+Shape = tuple[int, int, int]  # width, height, batch size
+Phases = Mapping[str, Mapping[str, int]]
 
 
 class RuntimeMemoryModel:
@@ -58,34 +42,154 @@ class RuntimeMemoryModel:
 
     def __init__(self) -> None:
         self._kernels: dict[str, MetaKernels] = {}
+        self._encoded: dict[str, dict[str, Mapping[str, int]]] = {}
+        self._courses: dict[str, Course] = {}
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. Counts the worst of the candidate's buckets."""
         start = time.perf_counter()
-        traces = [self.trace(candidate, shape) for shape in worst(candidate.shapes)]
-        found = max(traces, key=lambda trace: trace.peak)
+        encoded = self._encoding(candidate)
+        found = self._worst(candidate)
+        parts: Phases = {
+            **encoded,
+            "load": found.load,
+            "train": found.train_peak,
+            "update": found.update_peak,
+            **({"validate": found.validate_peak} if candidate.pictures else {}),
+            "save": found.save,
+        }
         context = constants(candidate.device)
+        waiting = host.bytes_of(candidate, found)
         return Simulation(
-            phases=(
-                _phase("load", found.load, context, host=_read(candidate, found)),
-                _phase("train", found.train, context, host=0),
+            phases=tuple(
+                _phase(name, of, context, waiting.get(name, 0)) for name, of in parts.items()
             ),
-            parameters=found.built.parameters,
-            trainable=sum(p.numel() for p in found.built.trainable.values()),
-            adapted_modules=found.built.adapted_modules,
+            parameters=found.parameters,
+            trainable=found.trainable,
+            adapted_modules=found.adapted_modules,
             flops=found.flops,
             seconds=time.perf_counter() - start,
         )
 
-    def trace(self, candidate: Candidate, shape: tuple[int, int, int]) -> Trace:
-        """One bucket, (width, height, batch size), on meta tensors."""
-        device = candidate.device
-        kernels = self._kernels.setdefault(device, MetaKernels(COUNTERS, device))
+    def course(self, candidate: Candidate, shape: Shape) -> Course:
+        """One bucket on meta tensors; the course of a deep model from those of shallow ones."""
+        depths = shallow(candidate)
+        if depths is not None:
+            try:
+                return self._deep(candidate, depths, shape)
+            except NotAlike:
+                pass  # simulated whole, which is always right
+        return self.whole(candidate, shape)
+
+    def whole(self, candidate: Candidate, shape: Shape) -> Course:
+        """One bucket on meta tensors, with every block of the model."""
+        tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
+        with as_on(candidate.device):
+            return run_step(candidate, shape, META, tracker, lambda: kernels.flops)
+
+    def _worst(self, candidate: Candidate) -> Course:
+        """The course of the bucket that needs most. Many of a ladder's rungs have it in common."""
+        components = [c for c in candidate.model.components if _in_step(candidate, c.name)]
+        key = repr((components, _stepped(candidate)))
+        if key not in self._courses:
+            courses = [self.course(candidate, shape) for shape in worst(candidate.shapes)]
+            self._courses[key] = max(courses, key=lambda course: course.peak)
+        return self._courses[key]
+
+    def _deep(self, candidate: Candidate, depths: Shallow, shape: Shape) -> Course:
+        base = self.whole(depths.base, shape)
+        longer = [(self.whole(one, shape), periods) for one, periods in depths.longer]
+        after = affine(base.after, [(each.after, n) for each, n in longer])
+        numbers = affine(_numbers(base), [(_numbers(each), n) for each, n in longer])
+        forms = _forms(base, longer)
+        with as_on(candidate.device):
+            updating = run_update(candidate, forms, after, self.tracker(candidate.device))
+        return Course(
+            load=affine(base.load, [(each.load, n) for each, n in longer]),
+            window=_deeper(base.window, [(each.window, n) for each, n in longer]),
+            after=after,
+            update=updating,
+            save=affine(base.save, [(each.save, n) for each, n in longer]),
+            validate=_deeper(base.validate, [(each.validate, n) for each, n in longer]),
+            forms=forms,
+            **numbers,
+        )
+
+    def _encoding(self, candidate: Candidate) -> dict[str, Mapping[str, int]]:
+        """The phases before training, which most candidates of a ladder have in common."""
+        parts = [c for c in candidate.model.components if not _in_step(candidate, c.name)]
+        configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
+        sizes = tuple((width, height) for width, height, _ in candidate.shapes)
+        key = repr((parts, configs, candidate.text, sizes, candidate.device))
+        if key not in self._encoded:
+            self._encoded[key] = self._encode(candidate, sizes)
+        return self._encoded[key]
+
+    def _encode(
+        self, candidate: Candidate, sizes: tuple[tuple[int, int], ...]
+    ) -> dict[str, Mapping[str, int]]:
+        family = family_of(candidate.model.family)
+        found: dict[str, Mapping[str, int]] = {}
+        with as_on(candidate.device):
+            for name in family.card.text_encoders:
+                tracker = self.tracker(candidate.device)
+                found[name] = phases.run_text(candidate, family, name, META, tracker)
+            pictures = []
+            for size in phases.largest(sizes):
+                tracker = self.tracker(candidate.device)
+                pictures.append(phases.run_latents(candidate, family, size, META, tracker))
+        found["latents"] = max(pictures, key=lambda parts: sum(parts.values()))
+        return found
+
+    def tracker(self, device: str) -> Tracker:
+        """A new one for meta tensors that stand for tensors on `device`."""
         # Optimizers keep step counters on the host: on the device only where that is the host.
         devices = {"meta", "cpu"} if device == "cpu" else {"meta"}
-        tracker = Tracker(devices, kernels, workspace(device))
-        with as_on(device):
-            return run_step(candidate, shape, META, tracker, lambda: kernels.flops)
+        return Tracker(devices, self._of(device), workspace(device))
+
+    def _of(self, device: str) -> MetaKernels:
+        return self._kernels.setdefault(device, MetaKernels(COUNTERS, device))
+
+
+def _in_step(candidate: Candidate, name: str) -> bool:
+    return name == candidate.model.trained_component
+
+
+def _stepped(candidate: Candidate) -> object:
+    """What a step depends on besides the trained component's quantisation."""
+    model = candidate.model
+    vae = next((c.dtype for c in model.components if c.name == "vae"), "")
+    return evolve(candidate, model=evolve(model, components=())), vae
+
+
+def _numbers(course: Course) -> dict[str, int]:
+    names = ("host", "flops", "parameters", "adapted_modules")
+    return {name: getattr(course, name) for name in names}
+
+
+def _forms(base: Course, longer: Sequence[tuple[Course, int]]) -> list[Form]:
+    """Parameters of the deep model: their shapes, under any names."""
+    numbers = Counter(form[1:] for form in base.forms)
+    counts = dict(numbers)
+    for each, periods in longer:
+        more = Counter(form[1:] for form in each.forms)
+        for shape in counts.keys() | more.keys():
+            added = periods * (more[shape] - numbers[shape])
+            counts[shape] = counts.get(shape, 0) + added
+    return [
+        (f"{size}-{number}", size, dtype)
+        for (size, dtype), count in counts.items()
+        for number in range(count)
+    ]
+
+
+def _deeper(
+    base: Sequence[Curve], longer: Sequence[tuple[Sequence[Curve], int]]
+) -> Sequence[Curve]:
+    return [
+        deeper(curve, [(each[index], periods) for each, periods in longer])
+        for index, curve in enumerate(base)
+    ]
 
 
 def worst(shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -108,137 +212,9 @@ def constants(device: str) -> int:
     return rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE if device == "cuda" else 0
 
 
-def run_step(
-    candidate: Candidate,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    tracker: Tracker,
-    flops: Callable[[], int] = lambda: 0,
-) -> Trace:
-    """Build, prime and run one window of the bucket `shape` under `tracker`.
-
-    `device` is "meta", or a real one for tests. `flops` reads a counter.
-    """
-    family = family_of(candidate.model.family)
-    width, height, batch_size = shape
-    with tracker, _collector_off():
-        built = _build(candidate, family, device)
-        _name_model(tracker, built, candidate.adapter is not None)
-        load = tracker.categories()
-        optimizer = _prime(candidate, built, tracker)
-        ema = _ema(candidate, built, tracker)
-        tracker.category = "batch"
-        batches = [
-            family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
-            for _ in range(candidate.accumulate)
-        ]
-        tracker.reset_peak()
-        start = flops()
-        _window(candidate, family, built, optimizer, batches, tracker)
-        if ema is not None:
-            tracker.category = "workspace"
-            ema.update(1)
-    parts = tracker.breakdown()
-    return Trace(
-        load=load,
-        train=parts,
-        peak=tracker.peak,
-        flops=(flops() - start) // min(candidate.accumulate, WINDOW),
-        built=built,
-    )
-
-
-def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
-    with device:  # peft would make its layers on the CPU first
-        return build(
-            candidate.model,
-            candidate.adapter,
-            candidate.precision,
-            candidate.layout,
-            family,
-            device,
-            empty=True,
-            seed=0,
-        )
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Tensors are freed by their reference counts alone, so that the same step counts the same."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
-    """The model's tensors and the optimizer's masters are weights, the adapter's by that name."""
-    parameters = list(built.model.parameters())
-    trained = [*built.trainable.values(), *(p for p in parameters if p.requires_grad)]
-    tracker.register([*parameters, *built.model.buffers()], "weights")
-    tracker.register(trained, "adapter" if adapted else "weights")
-
-
-def _prime(candidate: Candidate, built: Built, tracker: Tracker) -> torch.optim.Optimizer:
-    """The optimizer after a first update, so that its state exists."""
-    tracker.category = "optimizer"
-    optimizer = make_optimizer(
-        candidate.optimizer, built.trainable.items(), torch.device(candidate.device)
-    )
-    for parameter in built.trainable.values():
-        parameter.grad = torch.zeros_like(parameter)
-    update(optimizer, gradient_norm(built.trainable.values()), candidate.max_grad_norm)
-    return optimizer
-
-
-def _ema(candidate: Candidate, built: Built, tracker: Tracker) -> Ema | None:
-    if not candidate.ema_on_device:
-        return None
-    tracker.category = "ema"
-    return Ema(plan.Ema(decay=0.999, device="same", every=1), built.trainable.items())
-
-
-def _window(
-    candidate: Candidate,
-    family: Family,
-    built: Built,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    tracker: Tracker,
-) -> None:
-    """One optimizer update over `batches`, all on the device from the start, as in the loop."""
-    samples = sum(batch.latents.shape[0] for batch in batches)
-    losses = []
-    for batch in batches[:WINDOW]:
-        tracker.category = "activations"
-        losses.append(
-            micro_step(
-                family, built.model, batch, candidate.objective, candidate.precision, samples
-            )
-        )
-        tracker.register(_gradients(built), "gradients")
-    tracker.category = "workspace"
-    norm = gradient_norm(built.trainable.values())
-    update(optimizer, norm, candidate.max_grad_norm)
-
-
-def _gradients(built: Built) -> Iterator[Tensor]:
-    for parameter in (*built.model.parameters(), *built.trainable.values()):
-        if parameter.grad is not None:
-            yield parameter.grad
-
-
 def _phase(name: str, parts: Mapping[str, int], context: int, host: int) -> plan.Phase:
     """Parts from the largest down; "context" always last and only where there is one."""
     ordered = dict(sorted(parts.items(), key=lambda part: -part[1]))
     if context:
         ordered["context"] = context
     return plan.Phase(name=name, device_bytes=sum(ordered.values()), host_bytes=host, parts=ordered)
-
-
-def _read(candidate: Candidate, trace: Trace) -> int:
-    """Host bytes while loading: the weights are read there before they go to the device."""
-    return 0 if candidate.device == "cpu" else trace.load.get("weights", 0)

@@ -25,14 +25,21 @@ SOURCES = (
     "runtime/batch.py",
     "runtime/build.py",
     "runtime/ema.py",
+    "runtime/fused_backward.py",
+    "runtime/muon.py",
     "runtime/objective.py",
+    "runtime/offloaded.py",
     "runtime/optimizers.py",
+    "runtime/stand_in.py",
     "runtime/step.py",
     "runtime/families/*.py",
     "runtime/memory/*.py",
     "runtime/methods/*.py",
+    "runtime/offload/*.py",
+    "runtime/quantise/*.py",
     "compiler/families/*.py",
-    "compiler/optimizers.py",
+    "compiler/optimizers/*.py",
+    "compiler/quantisers.py",
 )
 
 

@@ -8,15 +8,23 @@ and neither is what exists before (see `register`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime.memory.curve import Curve
 
 # The CUDA caching allocator rounds each request up to this many bytes (kMinBlockSize in
 # c10/cuda/CUDACachingAllocator.h). Used for every device, so that figures compare.
 GRANULE = 512
+RESIZE = torch.ops.inductor.resize_storage_bytes_.default  # gives memory back, or takes it
 
 
 def rounded(nbytes: int) -> int:
@@ -70,6 +78,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak_at = 0
         self._live: dict[int, _Block] = {}
         self._all: list[_Block] = []
+        self._elsewhere: dict[int, tuple[weakref.ref[Any], int]] = {}  # see `exclude`
+        self._outside = False
+        self._held: list[_Block] = []
+        self._marks = [0]
+        self.host = 0  # bytes that were left out, now
+        self.host_peak = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -85,6 +99,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see(out)
         elif isinstance(out, tuple | list):
             self._see_all(out)
+        elif func is RESIZE:
+            self._see(args[0])
         inside = self.workspaces.get(func)
         if inside is not None:
             self.workspace(inside(*args, **kwargs))
@@ -97,6 +113,35 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if block is not None:
                 block.category = category
 
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Leave storages out that stand for tensors on the host, from now to their end."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._live:
+                self._drop(key)
+            if key not in self._elsewhere:
+                nbytes = rounded(storage.nbytes())
+                self._elsewhere[key] = weakref.ref(storage, partial(self._forget, key)), nbytes
+                self.host += nbytes
+                self.host_peak = max(self.host_peak, self.host)
+
+    def _forget(self, key: int, _: Any) -> None:
+        self.host -= self._elsewhere.pop(key)[1]
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Inside, new storages stand for tensors on the host."""
+        before, self._outside = self._outside, True
+        try:
+            yield
+        finally:
+            self._outside = before
+
+    def hold(self, nbytes: int, category: str) -> None:
+        """Count `nbytes` from now on for ever."""
+        self._held.append(self._enter(nbytes, category))
+
     def workspace(self, nbytes: int, category: str = "workspace") -> None:
         """Count what a kernel allocates inside and frees before it returns."""
         block = self._enter(rounded(nbytes), category)
@@ -104,8 +149,44 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def reset_peak(self) -> None:
         """Forget the past: the peak is what is live now."""
-        self._all = list(self._live.values())
+        self._all = [*self._live.values(), *self._held]
         self.peak, self._peak_at = self.current, self._clock
+        self.host_peak = self.host
+        self._marks = [self._clock]
+
+    def mark(self) -> None:
+        """The end of one curve and the start of the next; see `curves`."""
+        self._marks.append(self._clock)
+
+    def curves(self) -> list[Curve]:
+        """What was live from each mark to the next, since `reset_peak`, and from the last one on.
+
+        By the categories that tensors have in the end.
+        """
+        names = tuple(sorted({block.category for block in self._all}))
+        number = {name: index for index, name in enumerate(names)}
+        origin = self._marks[0]
+        change = np.zeros((self._clock - origin + 2, len(names)), np.int64)
+        sizes = np.zeros(len(change), np.int64)
+        for block in self._all:
+            column, born = number[block.category], max(block.born - origin, 0)
+            change[born, column] += block.nbytes
+            if born:
+                sizes[born] = block.nbytes
+            if block.died >= 0:
+                change[max(block.died - origin, 0), column] -= block.nbytes
+        live = change.cumsum(axis=0)
+        found = []
+        for start, end in pairwise([*(m - origin for m in self._marks), self._clock - origin]):
+            rows = np.flatnonzero(sizes[start + 1 : end + 1]) + start + 1
+            found.append(
+                Curve(
+                    categories=names,
+                    sizes=np.concatenate([[0], sizes[rows]]),
+                    live=np.concatenate([live[start : start + 1], live[rows]]),
+                )
+            )
+        return found
 
     def categories(self) -> dict[str, int]:
         """Bytes by category now; they add up to `current`."""
@@ -131,6 +212,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         block = self._live.get(key)
+        if block is None and (self._outside or key in self._elsewhere):
+            self.exclude([tensor])
+            return None
         nbytes = rounded(storage.nbytes())
         if block is not None:
             if block.nbytes == nbytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
 from runtime.methods.base import Built, check_names, masters, state
+from runtime.quantise.layers import num_weights, quantised_layers
 
 NAME = "default"  # peft's and Diffusers' own name for an adapter
 
@@ -31,7 +32,9 @@ def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int)
     """
     from peft import LoraConfig
 
-    count = sum(p.numel() for p in model.parameters())
+    from runtime.quantise.adapters import LORA_LAYERS
+
+    count = num_weights(model)
     targets = matching(model, adapter.targets)
     model.requires_grad_(False)
     config = LoraConfig(
@@ -41,6 +44,7 @@ def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int)
         init_lora_weights=True,  # drawn anew below, independent of torch's generator
         target_modules="|".join(re.escape(name) for name in targets),
     )
+    config._register_custom_module(LORA_LAYERS)
     adapted: Any = model
     adapted.add_adapter(config, adapter_name=NAME)
     for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -119,6 +123,43 @@ def export(
         f"{component}_lora_adapter_metadata": metadata(adapted.peft_config[NAME]),
     }
     getattr(diffusers, family.card.pipeline).save_lora_weights(folder, **arguments)
+
+
+@torch.no_grad()
+def merged(
+    built: Built, *, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The trained component's tensors without adapter, by their plain names, one at a time.
+
+    W + (alpha / rank) B A, added up in float32 and rounded once, to `dtype` or that of the base;
+    quantised weights are turned back in float32 (nf4 levels and scales, nothing else, are then
+    exact), so the sum keeps what the adapter learned of their errors. `weights` replace the trained
+    ones.
+    """
+    values = state(built) if weights is None else weights
+    check_names(built, values)
+    quantised = dict(quantised_layers(built.model))
+    for key, held in built.model.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        if ".lora_" in key or (owner in quantised and leaf == "scales"):
+            continue
+        name = owner.removesuffix(".base_layer")
+        of, tensor = held.dtype, held
+        if owner in quantised and leaf == "codes":
+            layer, leaf = quantised[owner], "weight"
+            of, plain = layer.form.dtype, layer.weight.shape
+            tensor = layer.dequantised(torch.float32).view(plain)
+        if leaf == "weight" and f"{name}.lora_A.{NAME}.weight" in values:
+            tensor = tensor.float() + _update(built.model, name, values).view_as(tensor)
+        yield f"{name}.{leaf}" if name else leaf, tensor.to(dtype or of)
+
+
+def _update(model: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tensor:
+    """(alpha / rank) B A of the layer called `name`, (outputs, inputs), float32."""
+    layer: Any = model.get_submodule(name)
+    a, b = (values[f"{name}.lora_{which}.{NAME}.weight"].float().flatten(1) for which in "AB")
+    update: Tensor = (b @ a) * layer.scaling[NAME]
+    return update
 
 
 def metadata(config: Any) -> dict[str, Any]:

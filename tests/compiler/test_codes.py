@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from compiler.codes import CODES
 from compiler.compile import Compiled, compile_file
@@ -18,7 +19,14 @@ from compiler.migrate import migrated
 from compiler.plan import Plan
 from compiler.site import Counted, Present, Site, Space
 from compiler.source import parse_source
-from tests.compiler.recipes import MACHINE, RECIPE, FixedMemory, make_pictures, project
+from tests.compiler.recipes import (
+    MACHINE,
+    RECIPE,
+    FixedMemory,
+    compiled,
+    make_pictures,
+    project,
+)
 
 ROOT = Path(__file__).parents[2]
 PLACE = {"error": 0, "warn": 0, "report": 1, "reject": 0, "Fault": 1, "_unreadable": 2}
@@ -188,10 +196,17 @@ def _damaged(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
     return _laid_over(folder, over + 'captions = { from = "instance", prompt = "x" }')
 
 
+def _without_package(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
+    path = folder / "recipe.toml"
+    machine = evolve(MACHINE, missing=("torch-optimi",))
+    return compiled(path, "train.optimizer.name=lion", machine=machine)
+
+
 STAGED: dict[str, Callable[[Path, pytest.MonkeyPatch], Compiled]] = {
     "broken-images": _damaged,
     "disk-full": _full_disk,
     "missing-captions": _without_captions,
+    "missing-package": _without_package,
     "old-key": _old_key,
     "too-many": _many,
     "unreadable-file": _no_file_has_this_name,

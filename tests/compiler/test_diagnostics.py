@@ -2,6 +2,7 @@
 
 import json
 
+import attrs
 import pytest
 
 from compiler.diagnostics import (
@@ -184,7 +185,7 @@ def test_style_only_adds() -> None:
 
 def test_json_is_zero_based() -> None:
     found = Diagnostic(code="c", message="m", span=span(5, 10, 16), help="h", path="model.family")
-    assert to_json(found) == {
+    assert to_json(found, {}) == {
         "code": "c",
         "severity": "error",
         "message": "m",
@@ -194,9 +195,32 @@ def test_json_is_zero_based() -> None:
         "start": {"line": 4, "character": 9},
         "end": {"line": 4, "character": 15},
     }
-    bare = to_json(Diagnostic(code="c", message="m"))
+    bare = to_json(Diagnostic(code="c", message="m"), {})
     assert (bare["file"], bare["start"], bare["end"]) == (None, None, None)
     json.dumps(bare)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ('name = "a"', "name"),
+        ('"\U0001f600" = "b"', "b"),
+        ("'\U0001d50e\U0001d50e' = { x = 1 } # \U0001f600", "x"),
+        ("'e\u0301\u4e2d' = 1", "1"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_json_counts_utf16_units(line: str, word: str, end: str) -> None:
+    """An editor that holds the line in UTF-16 finds the word between `start` and `end`."""
+    at = line.index(word) + 1
+    found = Diagnostic(code="c", message="m", span=span(2, at, at + len(word)))
+    text = f"# \U0001f600{end}{line}{end}"
+    for texts, excerpt in (({"bad.toml": text}, ""), ({}, line)):
+        told = to_json(attrs.evolve(found, excerpt=excerpt), texts)
+        assert told["start"]["line"] == told["end"]["line"] == 1
+        units = text.split("\n")[1].encode("utf-16-le")
+        piece = units[2 * told["start"]["character"] : 2 * told["end"]["character"]]
+        assert piece.decode("utf-16-le") == word
 
 
 def test_order_and_summary() -> None:

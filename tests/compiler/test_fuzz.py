@@ -75,7 +75,7 @@ def check(text: str, rng: random.Random) -> bool:
         for line in render(diagnostic, texts).split("\n"):
             assert columns(line) <= 80 or "--> " in line
             assert safe(line) == line
-        json.dumps(to_json(diagnostic), ensure_ascii=True)
+        json.dumps(to_json(diagnostic, texts), ensure_ascii=True)
         span = diagnostic.span
         assert diagnostic.message
         assert span is None or (span.line, span.column) <= (span.end_line, span.end_column)

@@ -84,7 +84,8 @@ def test_what_is_left_out_and_what_nothing_depends_on(tmp_path: Path) -> None:
     assert found["adapter"].value == found["train.ema"].value == "left out"
     assert found["validation.guidance"].value == "not used"
     assert found["validation.guidance"].why
-    assert found["memory.activation_checkpointing"].value == "not used"
+    assert found["memory.activation_checkpointing"].value == "off"
+    assert found["memory.activation_checkpointing"].why == "nothing was simulated"
 
 
 def test_decisions_hold_only_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from compiler.plan import Schedule
 from compiler.schedules import SHAPES, curve, multiplier
 
 
-def schedule(name, warmup=0, length=100, end=0.0, power=1.0, cycles=0.5) -> Schedule:
+def schedule(name, warmup=0, length=100, end=0.0, power=1.0, cycles=1) -> Schedule:
     return Schedule(name=name, warmup=warmup, length=length, end=end, power=power, cycles=cycles)
 
 
@@ -31,15 +31,17 @@ def test_formulas(step):
     assert multiplier(schedule("cosine", 5, 50, end=0.1), step) == pytest.approx(
         0.1 + 0.9 * math.cos(math.pi * p / 2) ** 2, rel=1e-14
     )
-    assert multiplier(schedule("cosine", 5, 50, cycles=1.5), step) == pytest.approx(
-        (1 + math.cos(3 * math.pi * p)) / 2, rel=1e-14, abs=1e-15
+    falls = 3 * p - math.floor(3 * p)  # of the third, say, that the step lies in
+    restarts = schedule("cosine-with-restarts", 5, 50, end=0.1, cycles=3)
+    assert multiplier(restarts, step) == pytest.approx(
+        0.1 + 0.9 * math.cos(math.pi * falls / 2) ** 2, rel=1e-12
     )
     assert multiplier(schedule("polynomial", 5, 50, end=0.2, power=3.0), step) == pytest.approx(
         0.2 + 0.8 * (1 - p) ** 3, rel=1e-14
     )
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine-with-restarts", "polynomial"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_end_is_reached_exactly_when_the_run_ends(name, warmup):
     s = schedule(name, warmup=warmup, length=60, end=0.25, power=2.0)
@@ -49,32 +51,62 @@ def test_end_is_reached_exactly_when_the_run_ends(name, warmup):
     assert multiplier(s, warmup) == 1.0
 
 
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
 @pytest.mark.parametrize(
-    ("name", "theirs", "arguments"),
+    ("name", "theirs", "arguments", "shape"),
     [
-        ("constant", "constant_with_warmup", {}),
-        ("linear", "linear", {}),
-        ("cosine", "cosine", {}),
-        ("cosine", "cosine", {"num_cycles": 1.5}),
+        ("constant", "get_constant_schedule_with_warmup", {}, {}),
+        ("linear", "get_linear_schedule_with_warmup", {}, {}),
+        ("cosine", "get_cosine_schedule_with_warmup", {}, {}),
+        (
+            "cosine-with-restarts",
+            "get_cosine_with_hard_restarts_schedule_with_warmup",
+            {"num_cycles": 3},
+            {"cycles": 3},
+        ),
+        (
+            "polynomial",
+            "get_polynomial_decay_schedule_with_warmup",
+            {"lr_end": 0.25, "power": 2.5},
+            {"end": 0.25, "power": 2.5},
+        ),
     ],
 )
-def test_equals_diffusers_after_the_warmup(name, theirs, arguments):
-    from diffusers.optimization import get_scheduler
+def test_equals_the_libraries_after_the_warmup(library, name, theirs, arguments, shape):
+    import importlib
 
+    make = getattr(importlib.import_module(f"{library}.optimization"), theirs)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    if "num_cycles" in arguments:
-        from diffusers.optimization import get_cosine_schedule_with_warmup
-
-        reference = get_cosine_schedule_with_warmup(optimizer, 10, 80, num_cycles=1.5)
-    else:
-        reference = get_scheduler(theirs, optimizer, num_warmup_steps=10, num_training_steps=80)
-    ours = schedule(name, 10, 80, cycles=arguments.get("num_cycles", 0.5))
+    if name != "constant":
+        arguments = {"num_training_steps": 80, **arguments}
+    reference = make(optimizer, num_warmup_steps=10, **arguments)
+    ours = schedule(name, 10, 80, **shape)
     for step in range(80):
         if step >= 10:
             expected = optimizer.param_groups[0]["lr"]
-            assert multiplier(ours, step) == pytest.approx(expected, rel=1e-14, abs=1e-15)
+            assert multiplier(ours, step) == pytest.approx(expected, rel=1e-13, abs=1e-15)
         optimizer.step()
         reference.step()
+
+
+def test_equals_torch():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60, eta_min=0.1)
+    for step in range(60):
+        expected = optimizer.param_groups[0]["lr"]
+        assert multiplier(schedule("cosine", 0, 60, end=0.1), step) == pytest.approx(expected)
+        optimizer.step()
+        cosine.step()
+
+
+def test_restarts_begin_at_the_full_rate():
+    """Three falls over 30 steps: steps 0, 10 and 20 are trained at the recipe's rate."""
+    values = [multiplier(schedule("cosine-with-restarts", 0, 30, cycles=3), k) for k in range(30)]
+    assert [k for k, value in enumerate(values) if value == pytest.approx(1.0)] == [0, 10, 20]
+    assert values[10:20] == pytest.approx(values[:10])
+    assert values[20:] == pytest.approx(values[:10])
+    once = [multiplier(schedule("cosine-with-restarts", 5, 30), k) for k in range(30)]
+    assert once == pytest.approx([multiplier(schedule("cosine", 5, 30), k) for k in range(30)])
 
 
 @given(
@@ -83,13 +115,14 @@ def test_equals_diffusers_after_the_warmup(name, theirs, arguments):
     length=st.integers(1, 200),
     end=st.floats(0, 1),
     step=st.integers(0, 400),
+    cycles=st.integers(1, 9),
 )
-def test_always_between_zero_and_one(name, warmup, length, end, step):
-    s = schedule(name, warmup=warmup, length=length, end=end, power=1.7)
+def test_always_between_zero_and_one(name, warmup, length, end, step, cycles):
+    s = schedule(name, warmup=warmup, length=length, end=end, power=1.7, cycles=cycles)
     value = multiplier(s, step)
     assert 0.0 <= value <= 1.0
     if step < length:
-        assert value > 0.0 or name == "cosine"
+        assert value > 0.0 or name.startswith("cosine")
 
 
 def test_curve_has_both_ends():

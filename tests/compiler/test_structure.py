@@ -356,7 +356,8 @@ REST = 'schema = 1\nmodel = { family = "sd3", base = "x" }\nsource = [{ path = "
         ("schema = 2\n" + REST[11:], ["1:10 unknown-value schema: unknown value `2`"
                                       " [it must be `1`]"]),
         (REST.replace("[{ path = \"a\", id = \"b\" }]", "{ path = 'a', id = 'b' }"), [
-            "3:10 wrong-type source: `source` must be an array, found a table"]),
+            "3:10 wrong-type source: `source` must be an array, found a table"
+            " [write `[[source]]`, once for each entry]"]),
     ],
 )  # fmt: skip
 def test_recipes(text: str, expected: list[str]) -> None:

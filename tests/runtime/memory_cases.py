@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from compiler.families import FAMILIES
@@ -47,14 +48,66 @@ SMALL: dict[str, dict[str, Any]] = {
         "qk_norm": "rms_norm",
     },
 }
+# Of the other components; every kind of layer of the published ones.
+SMALL_PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "sana": {
+        "text_encoder": {
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "vocab_size": 128,
+        },
+        "vae": {
+            "attention_head_dim": 8,
+            "encoder_block_out_channels": [8, 8, 16, 16, 32, 32],
+            "decoder_block_out_channels": [8, 8, 16, 16, 32, 32],
+        },
+    },
+    "sd3": {
+        "text_encoder": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "projection_dim": 16,
+            "vocab_size": 128,
+        },
+        "text_encoder_2": {
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "projection_dim": 24,
+            "vocab_size": 128,
+        },
+        "text_encoder_3": {
+            "vocab_size": 128,
+            "d_model": 80,
+            "d_kv": 8,
+            "d_ff": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+        "vae": {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4},
+    },
+}
 BASES = {"sana": SANA, "sd3": "stabilityai/stable-diffusion-3.5-medium"}
 
 
-def known(base: str, **transformer: Any) -> Model:
-    """A published model as a plan states it; `transformer` overrides its configuration."""
+def known(
+    base: str, parts: Mapping[str, Mapping[str, Any]] | None = None, **transformer: Any
+) -> Model:
+    """A published model as a plan states it; `transformer` overrides its configuration, `parts`
+    that of other components."""
     card, entry = next((c, k) for c in FAMILIES.values() for k in c.known if k.base == base)
     configs = {name: dict(config) for name, config in entry.configs.items()}
     configs["transformer"].update(transformer)
+    for name, changes in (parts or {}).items():
+        configs[name].update(changes)
     return Model(
         family=card.name,
         base=base,
@@ -66,8 +119,8 @@ def known(base: str, **transformer: Any) -> Model:
             Component(
                 name=name,
                 class_name=class_name,
-                parameters=0,
-                dtype="bfloat16",
+                parameters=entry.parameters.get(name, 0),
+                dtype="float32" if name == "vae" else "bfloat16",
                 trained=name == "transformer",
             )
             for name, class_name in card.components.items()
@@ -92,6 +145,9 @@ def candidate(
     accumulate: int = 1,
     checkpointing: int = 0,
     shapes: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1),),
+    layout: Layout | None = None,
+    pictures: tuple[tuple[int, int], ...] = (),
+    guidance: float = 4.5,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> Candidate:
     """A step to simulate; `rank` 0 is a full fine-tune, `tokens` 0 the family's prompt length."""
@@ -128,7 +184,9 @@ def candidate(
         max_grad_norm=max_grad_norm,
         ema_on_device=ema,
         accumulate=accumulate,
-        layout=Layout(activation_checkpointing=checkpointing),
+        layout=layout or Layout(activation_checkpointing=checkpointing),
+        pictures=pictures,
+        guidance=guidance,
         shapes=shapes,
         device=device,
     )
@@ -144,4 +202,4 @@ def small(family: str, **overrides: Any) -> Candidate:
         "compute": "float32",
         **overrides,
     }
-    return candidate(known(BASES[family], **SMALL[family]), **given)
+    return candidate(known(BASES[family], SMALL_PARTS[family], **SMALL[family]), **given)

@@ -14,6 +14,7 @@ from compiler.data.counts import bucket_rows
 from compiler.data.geometry import place
 from compiler.data.manifest import Folder, Manifest, Sample
 from compiler.data.scan import scan
+from compiler.data.variants import forms
 from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import (
@@ -84,11 +85,15 @@ def manifest_of(sources: Sequence[DataSource]) -> Manifest:
             bytes=picture.bytes,
             width=picture.width,
             height=picture.height,
-            placement=place(picture.width, picture.height, source.geometry, key=picture.key),
-            caption=source.captions.prompt,
+            placement=evolve(
+                place(picture.width, picture.height, source.geometry, key=picture.key),
+                mirrored=mirrored,
+            ),
+            captions=forms([source.captions.prompt], source.captions, seed=0, key=picture.key),
         )
         for number, source in enumerate(sources)
         for picture in scan(Path(source.path)).pictures
+        for mirrored in (False, True)[: 1 + source.geometry.flip]
     ]
     return Manifest([Folder(id=s.id, path=s.path) for s in sources], samples)
 
@@ -142,7 +147,7 @@ def tiny_plan(
     manifest = manifest_of(sources)
     facts = OPTIMIZERS[optimizer]
     card = FAMILIES[family]
-    buckets = bucket_rows(manifest, sources, batch_size)
+    buckets = bucket_rows(manifest, sources, [batch_size] * len(sources))
     batches = sum(bucket.batches for bucket in buckets)
     per_epoch = ceil(batches / accumulate)
     plan = Plan(
@@ -176,7 +181,7 @@ def tiny_plan(
             arguments=dict(facts.defaults),
             fused="cpu" in facts.fused,
         ),
-        schedule=Schedule(name="cosine", warmup=2, length=steps, end=0.1, power=1.0, cycles=0.5),
+        schedule=Schedule(name="cosine", warmup=2, length=steps, end=0.1, power=1.0, cycles=1),
         objective=Objective(
             prediction="flow",
             sampling="logit-normal",

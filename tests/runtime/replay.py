@@ -22,7 +22,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from compiler.families import FAMILIES
-from compiler.plan import Adapter, Model, Objective, Optimizer, Precision
+from compiler.plan import Adapter, Layout, Model, Objective, Optimizer, Precision
 from runtime.batch import Batch
 from runtime.build import Built, build, load_state
 from runtime.families import family_of
@@ -182,7 +182,7 @@ def prepare(model: Model, family: Family, init: Mapping[str, Tensor], settings: 
             targets=tuple(re.escape(name) for name in modules),
         )
     device = torch.device("cpu")
-    built = build(model, adapter, FP32, 0, family, device, empty=False, seed=0)
+    built = build(model, adapter, FP32, Layout(), family, device, empty=False, seed=0)
     load_state(built, init)
     return built
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from compiler.plan import Checkpoints, Schedule, Validation
+from compiler.plan import Checkpoints, Layout, Schedule, Validation
 from compiler.schedules import multiplier
 from runtime import rng
 from runtime.batch import Batch
@@ -41,7 +41,7 @@ def plan(base, tmp_path):
 def trained_of(plan) -> Trained:
     family = family_of(plan.model.family)
     built = build(
-        plan.model, plan.adapter, plan.precision, 0, family, CPU, empty=False, seed=plan.seed
+        plan.model, plan.adapter, plan.precision, Layout(), family, CPU, empty=False, seed=plan.seed
     )
     optimizer = make_optimizer(plan.optimizer, built.trainable.items(), CPU)
     ema = Ema(plan.ema, built.trainable.items()) if plan.ema else None
@@ -147,7 +147,7 @@ def test_accumulation_equals_one_large_batch(plan, adapter, cuts):
 
 def test_metrics_and_learning_rates(plan):
     plan = evolve(
-        plan, schedule=Schedule(name="cosine", warmup=2, length=6, end=0.1, power=1.0, cycles=0.5)
+        plan, schedule=Schedule(name="cosine", warmup=2, length=6, end=0.1, power=1.0, cycles=1)
     )
     trained = trained_of(plan)
     reached, rows = run(

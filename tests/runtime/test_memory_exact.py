@@ -6,23 +6,27 @@ import pytest
 import torch
 
 from compiler.memory import Candidate
-from runtime.memory.simulate import RuntimeMemoryModel, Trace, run_step
+from runtime.families import family_of
+from runtime.memory import phases
+from runtime.memory.pretend import as_on
+from runtime.memory.simulate import RuntimeMemoryModel
+from runtime.memory.step import META, Course, run_step
 from runtime.memory.tracker import Tracker
 from tests.runtime.memory_cases import small
 
 MODEL = RuntimeMemoryModel()
 
 
-def real(step: Candidate) -> Trace:
+def real(step: Candidate) -> Course:
     """The first bucket's step on CPU tensors."""
     return run_step(step, step.shapes[0], torch.device("cpu"), Tracker({"cpu"}))
 
 
 def check(step: Candidate) -> None:
-    simulated, measured = MODEL.trace(step, step.shapes[0]), real(step)
-    assert simulated.load == measured.load
-    assert simulated.train == measured.train
-    assert simulated.peak == measured.peak == sum(measured.train.values())
+    simulated, measured = MODEL.course(step, step.shapes[0]), real(step)
+    for phase in ("load", "train_peak", "update_peak", "save", "validate_peak"):
+        assert getattr(simulated, phase) == getattr(measured, phase), phase
+    assert simulated.peak == measured.peak > sum(measured.load.values())
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])
@@ -53,3 +57,41 @@ def test_accumulation_average_and_dropout(family: str) -> None:
 @pytest.mark.parametrize("family", ["sana", "sd3"])
 def test_wide_picture(family: str) -> None:
     check(small(family, shapes=((320, 128, 3),), compute="bfloat16"))
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_validation(family: str, guidance: float) -> None:
+    sizes = ((128, 128), (128, 192), (192, 128))
+    step = small(family, rank=4, compute="bfloat16", pictures=sizes, guidance=guidance)
+    check(step)
+    found = MODEL.course(step, step.shapes[0])
+    assert sum(found.validate_peak.values()) > sum(found.save.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder"),
+    [
+        ("sana", "text_encoder"),
+        ("sd3", "text_encoder"),
+        ("sd3", "text_encoder_2"),
+        ("sd3", "text_encoder_3"),
+    ],
+)
+def test_text_encoders(family: str, encoder: str) -> None:
+    step, run = small(family), family_of(family)
+    with as_on("cpu"):
+        simulated = phases.run_text(step, run, encoder, META, MODEL.tracker("cpu"))
+    measured = phases.run_text(step, run, encoder, torch.device("cpu"), Tracker({"cpu"}))
+    assert simulated == measured
+    assert measured["activations"] > 0 < measured["weights"]
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_latents(family: str) -> None:
+    step, run, size = small(family), family_of(family), (192, 128)
+    with as_on("cpu"):
+        simulated = phases.run_latents(step, run, size, META, MODEL.tracker("cpu"))
+    measured = phases.run_latents(step, run, size, torch.device("cpu"), Tracker({"cpu"}))
+    assert simulated == measured
+    assert measured["activations"] > 3 * 192 * 128 * 4

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from compiler.memory import Simulation
 from compiler.plan import Phase
 from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel, worst
 from runtime.memory.tracker import rounded
@@ -28,11 +29,14 @@ MODEL = RuntimeMemoryModel()
 
 def train_phase(*arguments: Any, **options: Any) -> Phase:
     """The training step's memory."""
-    load, train = MODEL.simulate(candidate(*arguments, **options)).phases
-    assert (load.name, train.name) == ("load", "train")
-    assert sum(load.parts.values()) == load.device_bytes < train.device_bytes
-    assert sum(train.parts.values()) == train.device_bytes
-    return train
+    return phases_of(MODEL.simulate(candidate(*arguments, **options)))["train"]
+
+
+def phases_of(found: Simulation) -> dict[str, Phase]:
+    """By name; every phase's parts add up."""
+    for phase in found.phases:
+        assert sum(phase.parts.values()) == phase.device_bytes
+    return {phase.name: phase for phase in found.phases}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,31 @@ def test_sd35_large_lora(rank: int, batch: int, published: float) -> None:
     assert train.parts["weights"] == pytest.approx(2 * 8_056_627_520 + 179_306_496, rel=0.001)
 
 
+@pytest.mark.parametrize(("rank", "published"), [(128, 23.37e9), (64, 21.50e9)])
+def test_sd35_large_validation(rank: int, published: float) -> None:
+    """The tutorial's pictures: 1024 px with guidance, decoded by the VAE in float32."""
+    found = MODEL.simulate(
+        candidate(
+            known(SD35_LARGE),
+            rank=rank,
+            targets=IMAGE_ATTENTION,
+            tokens=77,
+            checkpointing=1,
+            pictures=((1024, 1024),),
+            guidance=7.5,
+        )
+    )
+    assert phases_of(found)["validate"].device_bytes == pytest.approx(published, rel=0.08)
+
+
+def test_sd35_text_encoders_are_freed() -> None:
+    """The tutorial: about 10.4 GB (of 2^30 bytes) are saved by caching what they say."""
+    found = phases_of(MODEL.simulate(candidate(known(SD35_LARGE), rank=64, tokens=77)))
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    freed = sum(found[name].parts["weights"] for name in names)
+    assert freed == pytest.approx(10.4 * 2**30, rel=0.01)
+
+
 @pytest.mark.parametrize(("checkpointing", "tensors"), [(1, 12.84e9), (0, 13.62e9)])
 def test_sana_full_bfloat16(checkpointing: int, tensors: float) -> None:
     train = train_phase(known(SANA), trained="bfloat16", checkpointing=checkpointing)
@@ -65,9 +94,12 @@ def test_counts() -> None:
     )
     assert found.adapted_modules == 4 * 8 - 1  # the last block has no to_add_out
     assert found.trainable == 4 * (96 + 96) * found.adapted_modules
-    assert found.phases[1].parts["optimizer"] >= 8 * found.trainable
-    assert found.phases[1].parts["context"] == rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
-    assert found.phases[0].host_bytes == found.phases[0].parts["weights"]
+    phases = phases_of(found)
+    assert phases["train"].parts["optimizer"] >= 8 * found.trainable
+    assert phases["train"].parts["context"] == rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
+    assert phases["load"].host_bytes == phases["load"].parts["weights"]
+    kept = phases["save"].parts["adapter"] + phases["save"].parts["optimizer"]
+    assert phases["save"].host_bytes == kept
 
 
 def test_flops_of_a_full_step() -> None:
@@ -81,7 +113,7 @@ def test_flops_of_a_full_step() -> None:
 def peak(family: str, **options: Any) -> int:
     """Bytes of a small model's step on a CUDA device."""
     given = {"rank": 4, "device": "cuda", "compute": "bfloat16", **options}
-    return MODEL.simulate(small(family, **given)).phases[1].device_bytes
+    return phases_of(MODEL.simulate(small(family, **given)))["train"].device_bytes
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])

@@ -79,7 +79,7 @@ def test_densities_have_their_quantiles(
     sampling: Sampling, mean: float, std: float, median: float
 ) -> None:
     objective = evolve(BASE, sampling=sampling, logit_mean=mean, logit_std=std)
-    u = draw_uniform(objective, generator(0, "test"), 40_000)
+    u = draw_uniform(objective, generator(0, "test").random(40_000))
     assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1
     assert u.median().item() == pytest.approx(median, abs=0.012)
     if sampling == "cosmap":  # P(u < a) = 2 / pi atan(a / (1 - a))
@@ -91,7 +91,7 @@ def test_densities_have_their_quantiles(
 def test_densities_are_the_scripts(sampling: Sampling) -> None:
     """The same quantiles as Diffusers' own function draws."""
     objective = evolve(BASE, sampling=sampling, logit_mean=0.3, logit_std=0.8)
-    u = draw_uniform(objective, generator(1, "test"), 40_000)
+    u = draw_uniform(objective, generator(1, "test").random(40_000))
     theirs = compute_density_for_timestep_sampling(
         sampling.replace("-", "_"),
         40_000,
@@ -106,7 +106,7 @@ def test_densities_are_the_scripts(sampling: Sampling) -> None:
 
 def test_u_stays_below_one_where_it_saturates() -> None:
     wide = evolve(BASE, sampling="logit-normal", logit_std=100.0)
-    u = draw_uniform(wide, generator(0, "test"), 1000)
+    u = draw_uniform(wide, generator(0, "test").random(1000))
     assert u.max() < 1 and u.isfinite().all()
     assert (sigmas_from_uniform(u, wide) > 0).all()
 
@@ -115,7 +115,9 @@ def test_shifted_noise_levels_have_the_stated_medians() -> None:
     """Shift 3: median 0.75 with mean 0, 0.60 with mean ln 2... the logit falls by the mean."""
     for mean, median in ((0.0, 0.75), (0.5, 3 / (3 + math.exp(0.5)))):
         objective = evolve(BASE, sampling="logit-normal", logit_mean=mean)
-        sigmas = sigmas_from_uniform(draw_uniform(objective, generator(2, "t"), 40_000), objective)
+        sigmas = sigmas_from_uniform(
+            draw_uniform(objective, generator(2, "t").random(40_000)), objective
+        )
         assert sigmas.median().item() == pytest.approx(median, abs=0.01)
 
 

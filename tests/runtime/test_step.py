@@ -9,7 +9,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from compiler.plan import Adapter, Precision, Text
+from compiler.plan import Adapter, Layout, Precision, Text
 from runtime.batch import Batch
 from runtime.build import Built, build, state
 from runtime.families import family_of
@@ -47,7 +47,16 @@ def made(
 ) -> tuple[Family, Built]:
     family = family_of(folder.name)
     model = tiny_model(folder.name, folder)
-    return family, build(model, adapter, precision, every, family, CPU, empty=False, seed=seed)
+    return family, build(
+        model,
+        adapter,
+        precision,
+        Layout(activation_checkpointing=every),
+        family,
+        CPU,
+        empty=False,
+        seed=seed,
+    )
 
 
 def batch(name: str, size: int, seed: int = 0) -> Batch:
@@ -220,7 +229,16 @@ def test_the_step_runs_on_meta_tensors(
 ) -> None:
     family, model = family_of(folder.name), tiny_model(folder.name, folder)
     meta = torch.device("meta")
-    built = build(model, adapter, precision, 2, family, meta, empty=True, seed=0)
+    built = build(
+        model,
+        adapter,
+        precision,
+        Layout(activation_checkpointing=2),
+        family,
+        meta,
+        empty=True,
+        seed=0,
+    )
     optimizer = torch.optim.AdamW(built.trainable.values())
     example = family.example_batch(model, 64, 64, 2, Text(max_length=32, instruction=()), meta)
     for _ in range(2):

@@ -102,6 +102,7 @@ def sd35_large_lora() -> Plan:
                 broken="error",
                 images=476,
                 skipped=3,
+                texts=471,
             ),
         ),
         buckets=(
@@ -132,7 +133,7 @@ def sd35_large_lora() -> Plan:
             fused=True,
         ),
         schedule=Schedule(
-            name="cosine", warmup=1191, length=11_910, end=0.0, power=1.0, cycles=0.5
+            name="cosine", warmup=1191, length=11_910, end=0.0, power=1.0, cycles=1
         ),
         objective=Objective(
             prediction="flow",
@@ -247,6 +248,7 @@ def quickstart() -> Plan:
         captions=evolve(large.sources[0].captions, dropout=0.0),
         images=30,
         skipped=0,
+        texts=30,
     )
     return evolve(
         large,
@@ -305,7 +307,7 @@ def quickstart() -> Plan:
             arguments={"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
             fused=False,
         ),
-        schedule=Schedule(name="constant", warmup=10, length=250, end=0.0, power=1.0, cycles=0.5),
+        schedule=Schedule(name="constant", warmup=10, length=250, end=0.0, power=1.0, cycles=1),
         ema=Ema(decay=0.99, device="same", every=1),
         checkpoints=Checkpoints(every=100, keep=2),
         validation=Validation(

@@ -76,3 +76,16 @@ def test_a_budget_that_differs_is_told(recipe: Path, capsys: pytest.CaptureFixtu
     (recipe.parent / "two.toml").write_text(recipe.read_text() + '[memory]\nbudget = "9 GiB"\n')
     assert run_command(["diff", "recipe.toml", "two.toml"]) == DONE
     assert "  memory.budget  12.0 GiB -> 9 GiB" in capsys.readouterr().out.split("\n")
+
+
+def test_what_only_one_has_is_said_in_words(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = recipe.with_name("two.toml")
+    other.write_text(recipe.read_text() + '[adapter]\nkind = "lora"\n')
+    assert run_command(["diff", str(recipe), str(other)]) == DONE
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    assert "! adapter only in the second" in rows
+    assert run_command(["diff", str(other), str(recipe)]) == DONE
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.split("\n")]
+    assert "! adapter only in the first" in rows

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from compiler.compile import Compiled, compile_file
 from runtime import checkup
@@ -169,6 +170,25 @@ def test_a_recipe_for_another_device_says_what_it_needs(tmp_path: Path) -> None:
     found = doctor_recipes.judge(path, "cuda")
     assert found.fits is False and found.peak_bytes == 5 * GIB
     assert found.words == "needs 5.0 GiB on a mps device; there is none here"
+
+
+def test_a_recipe_whose_optimizer_is_not_installed_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = evolve(GPU_MACHINE, missing=("bitsandbytes",))
+    monkeypatch.setattr(
+        doctor_recipes,
+        "compile_here",
+        lambda path, options, simulate=True: compile_file(
+            path,
+            overrides=["train.optimizer.name=bnb-adamw-8bit"],
+            machine=machine,
+            memory_model=FixedMemory(),
+            cache_default=tmp_path / "cache",
+        ),
+    )
+    found = doctor_recipes.judge(project(tmp_path), "cuda")
+    assert found.fits is False and "pip install bitsandbytes" in found.words
 
 
 @pytest.mark.usefixtures("tiny_compiler")

@@ -62,7 +62,8 @@ def test_who_gave_it(
 
 def test_a_table_lists_its_keys(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = _said(capsys, recipe, "--explain", "train.optimizer")
-    assert "  train.optimizer.lr            0.0001      recipe.toml:17" in text.split("\n")
+    row = "  train.optimizer.lr                      0.0001      recipe.toml:17"
+    assert row in text.split("\n")
     assert "leaves its table out" in _said(capsys, recipe, "--explain", "adapter.rank")
 
 
@@ -99,3 +100,45 @@ def test_json(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_recipe_is_told_first(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = run_command(["plan", recipe, "--set", "train.batch_size=99", "--explain", "seed"])
     assert code == REFUSED and "batch-too-large" in capsys.readouterr().err
+
+
+WRONG = ("--set", "train.optimizer.lr=-1", "--set", "data.resolution=9000")
+
+
+def test_what_is_known_in_spite_of_errors(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plan", recipe, *WRONG, "--explain", "shift"]) == REFUSED
+    said = capsys.readouterr()
+    assert said.out.startswith("train.timesteps.shift\n\nvalue     3\nfrom      the base's")
+    assert said.err.count("error[out-of-range]") == 2
+    assert "recipe.toml: 2 errors" in said.err
+
+
+@pytest.mark.parametrize("key", ["train.optimizer.lr", "data.resolution", "data.multiple"])
+def test_what_errors_leave_open_is_not_made_up(
+    recipe: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["plan", recipe, *WRONG, "--explain", key]) == REFUSED
+    said = capsys.readouterr().out
+    assert f"{key}\n\nvalue     not known, because the recipe has errors\n" in said
+    assert "takes     " in said
+
+
+def test_a_recipe_that_is_no_toml_still_explains_keys(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(recipe).write_text("name = my run\n")
+    assert run_command(["plan", recipe, "--explain", "train.epochs"]) == REFUSED
+    said = capsys.readouterr()
+    assert "value     not known" in said.out and "Passes over the data." in said.out
+    assert "error[invalid-toml]" in said.err
+
+
+def test_a_wrong_key_has_a_nearest_name_also_beside_errors(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["plan", recipe, *WRONG, "--explain", "train.epohcs"]) == REFUSED
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "error: the recipe has no key `train.epohcs`\nhelp: did you mean `train.epochs`?" in (
+        said.err
+    )

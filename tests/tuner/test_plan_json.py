@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from compiler.site import Counted, Present, Resume, Space, Speed
 from tests.compiler.recipes import MACHINE, RECIPE, FixedMemory, compiled, make_pictures, project
 from tuner.plan_json import POINTS, json_object, schedule_points
 from tuner.plan_schema import plan_schema
+from tuner.plan_view import text
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "plan.schema.json"
 TYPES = {
@@ -192,9 +194,9 @@ def test_skipped_images_are_listed_with_the_reason(tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures" / "small", [(40, 90)] * 2)
     (tmp_path / "pictures" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     found = checked(compiled(path, "data.broken=skip"))
-    rows = [(row["source"], row["images"]) for row in found["skipped"]]
-    assert rows == [("pictures", 2), ("pictures", 1)]
-    assert found["skipped"][0]["why"] == "an edge below 50 pixels"
+    rows = {(row["source"], row["images"]) for row in found["skipped"]}
+    assert rows == {("pictures", 2), ("pictures", 1)}
+    assert "an edge below 50 pixels" in [row["why"] for row in found["skipped"]]
     assert found["sources"][0]["skipped"] == 3
 
 
@@ -248,6 +250,31 @@ def test_a_cache_without_room_names_the_cache(one: bool, tmp_path: Path) -> None
     paths = [d.path for d in found.diagnostics if d.code == "disk-full"]
     assert "cache.path" in paths or one
     assert paths
+
+
+def test_hidden_files_are_named(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE)
+    make_pictures(tmp_path / "pictures" / ".ipynb_checkpoints", [(64, 64)])
+    (tmp_path / "pictures" / ".DS_Store").write_bytes(b"x")
+    result = compiled(path)
+    found = checked(result)
+    names = [".DS_Store", ".ipynb_checkpoints"]
+    assert found["hidden"] == [{"source": "pictures", "count": 2, "names": names}]
+    assert result.plan is not None
+    view = text(result.plan, recipe="recipe.toml", outlook=result.outlook)
+    assert "2 hidden left alone: .DS_Store, .ipynb_checkpoints" in " ".join(view.split())
+
+
+def test_a_run_of_a_hundred_million_steps_is_described_at_once(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + VALIDATED + 'every = "1 steps"\n')
+    start = time.perf_counter()
+    changes = ("train.steps=100000000", "checkpoints.every=1 steps", "checkpoints.keep=0")
+    path.write_text(path.read_text().replace("epochs = 2\n", ""))
+    result = compiled(path, *changes, memory_model=FixedMemory())
+    found = checked(result)
+    assert found["checkpoints"]["times"] == 10**8 and found["validation"]["times"] == 10**8 + 1
+    assert found["checkpoints"]["at"] == list(range(1, 1001))
+    assert time.perf_counter() - start < 5
 
 
 if __name__ == "__main__":  # write the schema anew, then read the diff

@@ -155,7 +155,7 @@ def test_without_a_rate_the_plan_says_why() -> None:
 
 
 def test_the_curve_follows_the_schedule() -> None:
-    schedule = Schedule(name="cosine", warmup=100, length=1000, end=0.0, power=1.0, cycles=0.5)
+    schedule = Schedule(name="cosine", warmup=100, length=1000, end=0.0, power=1.0, cycles=1)
     rows = [line[2 + len("0.01") + 1 :].ljust(COLUMNS) for line in draw(schedule, "0.01")[:ROWS]]
     for column in range(COLUMNS):
         drawn = sum(BLOCKS.index(row[column]) for row in rows) / (ROWS * (len(BLOCKS) - 1))

@@ -1,5 +1,6 @@
 """`tuner run` around the runtime: exit codes, what is said, what is kept in the run folder."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,31 @@ def changed(*keys: str) -> PlanChanged:
     rows = tuple((key, "1", "2") for key in keys)
     listed = "\n".join(f"  {key}: 1 -> 2" for key in keys)
     return PlanChanged(f"was begun with another plan; what differs:\n{listed}", "undo it", rows)
+
+
+def test_offline_is_told_to_the_libraries_before_they_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in run.OFFLINE:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(run, "_from_recipe", lambda *_, **__: REFUSED)
+    recipe = tmp_path / "recipe.toml"
+    assert run.run_recipe(recipe, (), accepted=(), strict=False) == REFUSED
+    assert os.environ["HF_HUB_OFFLINE"] == ""
+    assert run.run_recipe(recipe, (), accepted=(), strict=False, offline=True) == REFUSED
+    assert all(os.environ[name] == "1" for name in run.OFFLINE)
+
+
+def test_several_devices_are_refused_with_the_same_steps_on_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = ends(monkeypatch)
+    steps = evolve(job.plan.steps, ranks=4, accumulate=2)
+    assert run._run(evolve(job, plan=evolve(job.plan, steps=steps)), ()) == UNFIT
+    said = capsys.readouterr().err
+    assert "error: this version trains on one device; the plan is for 4" in said
+    assert "--set launch.devices=1 --set train.accumulate=8" in said
+    assert not seen
 
 
 def test_a_changed_plan_is_exit_2_with_the_keys_and_a_way_on(

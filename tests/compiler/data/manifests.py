@@ -24,7 +24,7 @@ def sample(source: int, key: str, width: int = 64, height: int = 64, caption: st
         width=width,
         height=height,
         placement=whole(width, height),
-        caption=caption,
+        captions=(caption,),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compiler.data.captions import MAX_BYTES, caption, caption_all, from_name
+from compiler.data.captions import MAX_BYTES, all_captions, captions_of, from_name
 from compiler.data.scan import Fault
 from compiler.plan import Captions
 
@@ -23,10 +23,14 @@ def settings(**changes: Any) -> Captions:
     return Captions(**(values | changes))
 
 
-def read(folder: Path, data: bytes, **changes: Any) -> str | Fault:
+def read(folder: Path, data: bytes, suffix: str = "txt", **changes: Any) -> tuple[str, ...] | Fault:
     (folder / "sub").mkdir(exist_ok=True)
-    (folder / "sub" / "a.txt").write_bytes(data)
-    return caption(str(folder), "sub/a.jpg", settings(**changes))
+    (folder / "sub" / f"a.{suffix}").write_bytes(data)
+    return captions_of(str(folder), "sub/a.jpg", settings(**changes))
+
+
+def said(*texts: str) -> tuple[str, ...]:
+    return tuple(text for text in texts if text)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +46,56 @@ def read(folder: Path, data: bytes, **changes: Any) -> str | Fault:
     ],
 )
 def test_textfile(tmp_path: Path, data: bytes, join: str, first: str) -> None:
-    assert read(tmp_path, data) == join
-    assert read(tmp_path, data, multiline="first") == first
+    assert read(tmp_path, data) == said(join)
+    assert read(tmp_path, data, multiline="first") == said(first)
+
+
+def test_each_line_an_alternative(tmp_path: Path) -> None:
+    data = b"a dog\r\n\n  a brown\tdog \na dog\n"
+    assert read(tmp_path, data, multiline="alternatives") == ("a dog", "a brown dog")
+    assert read(tmp_path, b" \n", multiline="alternatives") == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "multiline", "expected"),
+    [
+        (b'{"caption": " a  dog "}', "join", ("a dog",)),
+        (b'\xef\xbb\xbf{"caption": ["a dog", "", "in\\nsnow"]}', "join", ("a dog in snow",)),
+        (b'{"caption": ["", "a dog", "b"]}', "first", ("a dog",)),
+        (b'{"caption": ["a dog", "b\\nc", "b"]}', "alternatives", ("a dog", "b", "c")),
+        (b'{"caption": null}', "join", ()),
+        (b'{"caption": []}', "alternatives", ()),
+        (b'{"other": "a dog"}', "join", ()),
+        (b"", "join", ()),
+    ],
+)
+def test_json(tmp_path: Path, data: bytes, multiline: str, expected: tuple[str, ...]) -> None:
+    rule = {"kind": "json", "key": "caption", "multiline": multiline}
+    assert read(tmp_path, data, "json", **rule) == expected
+    assert captions_of(str(tmp_path), "none.jpg", settings(**rule)) == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"a dog", "not JSON"),
+        (b'{"caption": "a', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["a dog"]', "not a JSON object"),
+        (b'{"caption": 3}', "`caption` is neither a text nor a list of texts"),
+        (b'{"caption": ["a", ["b"]]}', "neither a text nor a list"),
+        (b'{"caption": "a\\ud800b"}', "characters that are no text"),
+        (b'{"caption": "a\\u0000b"}', "characters that are no text"),
+        (b'{"caption": "caf\xe9"}', "not UTF-8"),
+    ],
+)
+def test_json_faults(tmp_path: Path, data: bytes, words: str) -> None:
+    found = read(tmp_path, data, "json", kind="json", key="caption")
+    assert isinstance(found, Fault) and words in found.why and found.path.endswith("a.json")
 
 
 def test_no_textfile_is_no_caption(tmp_path: Path) -> None:
-    assert caption(str(tmp_path), "a.jpg", settings()) == ""
+    assert captions_of(str(tmp_path), "a.jpg", settings()) == ()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +115,7 @@ def test_textfile_faults(tmp_path: Path, data: bytes, words: str) -> None:
 
 def test_unreadable_textfile_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
-    found = caption(str(tmp_path), "a.jpg", settings())
+    found = captions_of(str(tmp_path), "a.jpg", settings())
     assert isinstance(found, Fault) and "directory" in found.why
 
 
@@ -92,9 +140,9 @@ def test_unreadable_textfile_is_a_fault(tmp_path: Path) -> None:
 )
 def test_filename(key: str, expected: str) -> None:
     assert from_name(key) == expected
-    assert caption("", key, settings(kind="filename")) == expected
+    assert captions_of("", key, settings(kind="filename")) == said(expected)
 
 
 def test_instance() -> None:
     rule = settings(kind="instance", prompt="  a photo of  sks dog\n")
-    assert caption_all("", ["a.jpg", "b.jpg"], rule) == ["a photo of sks dog"] * 2
+    assert all_captions("", ["a.jpg", "b.jpg"], rule) == [("a photo of sks dog",)] * 2

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler.data.counts import (
+    batches_of_rank,
     batches_per_epoch,
     bucket_rows,
     samples_per_epoch,
@@ -44,6 +45,8 @@ def source(id: str, repeats: str, images: int) -> DataSource:
         (3, "0.1", 1),
         (100, "0.07", 7),
         (7, "1", 7),
+        (3, "7/3", 7),
+        (7, "12/35", 3),
     ],
 )
 def test_samples_are_exact(images: int, repeats: str, expected: int) -> None:
@@ -52,7 +55,7 @@ def test_samples_are_exact(images: int, repeats: str, expected: int) -> None:
 
 def test_the_tutorial() -> None:
     """476 photographs, 5 passes, batch 6, one bucket: 397 steps an epoch, 11,910 in 30 epochs."""
-    (bucket,) = bucket_rows(manifest_of([[476]]), [source("s0", "5", 476)], 6)
+    (bucket,) = bucket_rows(manifest_of([[476]]), [source("s0", "5", 476)], [6])
     assert (bucket.samples, bucket.batches) == (2380, 397)
     assert 30 * steps_per_epoch(bucket.batches, 1, 1) == 11_910
 
@@ -85,7 +88,7 @@ def test_against_brute_force(
 ) -> None:
     manifest = manifest_of([images for _, images in data])
     sources = [source(f"s{i}", str(r), sum(images)) for i, (r, images) in enumerate(data)]
-    rows = bucket_rows(manifest, sources, batch_size)
+    rows = bucket_rows(manifest, sources, [batch_size] * len(sources))
     expected = [
         (f"s{i}", 64 + 64 * bucket, images, *simulated(images, repeats, batch_size))
         for i, (repeats, buckets) in enumerate(data)
@@ -98,6 +101,22 @@ def test_against_brute_force(
     ]
     assert steps_per_epoch(batches, ranks, accumulate) == len(windows)
     assert batches == sum(batches_per_epoch(row.samples, batch_size) for row in rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4))
+def test_a_window_is_dealt_out_like_cards(batches: int, ranks: int, accumulate: int) -> None:
+    """Every batch goes to one rank, all ranks take part in every step, none is ahead by two."""
+    window = ranks * accumulate
+    dealt: list[int] = [0] * ranks
+    for start in range(0, batches, window):
+        here = [0] * ranks
+        for at in range(min(window, batches - start)):
+            here[at % ranks] += 1
+        assert max(here) - min(here) <= 1 and max(here) <= accumulate
+        dealt = [one + more for one, more in zip(dealt, here, strict=True)]
+    assert dealt == [batches_of_rank(batches, ranks, rank) for rank in range(ranks)]
+    assert sum(dealt) == batches
 
 
 def _facts(row: Bucket) -> tuple[str, int, int, int, int]:

@@ -6,11 +6,21 @@ import itertools
 import math
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler.data.geometry import Placement, place, unusable
+from compiler.data.geometry import (
+    Placement,
+    Shown,
+    cover,
+    enlarged,
+    place,
+    ratio,
+    shown_to_model,
+    unusable,
+)
 from compiler.plan import Geometry
 
 
@@ -82,6 +92,131 @@ def test_elongated_pictures_are_refused() -> None:
         place(1, 1000, geometry())
 
 
+def test_half_a_megapixel_is_half_a_megapixel() -> None:
+    """In multiples of 64 too: no rounding up to 0.59."""
+    for size in ((1000, 1000), (1500, 1000), (1600, 900), (700, 2000)):
+        placed = place(*size, geometry(resolution=0.5, resolution_type="area"))
+        assert 0.46 < placed.width * placed.height / 1e6 < 0.55
+
+
+LISTED = ("1:1", "3:2", "2:3", "16:9")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 100), (64, 64)),
+        ((122, 100), (64, 64)),  # 1.22 < sqrt(1.5) = 1.2247...
+        ((123, 100), (96, 64)),
+        ((100, 123), (64, 96)),
+        ((1500, 100), (128, 64)),
+        ((100, 1500), (64, 96)),  # there is nothing more upright in the list
+    ],
+)
+def test_closest_is_nearest_by_ratio(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    rule = geometry(
+        aspect="closest", buckets=LISTED, resolution=64.0, resolution_type="pixel", multiple=32
+    )
+    assert bucket(place(*size, rule)) == expected
+
+
+def test_of_two_equally_near_ratios_the_first_counts() -> None:
+    for buckets, expected in ((("2:1", "1:2"), (96, 64)), (("1:2", "2:1"), (64, 96))):
+        rule = geometry(aspect="closest", buckets=buckets, resolution=64.0, multiple=32)
+        chosen = bucket(place(500, 500, rule))
+        assert (chosen[0] > chosen[1]) == (expected[0] > expected[1])
+
+
+def test_random_aspects_follow_seed_and_key_and_are_even() -> None:
+    rule = geometry(
+        aspect="random", buckets=LISTED, resolution=64.0, resolution_type="pixel", multiple=32
+    )
+    keys = [str(number) for number in range(2000)]
+    chosen = [bucket(place(640, 480, rule, seed=3, key=key)) for key in keys]
+    counts = {shape: chosen.count(shape) for shape in set(chosen)}
+    assert set(counts) == {(64, 64), (96, 64), (64, 96), (128, 64)}
+    assert all(abs(count - 500) < 5 * math.sqrt(375) for count in counts.values())
+    assert chosen == [bucket(place(999, 1999, rule, seed=3, key=key)) for key in keys]
+    assert chosen != [bucket(place(640, 480, rule, seed=4, key=key)) for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3:2", (3, 2)),
+        ("16:1", (16, 1)),
+        ("1:16", (1, 16)),
+        ("17:1", None),
+        ("0:1", None),
+        ("3:0", None),
+        ("3", None),
+        ("3:2:1", None),
+        ("3x2", None),
+        ("-3:2", None),
+        ("1.5:1", None),
+        ("\u0663:2", None),
+        ("999999999999:1", None),
+        ("", None),
+        (":", None),
+    ],
+)
+def test_ratios(text: str, expected: tuple[int, int] | None) -> None:
+    assert ratio(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "max_size", "resized"),
+    [
+        ((300, 200), 0, (300, 200)),  # as it is
+        ((300, 200), 200, (300, 200)),
+        ((300, 200), 4000, (300, 200)),  # never up
+        ((300, 200), 150, (225, 150)),
+        ((200, 301), 150, (150, 226)),
+        ((300, 200), 100, (150, 100)),
+        ((300, 200), 10, (96, 64)),  # not below what covers the bucket
+        ((300, 64), 10, (300, 64)),
+    ],
+)
+def test_cut_from_the_picture_at_its_own_size(
+    size: tuple[int, int], max_size: int, resized: tuple[int, int]
+) -> None:
+    rule = geometry(resolution=64.0, aspect="square", resize="none", max_size=max_size, multiple=32)
+    placed = place(*size, rule)
+    assert (placed.resize_width, placed.resize_height) == resized
+    assert bucket(placed) == (64, 64) and not enlarged(*size, placed)
+    assert placed.crop_x == (resized[0] - 64) // 2 and placed.crop_y == (resized[1] - 64) // 2
+
+
+def test_a_picture_below_its_bucket_is_enlarged_and_says_so() -> None:
+    for resize in ("cover", "none"):
+        placed = place(63, 200, geometry(resolution=64.0, aspect="square", resize=resize))
+        assert (placed.resize_width, placed.resize_height) == (64, 203)
+        assert enlarged(63, 200, placed)
+        assert not enlarged(64, 200, place(64, 200, geometry(resolution=64.0, aspect="square")))
+
+
+def test_a_focus_is_looked_for_only_where_there_is_a_choice() -> None:
+    for crop in ("face", "saliency"):
+        rule = geometry(resolution=64.0, aspect="square", crop=crop)
+        middle = place(200, 100, geometry(resolution=64.0, aspect="square"))
+        found = place(200, 100, rule)
+        assert found.focus == crop and found.crop_x == middle.crop_x == 32
+        assert place(100, 100, rule).focus == ""
+
+
+def test_what_sdxl_is_told() -> None:
+    """Cut a marked pixel out by hand and find it where the numbers say."""
+    placed = place(200, 100, geometry(resolution=64.0, aspect="square", crop="corner"))
+    assert shown_to_model(200, 100, placed) == Shown(
+        original_width=200, original_height=100, crop_x=64, crop_y=0, width=64, height=64
+    )
+    mirrored = attrs.evolve(placed, mirrored=True)
+    # the right half of the picture is the left half of its mirror image
+    assert shown_to_model(200, 100, mirrored).crop_x == 0
+    assert shown_to_model(200, 100, placed, (10, 0)).crop_x == 10
+    assert shown_to_model(200, 100, mirrored, (10, 0)).crop_x == 54
+
+
 settings = st.builds(
     geometry,
     resolution=st.floats(32, 4096).map(lambda x: round(x, 2)),
@@ -95,6 +230,17 @@ settings = st.builds(
     resolution_type=st.just("area"),
     aspect=st.sampled_from(["square", "preserve"]),
     multiple=st.sampled_from([8, 16, 32, 64]),
+)
+free = st.builds(
+    geometry,
+    resolution=st.floats(32, 2048).map(lambda x: round(x, 2)),
+    resolution_type=st.sampled_from(["pixel", "pixel_area"]),
+    aspect=st.sampled_from(["square", "preserve", "closest", "random"]),
+    buckets=st.just(LISTED),
+    crop=st.sampled_from(["center", "corner", "random", "face"]),
+    multiple=st.sampled_from([8, 32, 64]),
+    resize=st.just("none"),
+    max_size=st.integers(0, 3000),
 )
 sizes = st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)).filter(lambda s: not unusable(*s))
 
@@ -114,6 +260,29 @@ def test_covers_cuts_inside_and_does_not_distort(
     assert abs(placed.resize_width - scale * width) <= 0.5 + 1e-6
     assert abs(placed.resize_height - scale * height) <= 0.5 + 1e-6
     assert placed.resize_width == placed.width or placed.resize_height == placed.height
+
+
+@given(sizes, free, st.integers(0, 5), st.text(max_size=5))
+def test_own_size_never_enlarges_and_never_falls_short(
+    size: tuple[int, int], settings: Geometry, seed: int, key: str
+) -> None:
+    width, height = size
+    placed = place(width, height, settings, seed=seed, key=key)
+    resized = (placed.resize_width, placed.resize_height)
+    assert 0 <= placed.crop_x <= resized[0] - placed.width
+    assert 0 <= placed.crop_y <= resized[1] - placed.height
+    covering = cover(width, height, placed.width, placed.height)
+    if covering[0] > width or covering[1] > height:
+        assert resized == covering and enlarged(width, height, placed)
+        return
+    assert resized[0] <= width and resized[1] <= height and not enlarged(width, height, placed)
+    assert resized[0] >= covering[0] and resized[1] >= covering[1]
+    if resized != covering and settings.max_size:
+        assert min(resized) == min(width, height, settings.max_size)
+    if not settings.max_size:
+        assert resized in (size, covering)
+    scales = resized[0] / width, resized[1] / height
+    assert abs(scales[0] * height - resized[1]) <= 0.5 + 0.5 * height / width + 1e-6
 
 
 def wanted(size: tuple[int, int], settings: Geometry) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def test_rows_are_sorted_whatever_the_order() -> None:
     assert sorted(manifest, key=repr) == sorted(SAMPLES, key=repr) and len(manifest) == 4
     assert manifest.path(3) == "/data/b/z.png" and manifest.name(3) == "b/z.png"
     assert manifest.captions == ("a dog", "K\u00e4se", "")
-    assert manifest.caption(1) == "K\u00e4se" and manifest.placement(1) == whole(128, 64)
+    assert manifest.captions_of(1) == ("K\u00e4se",) and manifest.placement(1) == whole(128, 64)
     again = Manifest(FOLDERS, random.Random(3).sample(SAMPLES, 4))
     assert list(again) == list(manifest) and again.digest == manifest.digest
 
@@ -60,7 +60,11 @@ def test_digest_covers_what_matters_and_nothing_else() -> None:
         {"width": 63},
         {"height": 127},
         {"placement": attrs.evolve(first.placement, crop_x=1)},
-        {"caption": "a dog "},
+        {"captions": ("a dog ",)},
+        {"captions": ("a dog", "")},
+        {"captions": ("a", " dog")},
+        {"placement": attrs.evolve(first.placement, mirrored=True)},
+        {"placement": attrs.evolve(first.placement, focus="face")},
         {"source": 0},
     ]
     digests = {Manifest(FOLDERS, [attrs.evolve(first, **c), *rest]).digest for c in changes}
@@ -99,7 +103,7 @@ def test_any_damage_is_noticed(tmp_path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines(keepends=True)
     damaged = [text[: len(text) // 2], "", "".join(lines[:-1]), text.replace("a dog", "a cat")]
-    damaged.append(text.replace('"format": 1', '"format": 9'))
+    damaged.append(text.replace('"format": 2', '"format": 9'))
     for content in damaged:
         path.write_text(content)
         with pytest.raises(ManifestDamaged):

@@ -31,17 +31,21 @@ class FakeFamily:
         self.loaded.append(name)
         return nn.Identity()
 
-    def encode_prompts(
+    def encode_with(
         self,
+        encoder: str,
         parts: Mapping[str, Any],
         prompts: Sequence[str],
         text: Text,
         *,
         negative: bool = False,
     ) -> list[TextEmbedding]:
-        assert set(parts) == {"tokenizer", "text_encoder"}
+        assert set(parts) == {"tokenizer", encoder} == {"tokenizer", "text_encoder"}
         self.prompts += [(prompt, negative) for prompt in prompts]
         return [embedding_of(prompt, negative) for prompt in prompts]
+
+    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
+        return shares["text_encoder"]
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         states = [e["states"] for e in embeddings]

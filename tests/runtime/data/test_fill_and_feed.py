@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Folder, Manifest
 from compiler.data.scan import scan
 from compiler.families import FAMILIES
-from compiler.plan import Plan, Prompt
+from compiler.plan import DataSource, Plan, Prompt
 from runtime import rng
 from runtime.data.cache import Cache, CacheIncomplete
 from runtime.data.feed import Feed, Window
 from runtime.data.fill import BrokenData, fill_latents, fill_text, prompt_embeddings, sample_keys
 from runtime.events import Silent
 from runtime.families import family_of
-from runtime.objective import draw_uniform, sigmas_from_uniform
+from runtime.objective import draw_uniform, per_sample_loss, sigmas_from_uniform
 from tests.compiler.data.pictures import encoded, picture
 from tests.runtime.data.fakes import FakeFamily, embedding_of, fake_base
 from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan
@@ -61,6 +61,7 @@ def set_up(
     dropout: float = 0.0,
     batch_size: int = 2,
     accumulate: int = 2,
+    edit: Callable[[DataSource], DataSource] = lambda source: source,
     **changes: Any,
 ) -> tuple[Plan, Manifest, FakeFamily]:
     """A plan with two sources: eight pictures 1.5 times, four pictures once."""
@@ -71,8 +72,8 @@ def set_up(
         draw_data(tmp_path / "dogs", SIZES)
         draw_data(tmp_path / "cats", [(64, 64)] * 3 + [(64, 65)])
     sources = [
-        source_of(tmp_path / "dogs", prompt="a dog", repeats="1.5", dropout=dropout),
-        source_of(tmp_path / "cats", prompt="a grey cat"),
+        edit(source_of(tmp_path / "dogs", prompt="a dog", repeats="1.5", dropout=dropout)),
+        edit(source_of(tmp_path / "cats", prompt="a grey cat")),
     ]
     plan, manifest = tiny_plan(
         "sana",
@@ -249,15 +250,13 @@ def test_batches_hold_what_belongs_together(tmp_path: Path) -> None:
                 row = rows[next(names)]
                 placed = manifest.placement(row)
                 assert batch.latents[index].shape == (3, placed.height // 8, placed.width // 8)
-                caption = embedding_of(manifest.caption(row), False)["states"]
+                caption = embedding_of(manifest.captions_of(row)[0], False)["states"]
                 assert torch.equal(batch.text["states"][index][: len(caption)], caption)
                 shape = tuple(batch.latents.shape[1:])
                 noise = rng.normal(shape, plan.seed, "noise", window.step, slot)
                 assert torch.equal(batch.noise[index], noise)
-                generator = rng.generator(plan.seed, "timestep", window.step, slot)
-                sigma = sigmas_from_uniform(
-                    draw_uniform(plan.objective, generator, 1), plan.objective
-                )
+                drawn = rng.uniforms(plan.seed, "timestep", window.step, [slot])
+                sigma = sigmas_from_uniform(draw_uniform(plan.objective, drawn), plan.objective)
                 assert batch.sigmas[index] == sigma[0]
                 slot += 1
         assert slot == window.samples
@@ -273,7 +272,11 @@ def test_the_posterior_is_drawn_anew_each_step(tmp_path: Path) -> None:
 
 
 def test_any_step_can_be_gone_to(tmp_path: Path) -> None:
-    plan, manifest, family, cache = filled(tmp_path, dropout=0.4)
+    def changing(source: DataSource) -> DataSource:
+        rule = evolve(source.captions, prompt="a, b c, d e f", shuffle=True, variants=3)
+        return evolve(source, captions=rule, geometry=evolve(source.geometry, flip=True))
+
+    plan, manifest, family, cache = filled(tmp_path, dropout=0.4, edit=changing)
     whole = all_windows(Feed(plan, manifest, family, cache, CPU))
     for start in (0, 3, 7, 11):
         rest = all_windows(Feed(plan, manifest, family, Cache(cache.folder), CPU), start)
@@ -311,6 +314,81 @@ def test_caption_dropout_has_its_share(tmp_path: Path) -> None:
     assert drops["cats", True] == 0
     share = drops["dogs", True] / (drops["dogs", True] + drops["dogs", False])
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 500)
+
+
+def test_one_of_several_forms_is_drawn_at_each_use(tmp_path: Path) -> None:
+    """Each form is encoded once, is drawn equally often, and by (step, slot) alone."""
+
+    def tagged(source: DataSource) -> DataSource:
+        if source.id != "dogs":
+            return source
+        rule = evolve(source.captions, prompt="a, b c, d e f", shuffle=True, variants=4)
+        return evolve(source, captions=rule)
+
+    plan, manifest, family, cache = filled(tmp_path, edit=tagged)
+    texts = {text for row in range(len(manifest)) for text in manifest.captions_of(row)}
+    assert sorted(family.prompts) == sorted((text, False) for text in texts)
+    assert texts - {"a grey cat"} <= {
+        "a, b c, d e f", "a, d e f, b c", "b c, a, d e f",
+        "b c, d e f, a", "d e f, a, b c", "d e f, b c, a",
+    }  # fmt: skip
+    plan = evolve(plan, steps=evolve(plan.steps, total=300))
+    rows = {manifest.name(row): row for row in range(len(manifest))}
+    drawn, possible = Counter[int](), 0
+    for window in Feed(plan, manifest, family, cache, CPU).windows(0):
+        names = iter(window.names)
+        slot = 0
+        for batch in window.batches:
+            for states in batch.text["states"]:
+                said = manifest.captions_of(rows[next(names)])
+                which = int(rng.uniform(plan.seed, "caption", window.step, slot) * 4)
+                slot += 1
+                expected = embedding_of(said[which if len(said) > 1 else 0], False)["states"]
+                assert torch.equal(states[: len(expected)], expected)
+                if len(said) > 1:
+                    drawn[which] += 1
+                    possible += 1
+    assert all(abs(drawn[n] - possible / 4) < 5 * np.sqrt(possible * 3 / 16) for n in range(4))
+
+
+def test_a_mirrored_sample_is_the_picture_mirrored(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(
+        tmp_path,
+        edit=lambda source: evolve(source, geometry=evolve(source.geometry, flip=True)),
+    )
+    assert len(manifest) == 24 and family.pictures == 24
+    keys = sample_keys(plan, manifest, family, cache)
+    for row in range(0, 24, 2):
+        assert manifest.name(row + 1) == manifest.name(row) + " (mirrored)"
+        one, other = cache.get(keys[row])["mean"], cache.get(keys[row + 1])["mean"]
+        assert torch.allclose(one.flip(-1), other, atol=1e-6) and not torch.equal(one, other)
+    seen = Counter(
+        name
+        for window in all_windows(Feed(plan, manifest, family, cache, CPU))[: plan.steps.per_epoch]
+        for name in window.names
+    )
+    assert {name for name in seen if name.startswith("cats")} == {
+        manifest.name(row) for row in range(24) if manifest.source(row) == 1
+    }
+
+
+def test_samples_carry_the_weight_of_their_source(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(
+        tmp_path, edit=lambda source: evolve(source, loss_weight=0.25 if source.id == "cats" else 1)
+    )
+    seen: set[float] = set()
+    for window in all_windows(Feed(plan, manifest, family, cache, CPU)):
+        names = iter(window.names)
+        for batch in window.batches:
+            assert batch.weights is not None and batch.weights.dtype == torch.float32
+            expected = [0.25 if next(names).startswith("cats") else 1.0 for _ in batch.latents]
+            assert batch.weights.tolist() == expected
+            seen |= set(expected)
+            prediction = torch.zeros_like(batch.latents)
+            loss = per_sample_loss(prediction, batch, plan.objective)
+            plain = per_sample_loss(prediction, evolve(batch, weights=None), plan.objective)
+            assert torch.allclose(loss, plain * torch.tensor(expected))
+    assert seen == {0.25, 1.0}
 
 
 def test_a_cache_that_lost_something_says_so(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from compiler.data.geometry import Placement, place
+from compiler.data.geometry import Placement, place, shown_to_model
 from compiler.data.scan import scan
 from compiler.plan import Geometry
 from runtime.data.pixels import BrokenPicture, decode, to_tensor
@@ -69,6 +70,29 @@ def test_scaling_into_the_cut_equals_scaling_then_cutting(
     assert found.shape == (placement.height, placement.width, 3) and found.dtype == np.uint8
     difference = np.abs(found.astype(int) - reference(upright, placement).astype(int))
     assert difference.max() <= 2 and difference.mean() < 0.5  # each pass rounds to 8 bits
+
+
+@pytest.mark.parametrize("style", ["center", "corner", "random"])
+def test_a_cut_at_its_own_size_is_the_pixels_themselves(style: str) -> None:
+    geometry = Geometry(
+        resolution=64.0,
+        resolution_type="pixel",
+        aspect="square",
+        crop=style,
+        multiple=32,
+        resize="none",
+    )
+    image = picture(201, 133)
+    placement = place(201, 133, geometry, key="k")
+    pixels = np.asarray(image)
+    y, x = placement.crop_y, placement.crop_x
+    found = decode(encoded(image, "PNG"), placement, image.size)
+    assert np.array_equal(found, pixels[y : y + 64, x : x + 64])
+    mirrored = decode(encoded(image, "PNG"), evolve(placement, mirrored=True), image.size)
+    told = shown_to_model(201, 133, evolve(placement, mirrored=True))
+    across = pixels[:, ::-1]  # the offset that is told is one in the mirrored picture
+    expected = across[told.crop_y : told.crop_y + 64, told.crop_x : told.crop_x + 64]
+    assert np.array_equal(mirrored, expected)
 
 
 def test_orientation_is_undone() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compiler.plan import Text
 from runtime.families import MODULES, family_of
 from runtime.families.base import Family, TextEmbedding
-from runtime.families.common import DTYPES
+from runtime.families.common import DTYPES, encode_prompts, sample
 from tests.runtime.tiny import make_tiny, tiny_model
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_embeddings_are_the_stock_pipeline_s(pipeline: Path, dtype: str) -> None
     family, parts, stock = opened(pipeline, dtype)
     expected = stock_embeddings(stock, PROMPTS, PROMPTS)
     for prefix in ("", "negative_"):
-        found = family.encode_prompts(parts, PROMPTS, text_of(family), negative=bool(prefix))
+        found = encode_prompts(family, parts, PROMPTS, text_of(family), negative=bool(prefix))
         for index, embedding in enumerate(found):
             states = expected[f"{prefix}states"][index]
             if "mask" in expected:
@@ -94,7 +94,7 @@ def test_embeddings_are_the_stock_pipeline_s(pipeline: Path, dtype: str) -> None
 def test_padding_does_not_change_a_prediction(tiny_sana: Path) -> None:
     family, parts, stock = opened(tiny_sana)
     expected = stock_embeddings(stock, PROMPTS, PROMPTS)
-    short = family.encode_prompts(parts, PROMPTS[:2], text_of(family))
+    short = encode_prompts(family, parts, PROMPTS[:2], text_of(family))
     text = family.collate_text(short)
     longest = max(len(e["encoder_hidden_states"]) for e in short)
     assert text["encoder_attention_mask"].shape == (2, longest)
@@ -114,7 +114,7 @@ def test_padding_does_not_change_a_prediction(tiny_sana: Path) -> None:
 def encode_one(
     family: Family, parts: dict[str, Any], prompt: str, negative: bool
 ) -> list[TextEmbedding]:
-    return family.encode_prompts(parts, [prompt], text_of(family), negative=negative)
+    return encode_prompts(family, parts, [prompt], text_of(family), negative=negative)
 
 
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
@@ -137,16 +137,8 @@ def test_pictures_are_the_stock_pipeline_s_bit_for_bit(pipeline: Path, guidance:
     wanted = encode_one(family, parts, PROMPTS[0], False)
     unwanted = encode_one(family, parts, "blurry", True)
     parts = {k: v for k, v in parts.items() if k in ("transformer", "vae", "scheduler")}
-    found = family.sample(
-        parts,
-        wanted * 2,
-        unwanted * 2,
-        width=96,
-        height=64,
-        guidance=guidance,
-        steps=3,
-        seeds=seeds,
-    )
+    drawn = {"width": 96, "height": 64, "guidance": guidance, "steps": 3}
+    found = [sample(family, parts, wanted[0], unwanted[0], **drawn, seed=seed) for seed in seeds]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.size == (96, 64)
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
@@ -165,11 +157,11 @@ def test_pictures_in_bfloat16_are_the_stock_pipeline_s(tiny_sd3: Path) -> None:
     wanted, unwanted = (
         encode_one(family, parts, p, n) for p, n in ((PROMPTS[0], False), ("", True))
     )
-    sampled = {"width": 64, "height": 64, "guidance": 7.0, "steps": 2, "seeds": [1]}
-    (ours,) = family.sample(parts, wanted, unwanted, **sampled)  # type: ignore[arg-type]
+    sampled = {"width": 64, "height": 64, "guidance": 7.0, "steps": 2, "seed": 1}
+    ours = sample(family, parts, wanted[0], unwanted[0], **sampled)
     assert np.array_equal(np.asarray(ours), np.asarray(expected))
     parts["vae"] = copy.deepcopy(parts["vae"]).float()  # the stock pipeline can't do that
-    (ours,) = family.sample(parts, wanted, unwanted, **sampled)  # type: ignore[arg-type]
+    ours = sample(family, parts, wanted[0], unwanted[0], **sampled)
     difference = np.asarray(ours).astype(int) - np.asarray(expected)
     assert 0 < np.abs(difference).max() < 16
 
@@ -179,9 +171,8 @@ def test_sampling_leaves_the_model_as_it_was(tiny_sana: Path) -> None:
     parts["transformer"].train()
     embedding = encode_one(family, parts, "a dog", False)
     state = torch.get_rng_state()
-    family.sample(
-        parts, embedding, embedding, width=32, height=32, guidance=1.0, steps=1, seeds=[0]
-    )
+    drawn = {"width": 32, "height": 32, "guidance": 1.0, "steps": 1, "seed": 0}
+    sample(family, parts, embedding[0], embedding[0], **drawn)
     assert parts["transformer"].training
     assert torch.equal(state, torch.get_rng_state())
 

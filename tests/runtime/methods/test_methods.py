@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compiler.plan import Adapter, Model, Precision, Text
+from compiler.plan import Adapter, Layout, Model, Precision, Text
 from runtime.build import Built, build, load_state, state
 from runtime.families import family_of
 from runtime.families.base import Family
+from runtime.families.common import encode_prompts, sample
 from runtime.methods import full, lora
 from tests.runtime.tiny import tiny_model
 
@@ -51,7 +52,11 @@ def made(
     folder: Path, adapter: Adapter | None, precision: Precision = FP32, seed: int = 0
 ) -> tuple[Family, Model, Built]:
     family, model = family_of(folder.name), tiny_model(folder.name, folder)
-    return family, model, build(model, adapter, precision, 0, family, CPU, empty=False, seed=seed)
+    return (
+        family,
+        model,
+        build(model, adapter, precision, Layout(), family, CPU, empty=False, seed=seed),
+    )
 
 
 @torch.no_grad()
@@ -66,15 +71,16 @@ def ours(family: Family, model: Model, built: Built) -> np.ndarray[Any, Any]:
     names = [name for name in family.card.components if name != "transformer"]
     parts = {name: family.load(model, name, torch.float32, CPU) for name in names}
     text = Text(max_length=family.card.prompt_length, instruction=family.card.instruction)
-    (picture,) = family.sample(
+    picture = sample(
+        family,
         {**parts, "transformer": built.model},
-        family.encode_prompts(parts, [PROMPT], text),
-        family.encode_prompts(parts, [""], text, negative=True),
+        encode_prompts(family, parts, [PROMPT], text)[0],
+        encode_prompts(family, parts, [""], text, negative=True)[0],
         width=64,
         height=64,
         guidance=5.0,
         steps=2,
-        seeds=[5],
+        seed=5,
     )
     return np.asarray(picture).astype(int)
 
@@ -242,7 +248,7 @@ def test_random_weights_start_from_the_seed(tiny_sana: Path) -> None:
     family = family_of("sana")
     model = tiny_model("sana", tiny_sana, init="random")
     built = [
-        state(build(model, None, FP32, 0, family, CPU, empty=False, seed=seed))
+        state(build(model, None, FP32, Layout(), family, CPU, empty=False, seed=seed))
         for seed in (0, 0, 1)
     ]
     name = "patch_embed.proj.weight"

@@ -1,0 +1,169 @@
+"""The smallest change to a recipe that would make it fit, tried by simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attrs import evolve
+
+from compiler import plan
+from compiler.draft import Draft
+from compiler.memory import Candidate, MemoryModel, Simulation, gib
+from compiler.optimizers import OPTIMIZERS
+from compiler.passes import ladder
+from compiler.passes.optimizer import planned, suits
+from compiler.spans import KeyPath
+
+TRIES = 12  # simulations at most
+SMALLER = (0.75, 0.5, 0.25)  # of an edge
+
+Change = tuple[str, Candidate]
+
+
+def refuse(
+    draft: Draft,
+    candidate: Candidate,
+    model: MemoryModel,
+    budget: int,
+    worst: plan.Phase,
+    blame: KeyPath,
+) -> None:
+    """Add the error: what needs too much, and the smallest change that would fit.
+
+    `candidate` is the thriftiest that the recipe allows.
+    """
+    over = gib(worst.device_bytes - budget)
+    draft.error(
+        "does-not-fit",
+        blame,
+        f"phase {worst.name} needs {gib(worst.device_bytes)} of device memory, {over} more than "
+        f"the budget of {gib(budget)}",
+        help=_advice(draft, candidate, model, budget, worst),
+    )
+
+
+def _advice(
+    draft: Draft, candidate: Candidate, model: MemoryModel, budget: int, worst: plan.Phase
+) -> str:
+    tried = least = None
+    for number, (words, changed) in enumerate(changes(draft, candidate, worst.name)):
+        if number == TRIES:
+            break
+        try:
+            needed = _peak(model.simulate(changed))
+        except ValueError:
+            continue
+        if needed <= budget:
+            return f"{words} would fit: {gib(needed)}"
+        if least is None or needed < least:
+            tried, least = words, needed
+    if tried is None or least is None:
+        return "a larger device, or a smaller base"
+    return f"no single change fits; the one that saves most is {tried}: {gib(least)}"
+
+
+def _peak(found: Simulation) -> int:
+    return max(phase.device_bytes for phase in found.phases)
+
+
+def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
+    """Changes that lower what `phase` needs, the smallest first."""
+    assert draft.model is not None
+    if phase in draft.model.family.text_encoders:
+        yield from _fewer_bits(draft, candidate, phase)
+        return
+    if phase == "latents":
+        yield from _smaller(draft, candidate)
+        return
+    if phase == "validate":
+        yield from _smaller_pictures(candidate)
+    yield from _thriftier(draft, candidate)
+    if draft.adapter is not None:
+        yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
+        yield from _lower_rank(candidate)
+    yield from _fewer_samples(draft, candidate)
+    yield from _smaller(draft, candidate)
+
+
+def _fewer_bits(draft: Draft, candidate: Candidate, name: str) -> Iterator[Change]:
+    stated = next(part for part in candidate.model.components if part.name == name)
+    if stated.quantize != "none":
+        return
+    for kind in ladder.FEWER_BITS:
+        parts = tuple(
+            evolve(part, quantize=kind) if part.name == name else part
+            for part in candidate.model.components
+        )
+        yield (
+            f'quantize = "{kind}" in [model.{name}]',
+            evolve(candidate, model=evolve(candidate.model, components=parts)),
+        )
+
+
+def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    """Settings that the recipe states, and that the ladder would have chosen otherwise."""
+    layout = candidate.layout
+    if layout.activation_checkpointing != 1:
+        yield (
+            "activation_checkpointing = 1",
+            evolve(candidate, layout=evolve(layout, activation_checkpointing=1)),
+        )
+    sibling = OPTIMIZERS[candidate.optimizer.name].eight_bit
+    if sibling and draft.device != "cpu" and suits(draft, sibling):
+        yield (
+            f'optimizer name = "{sibling}"',
+            evolve(candidate, optimizer=planned(draft, sibling)),
+        )
+    if draft.device == "cpu":
+        return
+    if not layout.offload_activations:
+        yield (
+            "offload = { activations = true }",
+            evolve(candidate, layout=evolve(layout, offload_activations=True)),
+        )
+    blocks = ladder.depth(draft)
+    if draft.adapter is not None and layout.offload_blocks < blocks:
+        yield (
+            f"offload = {{ blocks = {blocks} }}",
+            evolve(candidate, layout=evolve(layout, offload_blocks=blocks)),
+        )
+
+
+def _lower_rank(candidate: Candidate) -> Iterator[Change]:
+    assert candidate.adapter is not None
+    rank = candidate.adapter.rank
+    while rank > 8:
+        rank //= 2
+        yield f"rank = {rank}", evolve(candidate, adapter=evolve(candidate.adapter, rank=rank))
+
+
+def _fewer_samples(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    size = candidate.micro_batch or ladder.largest_batch(draft)
+    if size > 1:
+        yield "micro_batch = 1", evolve(candidate, micro_batch=1)
+
+
+def _smaller(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    """Smaller pictures of the same shapes."""
+    assert draft.model is not None
+    step = draft.model.family.multiple(draft.model.configs)
+    for share in SMALLER:
+        shapes = tuple(
+            (_scaled(width, share, step), _scaled(height, share, step), batch)
+            for width, height, batch in candidate.shapes
+        )
+        yield f"a resolution of {share:.0%} of it", evolve(candidate, shapes=shapes)
+
+
+def _smaller_pictures(candidate: Candidate) -> Iterator[Change]:
+    width, height = max(candidate.pictures, key=lambda size: size[0] * size[1])
+    for share in SMALLER:
+        size = (_scaled(width, share, 32), _scaled(height, share, 32))
+        yield (
+            f'validation sizes = ["{size[0]}x{size[1]}"]',
+            evolve(candidate, pictures=(size,)),
+        )
+
+
+def _scaled(edge: int, share: float, step: int) -> int:
+    return max(step, round(edge * share / step) * step)

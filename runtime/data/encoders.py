@@ -1,0 +1,82 @@
+"""Runs the text encoders one after the other, so that one at a time is on the device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from compiler.data.prompts import Prompt
+from compiler.plan import Plan
+from runtime.data.keys import text_parts
+from runtime.families.base import Family, TextEmbedding
+from runtime.families.common import DTYPES
+
+TOGETHER = 256  # prompts that one encoder takes before the next one's turn
+PhaseOf = Callable[[str], AbstractContextManager[None]]
+
+
+class Encoders:
+    """A plan's text encoders, of which one at a time is on the device."""
+
+    def __init__(self, plan: Plan, family: Family, phase: PhaseOf, *, waiting: bool) -> None:
+        """Each encoder runs inside `phase(its name)`. `waiting`: each is needed again and again,
+        and waits on the host in between."""
+        self._plan, self._family, self._phase, self._waiting = plan, family, phase, waiting
+        self._names = family.card.text_encoders
+        self._tokenizers = load(plan, family, [n for n in text_parts(plan) if n not in self._names])
+        self._encoders: dict[str, Any] = {}
+
+    def __call__(
+        self, prompts: Sequence[Prompt], advance: Callable[[float], None]
+    ) -> list[TextEmbedding]:
+        """Embeddings of `prompts`, on the host; `advance` is told how many are done, in parts."""
+        shares: list[list[TextEmbedding]] = []
+        for name in self._names:
+            with self._phase(name):
+                shares.append(self._encode(name, prompts, advance, len(shares)))
+        return [
+            self._family.join_text(dict(zip(self._names, each, strict=True)))
+            for each in zip(*shares, strict=True)
+        ]
+
+    def _encode(
+        self, name: str, prompts: Sequence[Prompt], advance: Callable[[float], None], number: int
+    ) -> list[TextEmbedding]:
+        kept = self._encoders.pop(name, None)
+        encoder = load(self._plan, self._family, [name])[name] if kept is None else kept
+        parts = {**self._tokenizers, name: encoder.to(self._plan.device)}
+        found: list[TextEmbedding] = []
+        for prompt in prompts:
+            (share,) = self._family.encode_with(
+                name, parts, [prompt.text], self._plan.text, negative=prompt.negative
+            )
+            found.append({key: tensor.to("cpu") for key, tensor in share.items()})
+            advance((number * len(prompts) + len(found)) / len(self._names))
+        if self._waiting:
+            self._encoders[name] = encoder if len(self._names) == 1 else encoder.to("cpu")
+        del encoder, parts, kept
+        free(self._plan)
+        return found
+
+    def free(self) -> None:
+        """Give their memory back."""
+        self._encoders.clear()
+        free(self._plan)
+
+
+def load(plan: Plan, family: Family, names: Sequence[str]) -> dict[str, Any]:
+    """The components `names` with their weights, on the plan's device."""
+    dtypes = {component.name: DTYPES[component.dtype] for component in plan.model.components}
+    device = torch.device(plan.device)
+    return {name: family.load(plan.model, name, dtypes[name], device) for name in names}
+
+
+def free(plan: Plan) -> None:
+    """Give memory back to the device once no name holds a model any more."""
+    gc.collect()
+    if plan.device != "cpu":
+        getattr(torch, plan.device).empty_cache()

@@ -1,0 +1,61 @@
+"""Host memory of each phase: what waits there for the device, and what is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from compiler.memory import Candidate
+from compiler.optimizers import OPTIMIZERS
+from runtime.memory.tracker import rounded
+
+
+class Traced(Protocol):
+    """What is needed of a trace."""
+
+    @property
+    def load(self) -> Mapping[str, int]:
+        """Bytes by category once the model is there."""
+        ...
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that the optimizer updates."""
+        ...
+
+    @property
+    def host(self) -> int:
+        """What belongs on the device and waits on the host, at most in a step."""
+        ...
+
+    @property
+    def save(self) -> Mapping[str, int]:
+        """Bytes by category between two steps."""
+        ...
+
+
+def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
+    """Bytes on the host by phase, beside those on the device.
+
+    Where the device is the host itself, only the copy that a checkpoint is written from.
+    """
+    kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
+    if candidate.adapter is None:
+        kept += trace.save.get("weights", 0)
+    if candidate.device == "cpu":
+        return {"save": kept}
+    vae = next(c for c in candidate.model.components if c.name == "vae")
+    waiting = _offloaded(candidate, trace)
+    if candidate.pictures:
+        waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
+    found = dict.fromkeys(("train", "update", "validate"), waiting)
+    found["load"] = trace.load.get("weights", 0) + trace.host
+    found["save"] = kept + waiting
+    return found
+
+
+def _offloaded(candidate: Candidate, trace: Traced) -> int:
+    """Blocks and activations, the average, and an optimizer's states."""
+    trainable = trace.trainable
+    average = 4 * trainable if candidate.ema_on_host else 0
+    return trace.host + average + round(OPTIMIZERS[candidate.optimizer.name].host_bytes * trainable)

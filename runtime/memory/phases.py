@@ -1,0 +1,148 @@
+"""What the phases around the training step allocate: encoding prompts and pictures, drawing.
+
+Each function runs the runtime's own code under a tracker, on meta tensors or on real ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiler.memory import Candidate
+from runtime.families.base import Family
+from runtime.families.common import DTYPES, component_class, config_of, draw
+from runtime.memory.tracker import Tracker
+
+CHARACTERS = 4  # of English text in one token, about; for the length of an instruction
+PROMPT = "a prompt"
+
+
+class Tokens:
+    """In a tokenizer's place: as many tokens as the prompt may have, none of them padding."""
+
+    model_max_length = 77  # CLIP's
+    padding_side = "right"
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(
+        self, prompts: list[str], *, padding: str, max_length: int = 1, **rest: Any
+    ) -> SimpleNamespace:
+        """Token numbers and mask, (prompts, tokens); one token without padding to a length."""
+        shape = (len(prompts), max_length if padding == "max_length" else 1)
+        ones = torch.ones(shape, dtype=torch.int64, device=self.device)
+        return SimpleNamespace(input_ids=ones, attention_mask=ones.clone())
+
+    def encode(self, text: str) -> list[int]:
+        """About as many numbers as `text` has tokens."""
+        return [1] * (len(text) // CHARACTERS)
+
+
+def run_text(
+    candidate: Candidate, family: Family, encoder: str, device: torch.device, tracker: Tracker
+) -> dict[str, int]:
+    """Bytes by category when one prompt is encoded by `encoder`."""
+    with tracker:
+        module = _component(candidate, family, encoder, device, tracker)
+        parts: dict[str, Any] = {encoder: module}
+        parts |= {n: Tokens(device) for n in family.card.components if n.startswith("tokenizer")}
+        tracker.category = "activations"
+        tracker.reset_peak()
+        family.encode_with(encoder, parts, [PROMPT], candidate.text)
+    return tracker.breakdown()
+
+
+def run_latents(
+    candidate: Candidate,
+    family: Family,
+    size: tuple[int, int],
+    device: torch.device,
+    tracker: Tracker,
+) -> dict[str, int]:
+    """Bytes by category when one picture of `size` (width, height) is encoded."""
+    width, height = size
+    with tracker:
+        vae = _component(candidate, family, "vae", device, tracker)
+        tracker.category = "activations"
+        tracker.reset_peak()
+        family.encode_pixels(vae, torch.zeros(1, 3, height, width, device=device))
+    return tracker.breakdown()
+
+
+def run_pictures(
+    candidate: Candidate, family: Family, model: nn.Module, device: torch.device, tracker: Tracker
+) -> dict[str, int]:
+    """Bytes by category when the largest validation picture is drawn, `tracker` being entered.
+
+    The model and what training keeps on the device are there already; the VAE comes for the time
+    of drawing. One sampling step is like the other.
+    """
+    vae = _component(candidate, family, "vae", device, tracker)
+    parts = {
+        candidate.model.trained_component: model,
+        "vae": vae,
+        "scheduler": scheduler_of(candidate),
+    }
+    embedding = _embedding(candidate, family, device)
+    tracker.exclude(embedding.values())  # embeddings wait on the host
+    tracker.category = "activations"
+    tracker.reset_peak()
+    for width, height in largest(candidate.pictures):
+        draw(
+            family,
+            parts,
+            embedding,
+            embedding,
+            width=width,
+            height=height,
+            guidance=candidate.guidance,
+            steps=2,
+            seed=0,
+        )
+    return tracker.breakdown()
+
+
+def largest(sizes: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Those of the sizes with the most pixels."""
+    most = max(width * height for width, height in sizes)
+    return [size for size in dict.fromkeys(sizes) if size[0] * size[1] == most]
+
+
+def scheduler_of(candidate: Candidate) -> Any:
+    """The base's scheduler, which does not look up on the device where it begins."""
+    cls, _ = component_class(candidate.model, "scheduler")
+    scheduler = cls.from_config(config_of(candidate.model, "scheduler"))
+    stock = scheduler.set_timesteps
+
+    def set_timesteps(*arguments: Any, **options: Any) -> None:
+        stock(*arguments, **options)
+        scheduler.set_begin_index(0)
+
+    set_timesteps.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
+def _component(
+    candidate: Candidate, family: Family, name: str, device: torch.device, tracker: Tracker
+) -> nn.Module:
+    """A frozen component on `device`, its weights unset and named so."""
+    stated = next(c for c in candidate.model.components if c.name == name)
+    module = family.empty(candidate.model, name, DTYPES[stated.dtype], device)
+    module.eval().requires_grad_(False)
+    tracker.register([*module.parameters(), *module.buffers()], "weights")
+    return module
+
+
+def _embedding(candidate: Candidate, family: Family, device: torch.device) -> Mapping[str, Tensor]:
+    configs = {name: json.loads(text) for name, text in candidate.model.configs.items()}
+    shapes = family.card.embedding_shapes(configs, candidate.text.max_length)
+    dtype = DTYPES[candidate.precision.cache]
+    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}

@@ -1,0 +1,284 @@
+"""Runs one training step under a tracker: on meta tensors to simulate it, or on real ones.
+
+What runs is the runtime's own: `build`, `make_optimizer`, `micro_step`, `update`, `Ema`. The step
+that is counted is one in the middle of a run, when the optimizer's state exists.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compiler import plan
+from compiler.memory import Candidate
+from runtime.build import Built, build
+from runtime.ema import Ema
+from runtime.families import family_of
+from runtime.families.base import Family
+from runtime.fused_backward import FusedBackward
+from runtime.memory import phases
+from runtime.memory.curve import Curve, highest
+from runtime.memory.tracker import Tracker
+from runtime.offload.host import counted
+from runtime.optimizers import make_optimizer
+from runtime.stand_in import simulated
+from runtime.step import gradient_norm, micro_step, update
+
+META = torch.device("meta")
+WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
+
+Form = tuple[str, tuple[int, ...], torch.dtype]
+"""A trained parameter: name, shape, type."""
+
+
+@frozen(kw_only=True, eq=False)
+class Course:
+    """One bucket's step and what comes after it. Bytes by category, or their course in time."""
+
+    load: Mapping[str, int]  # once the model is there
+    window: Sequence[Curve]  # the passes of one accumulation window
+    after: Mapping[str, int]  # when its gradients are complete
+    update: Sequence[Curve]  # clipping, optimizer, average
+    save: Mapping[str, int]  # what lies on the device between two steps
+    validate: Sequence[Curve]  # none without pictures
+    host: int  # bytes on the host of what belongs on the device, at most in a step
+    flops: int  # of one batch's passes, recomputation included; 0 where not counted
+    parameters: int  # of the trained component, without adapter
+    adapted_modules: int
+    forms: Sequence[Form]  # of what the optimizer updates
+
+    @property
+    def train_peak(self) -> dict[str, int]:
+        """Bytes by category at the worst moment of the passes."""
+        return highest(self.window)
+
+    @property
+    def update_peak(self) -> dict[str, int]:
+        """Bytes by category at the worst moment of what follows the passes."""
+        return highest(self.update)
+
+    @property
+    def validate_peak(self) -> dict[str, int]:
+        """Bytes by category at the worst moment of drawing; empty without pictures."""
+        return highest(self.validate) if self.validate else {}
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment of a step."""
+        return max(curve.peak for curve in (*self.window, *self.update))
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that the optimizer updates."""
+        return sum(torch.Size(shape).numel() for _, shape, _ in self.forms)
+
+
+def run_step(
+    candidate: Candidate,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    tracker: Tracker,
+    flops: Callable[[], int] = lambda: 0,
+) -> Course:
+    """Build, prime and run one window of the bucket `shape` (width, height, batch) under `tracker`.
+
+    `device` is "meta", or a real one for tests. `flops` reads a counter.
+    """
+    family = family_of(candidate.model.family)
+    with tracker, collector_off(), counted(tracker.elsewhere):
+        built = _build(candidate, family, device)
+        _name_model(tracker, built, candidate.adapter is not None)
+        load = tracker.categories()
+        optimizer = prime(candidate, built.trainable, tracker)
+        ema = average(candidate, built.trainable, tracker)
+        marked = _marks_of_passes(built.model, tracker)
+        start = flops()
+        window, after, updating = _window(candidate, family, built, optimizer, ema, shape, tracker)
+        spent = flops() - start
+        save, waiting = tracker.categories(), tracker.host_peak
+        drawn: Sequence[Curve] = ()
+        if candidate.pictures:
+            phases.run_pictures(candidate, family, built.model, device, tracker)
+            drawn = tracker.curves()
+        for handle in marked:
+            handle.remove()
+    parts = -(-shape[2] // candidate.micro_batch) if candidate.micro_batch else 1
+    return Course(
+        load=load,
+        window=window,
+        after=after,
+        update=updating,
+        save=save,
+        validate=drawn,
+        host=waiting,
+        flops=spent * parts // min(candidate.accumulate * parts, WINDOW),
+        parameters=built.parameters,
+        adapted_modules=built.adapted_modules,
+        forms=[(name, tuple(p.shape), p.dtype) for name, p in built.trainable.items()],
+    )
+
+
+def run_update(
+    candidate: Candidate, forms: Sequence[Form], after: Mapping[str, int], tracker: Tracker
+) -> Sequence[Curve]:
+    """The update of parameters of `forms` alone, on meta tensors, as a part of a model's step.
+
+    `after` is what is live in that step when the gradients are complete.
+    """
+    kind = "weights" if candidate.adapter is None else "adapter"
+    with tracker, collector_off(), counted(tracker.elsewhere):
+        tracker.category = kind
+        trainable = {
+            name: nn.Parameter(torch.empty(shape, dtype=dtype, device=META))
+            for name, shape, dtype in forms
+        }
+        optimizer = prime(candidate, trainable, tracker)
+        ema = average(candidate, trainable, tracker)
+        tracker.category = "gradients"
+        for parameter in trainable.values():
+            parameter.grad = torch.empty_like(parameter)
+        there = tracker.categories()
+        for name, nbytes in after.items():  # what is not the parameters' own
+            tracker.hold(nbytes - there.get(name, 0), name)
+        _update(candidate, trainable, optimizer, ema, None, tracker)
+    return tracker.curves()
+
+
+def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
+    with device:  # peft would make its layers on the CPU first
+        return build(
+            candidate.model,
+            candidate.adapter,
+            candidate.precision,
+            candidate.layout,
+            family,
+            device,
+            empty=True,
+            seed=0,
+        )
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Tensors are freed by their reference counts alone, so that the same step counts the same."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
+    """The model's tensors and the optimizer's masters are weights, the adapter's by that name."""
+    parameters = list(built.model.parameters())
+    trained = [*built.trainable.values(), *(p for p in parameters if p.requires_grad)]
+    tracker.register([*parameters, *built.model.buffers()], "weights")
+    tracker.register(trained, "adapter" if adapted else "weights")
+
+
+def prime(
+    candidate: Candidate, trainable: Mapping[str, nn.Parameter], tracker: Tracker
+) -> torch.optim.Optimizer:
+    """The optimizer after a first update, so that its state exists."""
+    tracker.category = "optimizer"
+    device = torch.device(candidate.device)
+    make = simulated if next(iter(trainable.values())).is_meta else make_optimizer
+    optimizer = make(candidate.optimizer, trainable.items(), device)
+    for parameter in trainable.values():
+        parameter.grad = torch.zeros_like(parameter)
+    update(optimizer, gradient_norm(trainable.values()), candidate.max_grad_norm)
+    return optimizer
+
+
+def average(
+    candidate: Candidate, trainable: Mapping[str, nn.Parameter], tracker: Tracker
+) -> Ema | None:
+    """What of an average is on the device."""
+    if not candidate.ema_on_device:
+        return None
+    tracker.category = "ema"
+    return Ema(plan.Ema(decay=0.999, device="same", every=1), trainable.items())
+
+
+def _marks_of_passes(model: nn.Module, tracker: Tracker) -> Sequence[RemovableHandle]:
+    """Mark where the model's forward passes begin and end."""
+    return (
+        model.register_forward_pre_hook(lambda *_: tracker.mark()),
+        model.register_forward_hook(lambda *_: tracker.mark()),
+    )
+
+
+def _window(
+    candidate: Candidate,
+    family: Family,
+    built: Built,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    shape: tuple[int, int, int],
+    tracker: Tracker,
+) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve]]:
+    """One optimizer update over batches of `shape`, all on the device from the start, as in the
+    loop: the course of its passes, what is live after them, and the course of what follows."""
+    fused = None
+    if candidate.layout.fused_backward:
+        fused = FusedBackward(built.model, built.trainable, optimizer)
+    width, height, batch_size = shape
+    device = next(iter(built.model.parameters())).device
+    tracker.category = "batch"
+    batches = [
+        family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
+        for _ in range(candidate.accumulate)
+    ]
+    tracker.reset_peak()
+    samples = sum(batch.latents.shape[0] for batch in batches)
+    losses = []
+    for part in [p for batch in batches for p in batch.parts(candidate.micro_batch)][:WINDOW]:
+        tracker.category = "activations"
+        losses.append(
+            micro_step(
+                family,
+                built.model,
+                part,
+                candidate.objective,
+                candidate.precision,
+                samples,
+                fused.begin if fused else None,
+            )
+        )
+        tracker.register(_gradients(built), "gradients")
+    passes, after = tracker.curves(), tracker.categories()
+    _update(candidate, built.trainable, optimizer, ema, fused, tracker)
+    return passes, after, tracker.curves()
+
+
+def _update(
+    candidate: Candidate,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    fused: FusedBackward | None,
+    tracker: Tracker,
+) -> None:
+    tracker.category = "workspace"
+    tracker.reset_peak()
+    if fused:
+        fused.finish()
+    else:
+        norm = gradient_norm(trainable.values())
+        update(optimizer, norm, candidate.max_grad_norm)
+    if ema is not None:
+        ema.update(1)
+
+
+def _gradients(built: Built) -> Iterator[Tensor]:
+    for parameter in (*built.model.parameters(), *built.trainable.values()):
+        if parameter.grad is not None:
+            yield parameter.grad

@@ -1,0 +1,145 @@
+"""A deep model's memory from that of shallow ones: the same bytes as all its blocks give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import evolve
+
+from compiler.families import FAMILIES
+from compiler.memory import Candidate
+from compiler.plan import Layout
+from runtime.memory.curve import Curve, NotAlike, affine, deeper, highest
+from runtime.memory.shallow import shallow
+from runtime.memory.simulate import RuntimeMemoryModel
+from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known
+
+MODEL = RuntimeMemoryModel()
+NUMBERS = (
+    "load",
+    "train_peak",
+    "after",
+    "update_peak",
+    "save",
+    "validate_peak",
+    "host",
+    "flops",
+    "parameters",
+    "adapted_modules",
+    "trainable",
+)
+
+
+def deep(family: str, depth: int, **options: Any) -> Candidate:
+    """A small model of `depth` blocks with everything that the large ones have."""
+    shape = {**SMALL[family], "num_layers": depth}
+    if family == "sd3":
+        shape["dual_attention_layers"] = options.pop("dual", [])
+    given = {"tokens": 32, "shapes": ((256, 256, 2),), "pictures": ((128, 128),), **options}
+    return candidate(known(BASES[family], SMALL_PARTS[family], **shape), **given)
+
+
+def check(step: Candidate) -> None:
+    assert shallow(step) is not None
+    ours, whole = MODEL.course(step, step.shapes[0]), MODEL.whole(step, step.shapes[0])
+    for name in NUMBERS:
+        assert getattr(ours, name) == getattr(whole, name), name
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4},
+        {"rank": 4, "checkpointing": 1},
+        {"rank": 4, "checkpointing": 2},
+        {"rank": 4, "checkpointing": 3, "dropout": 0.1},
+        {"rank": 4, "layout": Layout(offload_activations=True, activation_checkpointing=1)},
+        {"rank": 4, "accumulate": 3, "ema": True, "device": "cpu", "compute": "float32"},
+        {"checkpointing": 1, "trained": "bfloat16"},
+        {"trained": "float32", "optimizer": "radam", "fused": False},
+        {"trained": "bfloat16", "optimizer": "sgd", "checkpointing": 2, "max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
+def test_deep_models(family: str, options: dict[str, Any]) -> None:
+    check(deep(family, 28, **options))
+
+
+def test_two_runs_of_equal_blocks() -> None:
+    check(deep("sd3", 40, dual=list(range(21)), rank=4))
+
+
+def test_every_block_of_the_second_kind() -> None:
+    check(deep("sd3", 30, dual=list(range(30)), rank=4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4, "layout": Layout(offload_blocks=3)},
+        {"layout": Layout(fused_backward=True), "max_grad_norm": 0.0},
+        {"rank": 4, "checkpointing": 12},
+        {"rank": 4, "dual": [0, 5]},
+    ],
+    ids=str,
+)
+def test_what_has_no_period_is_simulated_whole(options: dict[str, Any]) -> None:
+    step = deep("sd3", 30, **options)
+    assert shallow(step) is None
+    assert MODEL.course(step, step.shapes[0]).peak > 0
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_published_models_are_shortened(family: str) -> None:
+    card = FAMILIES[family]
+    for entry in card.known:
+        config = dict(entry.configs["transformer"])
+        assert card.runs is not None
+        runs = card.runs(config)
+        assert runs is not None
+        assert card.shortened(config, runs) == config
+
+
+def curve(*rows: tuple[int, int]) -> Curve:
+    """(bytes of the new tensor, bytes live) each."""
+    sizes, live = zip(*rows, strict=True)
+    return Curve(categories=("a",), sizes=np.array(sizes), live=np.array(live)[:, None])
+
+
+def test_deeper_by_hand() -> None:
+    """Two tensors a block, of which one stays: 5 + 10 a block, and 7 more inside."""
+    two = curve((0, 5), (10, 15), (7, 22), (10, 25), (7, 32), (1, 26))
+    three = curve((0, 5), (10, 15), (7, 22), (10, 25), (7, 32), (10, 35), (7, 42), (1, 36))
+    assert deeper(two, [(three, 8)]).at_peak() == {"a": 5 + 10 * 10 + 7}
+    assert highest([two, three]) == {"a": 42}
+    assert affine({"a": 5, "b": 1}, [({"a": 7}, 3)]) == {"a": 11, "b": -2}
+
+
+def test_unlike_courses_are_refused() -> None:
+    two = curve((0, 5), (10, 15), (7, 22))
+    with pytest.raises(NotAlike):
+        deeper(two, [(curve((0, 5), (9, 14), (9, 23), (8, 24)), 1)])
+    with pytest.raises(NotAlike):
+        deeper(two, [(curve((0, 5)), 1)])
+
+
+def test_one_candidate_is_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = RuntimeMemoryModel(), deep("sana", 4, rank=4)
+    first = model.simulate(step)
+    monkeypatch.setattr(model, "course", None)  # a second call would fail
+    again = model.simulate(step)
+    assert again.phases == first.phases
+    other = evolve(
+        step.model,
+        components=tuple(
+            evolve(part, quantize="int8") if part.name == "text_encoder" else part
+            for part in step.model.components
+        ),
+    )
+    smaller = {p.name: p for p in model.simulate(evolve(step, model=other)).phases}
+    before = {p.name: p for p in first.phases}
+    assert smaller["text_encoder"].device_bytes < before["text_encoder"].device_bytes
+    assert smaller["train"] == before["train"]
