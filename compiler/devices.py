@@ -89,6 +89,30 @@ def facts_of(name: str) -> DeviceFacts | None:
     return next((row for row in _ROWS if re.search(row.pattern, name, re.IGNORECASE)), None)
 
 
+def named(word: str) -> tuple[str, DeviceFacts] | None:
+    """The device that a person calls `word` ("rtx-4090", "a100 80gb"), as its driver would.
+
+    None if the table has none whose name tells its memory.
+    """
+    name = re.sub(r"[\s_-]+", " ", word.strip())
+    for form in (name, re.sub(r"^(geforce |nvidia |amd |instinct )+", "", name, flags=re.I)):
+        for spelt in (form, re.sub(r"(?<=[a-z])(?=\d{4})", " ", form, flags=re.I)):
+            row = facts_of(spelt)
+            if row is not None and row.memory_bytes:
+                return spelt.upper(), row
+    return None
+
+
+def names() -> tuple[str, ...]:
+    """Names that `named` knows, as a person may write them."""
+    found = []
+    for row in _ROWS:
+        plain = re.sub(r"\(\?!.*?\)|\\b", "", row.pattern).split("|")[0].replace(".*", " ")
+        if row.memory_bytes and re.fullmatch(r"[\w ]+", plain):
+            found.append(plain.lower().replace(" ", "-"))
+    return tuple(dict.fromkeys(found))
+
+
 def peak_flops(name: str, compute: Dtype) -> float | None:
     """Floating-point operations a second at most, of matrix products in `compute`.
 

@@ -78,12 +78,27 @@ def plan(
             show_default=False,
         ),
     ] = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            help='Plan for a device that is not here: "rtx-4090", or its memory: "24 GiB".',
+            show_default=False,
+        ),
+    ] = "",
 ) -> int:
     """Say what `run` would do: steps, data, memory, every setting. Writes nothing."""
     from tuner.plan import show_plan
 
     return show_plan(
-        recipe, set_ or (), as_json=json, verbose=verbose, strict=strict, explain=explain
+        recipe,
+        set_ or (),
+        as_json=json,
+        verbose=verbose,
+        strict=strict,
+        explain=explain,
+        device=device,
     )
 
 

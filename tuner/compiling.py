@@ -24,16 +24,21 @@ SIMULATIONS = "simulations"
 UNFIT_CODES = frozenset({"does-not-fit", "disk-full"})  # errors of this machine, not of the recipe
 
 
-def compile_here(path: Path, overrides: Sequence[str], *, simulate: bool = True) -> Compiled:
-    """The recipe at `path`, compiled for this machine. Writes nothing. Without `simulate`, peak
-    memory stays unknown and nothing slow is imported."""
+def compile_here(
+    path: Path, overrides: Sequence[str], *, simulate: bool = True, device: str = ""
+) -> Compiled:
+    """The recipe at `path`, compiled for this machine, or for one with another `device`, all of
+    whose memory is free. Writes nothing. Without `simulate`, peak memory stays unknown and nothing
+    slow is imported. Raises UnknownDevice."""
+    from tuner.elsewhere import WHATEVER_IS_FREE, elsewhere
     from tuner.shelf import presets
 
+    found = elsewhere(_machine(), device) if device else None
     indices: list[Index] = []
     compiled = compile_file(
         path,
-        overrides=overrides,
-        machine=_machine,
+        overrides=[*overrides, WHATEVER_IS_FREE] if device else overrides,
+        machine=(lambda: found) if found is not None else _machine,
         memory_model=_memory_model if simulate else None,
         index=lambda: _index(indices),
         presets=presets(),

@@ -20,7 +20,7 @@ from compiler.diagnostics import Diagnostic
 from compiler.plan import Plan
 from tuner.compiling import UNFIT_CODES, compile_here
 from tuner.formats import size
-from tuner.plan_view import peak
+from tuner.plan_memory import peak
 
 SECONDS = 15.0
 """No further recipe is simulated after this time; answers are kept, so the next call goes on."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
-from tuner.exits import DONE
-from tuner.screen import out, style_for
+from tuner.exits import DONE, REFUSED
+from tuner.screen import err, out, style_for
 
 
 def show_plan(
@@ -20,11 +20,20 @@ def show_plan(
     verbose: bool = False,
     strict: bool = False,
     explain: str = "",
+    device: str = "",
 ) -> int:
     """The plan on stdout, diagnostics on stderr (in the JSON object with `as_json`).
 
-    With `explain`, a key of the recipe, only what the plan knows of that key."""
-    compiled = compile_here(recipe, overrides)
+    `device` names one that is not here, or its memory. With `explain`, a key of the recipe, only
+    what the plan knows of that key.
+    """
+    from tuner.elsewhere import UnknownDevice
+
+    try:
+        compiled = compile_here(recipe, overrides, device=device)
+    except UnknownDevice as error:
+        err(f"error: {error}")
+        return REFUSED
     diagnostics = judged(compiled, strict=strict)
     code = exit_code(diagnostics)
     plan = compiled.plan if code == DONE else None

@@ -14,7 +14,8 @@ from compiler.occasions import checkpoint_steps, validation_steps
 from compiler.plan import Plan, plain
 from compiler.schedules import multiplier
 from compiler.site import Counted, Present
-from tuner.plan_view import peak, result_folder
+from tuner.plan_memory import peak
+from tuner.plan_view import result_folder
 
 FORMAT_VERSION = 1
 LISTED = 1000  # steps of checkpoints and of validation, at most

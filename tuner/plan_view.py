@@ -12,9 +12,9 @@ from pathlib import Path
 
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
-from compiler.plan import Bucket, Component, DataSource, Geometry, Phase, Plan
+from compiler.plan import Bucket, Component, DataSource, Geometry, Plan
 from tuner.curve import draw
-from tuner.formats import amount, counted, in_unit_of, number, size
+from tuner.formats import amount, counted, number
 from tuner.layout import columns, section, wrapped
 from tuner.plan_costs import (
     cached_words,
@@ -24,6 +24,7 @@ from tuner.plan_costs import (
     sign,
     train_words,
 )
+from tuner.plan_memory import memory_lines, peak_words
 from tuner.plan_settings import different, filled_in, where
 
 MAX_BUCKETS = 5  # rows of buckets that all sources together get without -v, but at least one each
@@ -41,7 +42,7 @@ def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | N
         _data(plan, verbose, outlook),
         _training(plan, recipe, verbose),
         _steps(plan, verbose, outlook),
-        [*_memory(plan, verbose), *cost_lines(outlook, verbose=verbose)],
+        [*memory_lines(plan, verbose), *cost_lines(outlook, verbose=verbose)],
         _closing(plan),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -59,7 +60,7 @@ def summary(plan: Plan, outlook: Outlook | None = None) -> str:
         ("data", f"{counted(_images(plan), 'image')}; {_arithmetic(plan)}"),
     ]
     if plan.memory.phases:
-        rows.append(("memory", _peak_words(plan)))
+        rows.append(("memory", peak_words(plan)))
     lines = [line for name, words in rows for line in section(name, words)]
     lines += cost_lines(outlook, verbose=False) + resume_lines(plan, outlook)
     return "\n".join([*lines, *_closing(plan)])
@@ -73,11 +74,6 @@ def decorated(plain: str, style: Callable[[str, str], str]) -> str:
 def result_folder(plan: Plan) -> str:
     """Where the result will lie."""
     return str(Path(plan.run_folder) / ("lora" if plan.adapter else "model"))
-
-
-def peak(plan: Plan) -> Phase | None:
-    """The phase that needs most device memory; None where nothing was simulated."""
-    return max(plan.memory.phases, key=lambda phase: phase.device_bytes, default=None)
 
 
 def _model(plan: Plan, recipe: str) -> list[str]:
@@ -331,42 +327,6 @@ def _checkpoint_words(plan: Plan) -> str:
         return "at the end and when stopped"
     kept = f"the newest {checkpoints.keep} stay" if checkpoints.keep else "all stay"
     return f"every {counted(checkpoints.every, 'step')}, {kept}"
-
-
-def _memory(plan: Plan, verbose: bool) -> list[str]:
-    """The phase that peaks with its parts, the others in a row; with -v all with their parts."""
-    top = peak(plan)
-    if top is None:
-        return section("memory", "not simulated")
-    lines = section("memory", _peak_words(plan))
-    shown = plan.memory.phases if verbose else (top,)
-    rows = []
-    for phase in shown:
-        words = _parts(phase)
-        if phase.host_bytes and plan.device != "cpu":
-            words += f"; host {size(phase.host_bytes)}"
-        rows.append((phase.name, size(phase.device_bytes).rjust(9), words))
-    lines += columns(rows)
-    others = [f"{p.name} {size(p.device_bytes)}" for p in plan.memory.phases if p not in shown]
-    blocks = plan.memory.layout.activation_checkpointing
-    every = "every block" if blocks == 1 else f"every {blocks} blocks"
-    told = [*others, *([f"recomputes the activations of {every}"] if blocks else [])]
-    return lines + (wrapped(", ".join(told), "  ", "    ") if told else [])
-
-
-def _parts(phase: Phase) -> str:
-    """What a phase's peak is made of, largest first, in the unit of the whole."""
-    parts = sorted(phase.parts.items(), key=lambda item: -item[1])
-    whole = phase.device_bytes
-    return ", ".join(f"{name} {in_unit_of(part, whole)}" for name, part in parts if part)
-
-
-def _peak_words(plan: Plan) -> str:
-    top = peak(plan)
-    assert top is not None, "callers ask only where there are phases"
-    budget = plan.memory.budget_bytes
-    of = f" of {size(budget)}" if budget else ""
-    return f"peak {size(top.device_bytes)}{of} on {plan.device}, in {top.name} (simulated)"
 
 
 def _closing(plan: Plan) -> list[str]:

@@ -21,6 +21,12 @@ class _Quiet:
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`."""
+        from runtime.collector import collector_off
+
+        with collector_off():
+            return self._simulate(candidate)
+
+    def _simulate(self, candidate: Candidate) -> Simulation:
         from runtime.quiet import quiet
 
         with quiet(Path(os.devnull)):

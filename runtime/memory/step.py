@@ -6,9 +6,7 @@ that is counted is one in the middle of a run, when the optimizer's state exists
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from attrs import frozen
@@ -17,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from compiler import plan
 from compiler.memory import Candidate
+from runtime.batch import masked
 from runtime.build import Built, build
+from runtime.collector import collector_off
 from runtime.ema import Ema
 from runtime.families import family_of
 from runtime.families.base import Family
@@ -164,18 +164,6 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
         )
 
 
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Tensors are freed by their reference counts alone, so that the same step counts the same."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
     """The model's tensors and the optimizer's masters are weights, the adapter's by that name."""
     parameters = list(built.model.parameters())
@@ -237,6 +225,8 @@ def _window(
         family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
         for _ in range(candidate.accumulate)
     ]
+    if candidate.masked:
+        batches = [masked(batch) for batch in batches]
     tracker.reset_peak()
     samples = sum(batch.latents.shape[0] for batch in batches)
     losses = []

@@ -65,7 +65,7 @@ def check(step: Candidate) -> None:
     ids=str,
 )
 def test_deep_models(family: str, options: dict[str, Any]) -> None:
-    check(deep(family, 28, **options))
+    check(deep(family, 31, **options))
 
 
 def test_two_runs_of_equal_blocks() -> None:
