@@ -18,11 +18,12 @@ format:
 test *arguments:
     {{python}} -m pytest {{arguments}}
 
-# Start-up times, the scan of 100,000 pictures, and a plan of a million: some minutes.
+# Start-up times, the scan of 100,000 pictures, a plan of a million, feeding: some minutes.
 bench:
     {{python}} benchmarks/startup.py
     {{python}} benchmarks/scan.py
     {{python}} benchmarks/million.py
+    {{python}} benchmarks/feed.py
 
 # Write what is generated from the schema classes: the editors' schema and the reference page.
 generate:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 RUNS = 12
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 BROKEN = 'name = "x"\nschema = 1\n[model]\nfamily = "flux"\n[adapter]\nrnk = 16\n'
 
 
@@ -24,8 +25,10 @@ def main() -> None:
             "import typer, rich": base,
             "tuner --help": [sys.executable, "-m", "tuner", "--help"],
             "tuner plan broken.toml": [sys.executable, "-m", "tuner", "plan", str(recipe)],
+            "tuner plan, repeated": [sys.executable, "-m", "tuner", "plan", str(QUICKSTART)],
         }
         best = {name: (float("inf"), float("inf")) for name in commands}
+        _seconds(commands["tuner plan, repeated"])  # simulates its step, if nobody has before
         for _ in range(RUNS):
             for name, command in commands.items():
                 best[name] = tuple(map(min, best[name], _seconds(command)))

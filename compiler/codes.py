@@ -113,6 +113,13 @@ CODES: Mapping[str, Code] = {
         '[[data.source]]\npath = "damaged"  # which holds a half-copied picture',
         '[data]\nbroken = "skip"',
     ),
+    "captions-elsewhere": Code(
+        "captions that this kind of source can't hold",
+        "A column belongs to a table or a shard, a `.txt` or `.json` file lies beside an image in "
+        "a folder or a tar.",
+        '[[data.source]]\npath = "pictures"\ncaptions = { from = "column" }',
+        '[[data.source]]\npath = "table.jsonl"\ncaptions = { from = "column" }',
+    ),
     "conflict": Code(
         "two settings that exclude each other",
         "Both can't hold. Take one of them out.",
@@ -252,6 +259,14 @@ CODES: Mapping[str, Code] = {
         '[train.schedule]\nname = "cosine"\nwarmup = "100%"',
         '[train.schedule]\nname = "cosine"\nwarmup = "10%"',
     ),
+    "mask-size": Code(
+        "a mask of another size than its image",
+        "A mask is cut and scaled as its image is, so both must have the same width and height.",
+        '[[data.source]]\npath = "pictures"\ncaptions = { from = "instance", prompt = "a dog" }\n'
+        'mask = { from = "file", folder = "small" }  # of half the size',
+        '[[data.source]]\npath = "pictures"\ncaptions = { from = "instance", prompt = "a dog" }\n'
+        'mask = { from = "file", folder = "masks" }',
+    ),
     "missing-captions": Code(
         "images without a caption",
         'With `from = "textfile"` each image needs a .txt file of its name that is not empty. '
@@ -265,6 +280,15 @@ CODES: Mapping[str, Code] = {
         "There is no default that would be right for everyone.",
         "[adapter]\nrank = 8",
         '[adapter]\nkind = "lora"\nrank = 8',
+    ),
+    "missing-masks": Code(
+        "images without a mask of their own",
+        "A mask is a picture of the same name in the folder of masks, or with a suffix beside the "
+        "image. An image needs exactly one.",
+        '[[data.source]]\npath = "pictures"\ncaptions = { from = "instance", prompt = "a dog" }\n'
+        'mask = { from = "file", suffix = "-mask" }  # of which there are none',
+        '[[data.source]]\npath = "pictures"\ncaptions = { from = "instance", prompt = "a dog" }\n'
+        'mask = { from = "alpha" }',
     ),
     "missing-package": Code(
         "an optimizer or a crop whose package is not here",
@@ -357,6 +381,13 @@ CODES: Mapping[str, Code] = {
         '[model]\nbase = "pictures"',
         '[model]\nbase = "base"',
     ),
+    "not-downloaded": Code(
+        "data that lie elsewhere and have not been copied yet",
+        "A plan opens no connection. `tuner run` copies what the recipe names into the cache "
+        "folder, once, and makes the plan from the copy.",
+        '[[data.source]]\npath = "hub:owner/name"',
+        '[[data.source]]\npath = "captioned"',
+    ),
     "old-key": Code(
         "a key of an older recipe language",
         "The key was renamed. It still works in a recipe of that `schema`; rename it and raise "
@@ -432,6 +463,13 @@ CODES: Mapping[str, Code] = {
         "would misread.",
         "schema = 99",
         "schema = 1",
+    ),
+    "several-splits": Code(
+        "a data set of several splits, of which none is picked",
+        "The shards' names speak of training and of test or validation data. Which of them are "
+        "trained on must be said, so that no test data are by chance.",
+        '[[data.source]]\npath = "splits"  # with train.jsonl and test.jsonl\nformat = "table"',
+        '[[data.source]]\npath = "splits"\nformat = "table"\nfiles = ["train*"]',
     ),
     "shift-differs": Code(
         "trained at another timestep shift than sampled",
@@ -513,6 +551,13 @@ CODES: Mapping[str, Code] = {
         '[[data.source]]\npath = "pictures"  # with permissions for nobody',
         '[[data.source]]\npath = "pictures"',
     ),
+    "unreadable-source": Code(
+        "a source of images that can't be read as it is",
+        "The file is of no format that is read, is compressed where single images must be found, "
+        "or holds several formats. The message says which.",
+        '[[data.source]]\npath = "latin1.csv"  # a table in another encoding than UTF-8',
+        '[[data.source]]\npath = "table.jsonl"',
+    ),
     "unusual-lr": Code(
         "a learning rate that the optimizer is not used with",
         "Adam and its kin move a weight by about the learning rate in each step, and weights are "
@@ -541,6 +586,13 @@ CODES: Mapping[str, Code] = {
         "with `min_size`.",
         "[data]\nresolution = 256  # with images of 64 pixels",
         "[data]\nresolution = 64",
+    ),
+    "wrong-column": Code(
+        "a column that is not there, or holds something else",
+        "Images and captions of a table or a shard stand in columns. The message lists the "
+        "columns there are.",
+        '[[data.source]]\npath = "table.jsonl"\ncaptions = { from = "column", column = "words" }',
+        '[[data.source]]\npath = "table.jsonl"\ncaptions = { from = "column", column = "text" }',
     ),
     "wrong-encoding": Code(
         "a recipe that is not UTF-8",

@@ -11,6 +11,7 @@ from attrs import Factory, define
 from compiler import plan
 from compiler.data.manifest import Manifest
 from compiler.data.scan import Index
+from compiler.data.sources.remote import DOWNLOADS, Remote
 from compiler.diagnostics import Diagnostic, Severity
 from compiler.families.card import FamilyCard, KnownModel
 from compiler.machine import Machine
@@ -71,6 +72,8 @@ class Draft:
     quantize_on: dict[str, Literal["cpu", "device"]] = Factory(dict)
     text: plan.Text | None = None
     entangled: set[int] = Factory(set)  # sources in which something would be written: never read
+    remotes: list[Remote] = Factory(list)  # sources that are not copied here yet
+    absent: list[str] = Factory(list)  # URLs of pictures that are not
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
     skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
@@ -88,6 +91,11 @@ class Draft:
     cache_folder: str = ""
     workers: int = 1
     threads: int = 1
+
+    @property
+    def downloads(self) -> Path:
+        """The folder of copies of what is remote."""
+        return self.cache_default / DOWNLOADS
 
     def report(
         self,

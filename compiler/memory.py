@@ -29,6 +29,7 @@ class Candidate:
     pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
     guidance: float = 0.0  # of validation
     device: str
+    masked: bool = False  # whether samples of some source have masks
 
 
 @frozen(kw_only=True)

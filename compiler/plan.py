@@ -99,12 +99,14 @@ class Geometry:
 class Captions:
     """Where one source's captions come from."""
 
-    kind: Literal["textfile", "filename", "instance", "json"]
+    kind: Literal["textfile", "filename", "instance", "json", "column"]
     prompt: str  # of kind or missing "instance"
     missing: Literal["error", "skip", "empty", "filename", "instance"]
     multiline: Literal["join", "first", "alternatives"]
     dropout: float  # share of samples trained with the empty prompt
     key: str = ""  # of kind "json"
+    column: str = ""  # of kind "column"
+    fallback: tuple[str, ...] = ()  # columns that count where that one says nothing
     prefix: str = ""
     suffix: str = ""
     trigger: str = ""  # the word that stands for what is learned
@@ -116,11 +118,25 @@ class Captions:
 
 
 @frozen(kw_only=True)
+class Mask:
+    """Which part of each picture is learned, and what the rest counts."""
+
+    kind: Literal["alpha", "file"]
+    floor: float  # weight of what the mask leaves out, 0 to below 1
+    folder: str = ""  # of kind "file": the absolute folder that the masks' keys are below
+    suffix: str = ""  # of kind "file": between the picture's name and the mask's ending
+    missing: Literal["error", "whole"] = "error"  # of kind "file"
+
+
+@frozen(kw_only=True)
 class DataSource:
-    """One folder of images, as the plan found it."""
+    """One source of images, as the plan found it."""
 
     id: str
-    path: str
+    path: str  # absolute: a folder, or what holds the files that it is made of
+    kind: Literal["folder", "webdataset", "parquet", "arrow", "table"] = "folder"
+    files: int = 0  # tars, shards or tables
+    column: str = ""  # of a shard or table: the images'
     repeats: str  # passes per epoch, an exact decimal or fraction ("5", "0.25", "7/3")
     geometry: Geometry
     captions: Captions
@@ -132,6 +148,7 @@ class DataSource:
     held_out: int = 0  # images that are not trained on
     regularisation: bool = False  # class images, for prior preservation
     loss_weight: float = 1.0  # the loss of each sample is multiplied by it
+    mask: Mask | None = None  # None: all of each picture counts alike
 
 
 @frozen(kw_only=True)

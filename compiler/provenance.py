@@ -7,7 +7,7 @@ classes tells which, so that `tuner plan --explain KEY` has an answer for each k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -38,12 +38,17 @@ def completed(draft: Draft) -> tuple[Decision, ...]:
         found += decided.pop(key, []) or [_undecided(draft, path, value)]
     found += [decision for rest in decided.values() for decision in rest]
     values = {decision.key: decision.value for decision in found}
-    return tuple(
-        evolve(decision, value=values.get(decision.why.removeprefix(AS), decision.value))
-        if decision.source == INHERITED
-        else decision
-        for decision in found
-    )
+    return tuple(_taken_over(decision, values) for decision in found)
+
+
+def _taken_over(decision: Decision, values: Mapping[str, str]) -> Decision:
+    """An inherited decision with the value of `[data]`, if that has such a key at all."""
+    if decision.source != INHERITED:
+        return decision
+    above = decision.why.removeprefix(AS)
+    if above in values:
+        return evolve(decision, value=values[above])
+    return evolve(decision, value=LEFT_OUT, source="default", why="")
 
 
 def known(draft: Draft) -> tuple[Decision, ...]:

@@ -153,14 +153,19 @@ class CropRecipe:
 class CaptionsRecipe:
     """Where captions come from."""
 
-    source: Literal["textfile", "filename", "instance", "json"] = field(
+    source: Literal["textfile", "filename", "instance", "json", "column"] = field(
         default="textfile", metadata={"key": "from"}
     )
-    """A .txt or .json file beside each image, the file's name, or one prompt for all."""
+    """A .txt or .json file beside each image, the file's name, one prompt for all, or a column of
+    the table or shard, which is the default for those."""
     prompt: str = ""
     """The prompt of `from = "instance"`, and of `missing = "instance"`."""
     key: str = "caption"
     """Of `from = "json"`: the entry that holds a caption or a list of captions."""
+    column: str = "text"
+    """Of `from = "column"`: the column that holds a caption or a list of captions."""
+    fallback: tuple[str, ...] = ()
+    """Of `from = "column"`: columns to take where that one is empty, in this order."""
     missing: Literal["error", "skip", "empty", "filename", "instance"] = "error"
     """What to do with an image that has no caption or an empty one. "empty": train it with the
     empty prompt; "filename" and "instance": take that caption instead."""
@@ -197,13 +202,42 @@ class RegularisationRecipe:
 
 
 @frozen(kw_only=True)
+class MaskRecipe:
+    """Which part of each image is learned: white of a mask is, black is not. The loss is averaged
+    over that part, so that a small one weighs as much as a whole image."""
+
+    source: Literal["alpha", "file"] = field(metadata={"key": "from"})
+    """The image's own transparency (one without any is learned whole), or a file for each."""
+    folder: str = ""
+    """Of `from = "file"`: where masks lie, each called as its image (relative to the recipe). By
+    default beside the images, told from them by `suffix`."""
+    suffix: str = ""
+    """Of `from = "file"`: what stands behind the image's name in the mask's: "-mask" for
+    dog-mask.png beside dog.jpg."""
+    floor: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """What the rest of the image counts, beside 1 for what the mask shows."""
+    missing: Literal["error", "whole"] = "error"
+    """Of `from = "file"`: what to do with an image that has no mask. "whole": learn all of it."""
+
+
+@frozen(kw_only=True)
 class SourceRecipe:
     """One data source. What is left out is taken from `[data]`."""
 
     path: str
-    """A folder of images (relative to the recipe)."""
+    """A folder of images, or of shards; a .tar, .parquet, .arrow, .jsonl or .csv file, or a pattern
+    with `*` for several (relative to the recipe); `hub:owner/name` for a data set of the hub, or
+    the URL of a store (`s3://bucket/folder`), which `tuner run` copies once."""
     id: str = ""
     """Its name in the plan; by default the folder's."""
+    format: Literal["auto", "folder", "webdataset", "parquet", "arrow", "table"] = "auto"
+    """What lies at `path`. "auto": as the files' endings say."""
+    files: tuple[str, ...] = ()
+    """Of a folder or a hub data set: only these tars, shards or tables, as names or patterns below
+    it."""
+    image: str = "auto"
+    """Of shards and tables: the column with the image, its path or its URL. "auto": the one that is
+    called like it."""
     repeats: Annotated[float, Range(gt=0, le=1_000_000)] = 1.0
     """Passes over the source in each epoch; fractions are allowed."""
     weight: PositiveFloat | None = None
@@ -211,6 +245,8 @@ class SourceRecipe:
     epoch is as long as it takes to see each image at least once."""
     regularisation: RegularisationRecipe | None = None
     """These are images of the class, not of the subject, so that the class is not forgotten."""
+    mask: MaskRecipe | None = None
+    """Learn only a part of each image."""
     holdout: Annotated[float, Range(ge=0, le=1_000_000)] = 0.0
     """Images that are not trained on: a share below 1, or a whole number of them."""
     resolution: PositiveFloat | tuple[PositiveFloat, ...] | None = None

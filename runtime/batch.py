@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 
@@ -22,6 +22,7 @@ class Batch:
     sigmas: Tensor  # (B,) float32
     text: Mapping[str, Tensor]
     weights: Tensor | None = None  # (B,) float32, per-sample loss weights; None: all 1
+    mask: Tensor | None = None  # (B, 1, h, w) float32, weights of places, mean 1; None: all 1
 
     def parts(self, size: int) -> list[Batch]:
         """The batch in parts of at most `size` samples (0: whole), each a view of it."""
@@ -35,6 +36,12 @@ class Batch:
                 sigmas=self.sigmas[start : start + size],
                 text={name: tensor[start : start + size] for name, tensor in self.text.items()},
                 weights=None if self.weights is None else self.weights[start : start + size],
+                mask=None if self.mask is None else self.mask[start : start + size],
             )
             for start in range(0, count, size)
         ]
+
+
+def masked(batch: Batch) -> Batch:
+    """`batch` with a mask that shows all, for simulation and measurement."""
+    return evolve(batch, mask=batch.latents.new_ones(batch.latents[:, :1].shape))

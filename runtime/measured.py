@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiler.plan import Plan
+from runtime.batch import masked
 from runtime.clock import Clock
 from runtime.data.feed import Window
 from runtime.loop import Trained, one_update
@@ -59,6 +60,8 @@ def _update_peak(
         trained.family.example_batch(plan.model, width, height, batch_size, plan.text, device)
         for _ in range(plan.steps.accumulate)
     )
+    if any(source.mask for source in plan.sources):
+        batches = tuple(masked(batch) for batch in batches)
     window = Window(
         step=plan.steps.total - 1,
         epoch=plan.steps.epochs,
@@ -67,7 +70,12 @@ def _update_peak(
         names=(),
     )
     held = {
-        "batch": [t for b in batches for t in (b.latents, b.noise, b.sigmas, *b.text.values())],
+        "batch": [
+            t
+            for b in batches
+            for t in (b.latents, b.noise, b.sigmas, *b.text.values(), b.mask)
+            if t is not None
+        ],
         **_resident(trained),
     }
     with torch.compiler.set_stance("force_eager"):  # compiled steps hide what they make

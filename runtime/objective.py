@@ -83,7 +83,11 @@ def loss_weights(sigmas: Tensor, objective: Objective) -> Tensor:
 
 
 def per_sample_loss(prediction: Tensor, batch: Batch, objective: Objective) -> Tensor:
-    """Weighted squared error of the velocity, mean over (C, h, w), per sample: (B,) float32."""
+    """Weighted squared error of the velocity, mean over (C, h, w), per sample: (B,) float32.
+
+    With a mask m it is sum(m e) / sum(m) over the places (h, w), e the mean over C: a sample weighs
+    the same however little of it the mask shows.
+    """
     velocity = prediction.float()
     if objective.weighting == "diffusers-compat":
         squared = _script_error(velocity, batch) ** 2
@@ -91,9 +95,20 @@ def per_sample_loss(prediction: Tensor, batch: Batch, objective: Objective) -> T
         squared = (velocity - velocity_target(batch.latents, batch.noise)) ** 2
         if objective.weighting != "none":
             squared = _per_sample(loss_weights(batch.sigmas, objective)) * squared
+    if batch.mask is not None:
+        squared = batch.mask * squared
     if batch.weights is not None:
         squared = _per_sample(batch.weights) * squared
     return squared.flatten(1).mean(1)
+
+
+def place_weights(shown: Tensor, floor: float) -> Tensor:
+    """Weights of places, (B, 1, h, w) with mean 1, from the masks' shares `shown` (B, h, w).
+
+    floor + (1 - floor) shown, over its mean. Some weight must be above 0 in each sample.
+    """
+    weights = floor + (1.0 - floor) * shown
+    return (weights / weights.mean((1, 2), keepdim=True))[:, None]
 
 
 def _script_error(velocity: Tensor, batch: Batch) -> Tensor:

@@ -137,6 +137,25 @@ def run(
 
 
 @app.command()
+def data(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Else NAME-data.html.", show_default=False),
+    ] = None,
+    most: Annotated[
+        int, typer.Option(min=1, max=500, help="Pictures of each bucket at most.")
+    ] = 12,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> int:
+    """Write a page of what the model will see: crops, masks, captions, what is skipped."""
+    from tuner.data import show_data
+
+    return show_data(recipe, set_ or (), path=out, most=most, open_it=open_)
+
+
+@app.command()
 def new(
     file: Annotated[
         Path | None,

@@ -142,7 +142,8 @@ def _data(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     lines = section("data", words + total)
     most = len(plan.buckets) if verbose else max(1, MAX_BUCKETS // len(plan.sources))
     for source in plan.sources:
-        told = [_skipped_words(source, outlook)] if source.skipped else []
+        told = [f"{counted(source.files, 'file')}, {source.kind}"] if source.files else []
+        told += [_skipped_words(source, outlook)] if source.skipped else []
         told += [f"{source.held_out:,} held out"] if source.held_out else []
         told += _hidden_words(source, outlook)
         note = f" ({'; '.join(told)})" if told else ""
@@ -179,6 +180,10 @@ def _hidden_words(source: DataSource, outlook: Outlook | None) -> list[str]:
 def _source_details(plan: Plan, source_id: str) -> list[str]:
     source = next(source for source in plan.sources if source.id == source_id)
     rows = [_shape_words(source.geometry), _caption_words(source)]
+    if source.mask:
+        rest = f"the rest counts {number(source.mask.floor)}" if source.mask.floor else "no rest"
+        whose = "transparency" if source.mask.kind == "alpha" else source.mask.folder
+        rows.append(f"masks from {whose}, {rest}")
     if source.regularisation:
         rows.append(f"class images: their loss counts {number(source.loss_weight)} times")
     return [line for row in rows for line in wrapped(row, "    ", "      ")]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from compiler.plan import Plan
-from tuner import __version__
 from tuner.charts import chart, moving_average
 from tuner.exits import DONE, REFUSED
 from tuner.formats import amount, counted, duration, number, size
+from tuner.html import document, table
 from tuner.plan_view import text as plan_text
 from tuner.report_pictures import strips
 from tuner.run_data import RunData, read_run
@@ -20,7 +20,6 @@ from tuner.screen import err, out
 
 REPORT = "report.html"
 KINDS = {"lora": "LoRA"}
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def rewrite_report(folder: Path) -> int:
@@ -50,7 +49,6 @@ def write_report(run_folder: Path) -> Path:
 def page(run: RunData) -> str:
     """The whole document."""
     name = run.plan.name if run.plan else run.folder.resolve().name
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     sections: Sequence[Callable[[RunData], str]] = (
         _score,
         _pictures,
@@ -61,14 +59,8 @@ def page(run: RunData) -> str:
         _settings,
         _details,
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} - tuner report</title><style>{style}</style></head><body>"
-        f"{_header(run, name)}<main>{''.join(section(run) for section in sections)}</main>"
-        f"<footer>Written by tuner {__version__}</footer></body></html>\n"
-    )
+    body = f"{_header(run, name)}<main>{''.join(section(run) for section in sections)}</main>"
+    return document(f"{name} - tuner report", body, "report")
 
 
 def _header(run: RunData, name: str) -> str:
@@ -156,7 +148,7 @@ def _by_group(run: RunData, first: int, last: int) -> str:
         (escape(str(name)), _share(before.get(name)), _share(value))
         for name, value in after.items()
     ]
-    return _table((("Prompts", ""), ("Before", "number"), ("After", "number")), rows)
+    return table((("Prompts", ""), ("Before", "number"), ("After", "number")), rows)
 
 
 def _by_prompt(run: RunData, first: int, last: int) -> str:
@@ -170,7 +162,7 @@ def _by_prompt(run: RunData, first: int, last: int) -> str:
     ]
     titles = (("Prompt", ""), ("Text", ""), ("Before", "number"), ("After", "number"))
     open_ = "" if run.scores[last].get("groups") else " open"
-    return f"<details{open_}><summary>By prompt</summary>{_table(titles, rows)}</details>"
+    return f"<details{open_}><summary>By prompt</summary>{table(titles, rows)}</details>"
 
 
 def _share(value: Any) -> str:
@@ -224,9 +216,7 @@ def _memory(run: RunData) -> str:
     key = "<span class='key'><i></i>planned<i class='measured'></i>measured</span>"
     if run.measured and not measured:
         key = "Planned only: this device does not tell what was allocated."
-    return (
-        f"<h2>Device memory at its peak</h2><p class='soft small'>{key}</p>{_table(titles, rows)}"
-    )
+    return f"<h2>Device memory at its peak</h2><p class='soft small'>{key}</p>{table(titles, rows)}"
 
 
 def measured_bytes(measured: Mapping[str, Any]) -> dict[str, int]:
@@ -261,7 +251,7 @@ def _time(run: RunData) -> str:
         for name, value in sorted(spent.items(), key=lambda item: -item[1])
     ]
     titles = (("Phase", "tight"), ("", "bars"), ("Time", "number"))
-    return f"<h2>Where the time went</h2>{_table(titles, rows)}"
+    return f"<h2>Where the time went</h2>{table(titles, rows)}"
 
 
 def _data(run: RunData) -> str:
@@ -286,7 +276,7 @@ def _data(run: RunData) -> str:
     )
     steps = run.plan.steps
     words = f"{counted(steps.per_epoch, 'step')} an epoch, {counted(steps.total, 'step')} in all"
-    return f"<h2>Data</h2><p class='soft'>{words}</p>{_table(titles, rows)}"
+    return f"<h2>Data</h2><p class='soft'>{words}</p>{table(titles, rows)}"
 
 
 def _settings(run: RunData) -> str:
@@ -306,8 +296,8 @@ def _settings(run: RunData) -> str:
     words = (
         f"{optimizer.name}, learning rate {number(optimizer.lr)}; all settings and who gave them"
     )
-    table = _table(titles, rows, "settings")
-    return f"<h2>Settings</h2><details><summary>{escape(words)}</summary>{table}</details>"
+    made = table(titles, rows, "settings")
+    return f"<h2>Settings</h2><details><summary>{escape(words)}</summary>{made}</details>"
 
 
 def _details(run: RunData) -> str:
@@ -323,8 +313,8 @@ def _details(run: RunData) -> str:
     environment = _flat(run.environment)
     if environment:
         rows = [(escape(key), f"<code>{escape(value)}</code>") for key, value in environment]
-        table = _table((("", "tight"), ("", "")), rows)
-        blocks.append(f"<details><summary>Environment</summary>{table}</details>")
+        made = table((("", "tight"), ("", "")), rows)
+        blocks.append(f"<details><summary>Environment</summary>{made}</details>")
     return f"<h2>Details</h2>{''.join(blocks)}" if blocks else ""
 
 
@@ -342,18 +332,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((name, str(value)))
     return rows
-
-
-def _table(titles: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of finished HTML cells; each title comes with the class of its column."""
-    head = "".join(f'<th class="{name}">{title}</th>' for title, name in titles)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="{name}">{cell}</td>' for (_, name), cell in zip(titles, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    thead = f"<thead><tr>{head}</tr></thead>" if any(title for title, _ in titles) else ""
-    return f'<div class="scroll"><table class="{kind}">{thead}<tbody>{body}</tbody></table></div>'

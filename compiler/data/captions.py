@@ -9,6 +9,10 @@
     instance   the same prompt for every picture
     json       the file beside the picture with the same name and the suffix `.json`: an object
                that holds, under `key`, one text or a list of texts
+    column     of a table or a shard: the text, or list of texts, in the column `column` of the
+               picture's row; where that says nothing, the first of `fallback` that does
+
+In a tar, files beside the picture are the members of its name.
 
 The lines of a text and the texts of a list are treated alike. "join": all of them are one caption.
 "first": the first that is not blank. "alternatives": each is a caption of its own, equal ones
@@ -26,12 +30,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compiler.data.scan import Fault
+from compiler.data.scan import ALONE, Fault, Picture, Scan
 from compiler.files import at_once
 from compiler.plan import Captions
 
 MAX_BYTES = 1 << 20
 """A longer text file is not a caption."""
+
+COMPANION = {"textfile": ".txt", "json": ".json"}
+"""The ending of the file beside a picture that holds its caption."""
 
 _COUNTER = re.compile(r"(?:[\s_-]+\d+|[\s_-]*\(\d+\))$")
 _FRONT = re.compile(r"^0\d*[\s_-]+")
@@ -43,17 +50,31 @@ def captions_of(folder: str, key: str, captions: Captions) -> tuple[str, ...] | 
         return _spoken([captions.prompt])
     if captions.kind == "filename":
         return _spoken([from_name(key)])
-    beside = os.path.splitext(os.path.join(folder, key))[0]
-    reader = _from_json if captions.kind == "json" else _from_textfile
-    lines = reader(f"{beside}.{'json' if captions.kind == 'json' else 'txt'}", captions)
-    return lines if isinstance(lines, Fault) else _chosen(lines, captions.multiline)
+    beside = os.path.splitext(os.path.join(folder, key))[0] + COMPANION[captions.kind]
+    data = _read(beside)
+    if isinstance(data, Fault):
+        return data
+    if captions.kind == "json":
+        lines = lines_of_json(data, captions.key, beside)
+    else:
+        lines = lines_of_text(data, beside)
+    return lines if isinstance(lines, Fault) else chosen(lines, captions.multiline)
 
 
 def all_captions(
-    folder: str, keys: Sequence[str], captions: Captions
+    folder: str, found: Scan, pictures: Sequence[Picture], captions: Captions
 ) -> list[tuple[str, ...] | Fault]:
-    """`captions_of` each key, in order."""
-    return [captions_of(folder, key, captions) for key in keys]
+    """The captions of each of the `pictures` that were found, in order; as `captions_of`."""
+    if found.lines is None or captions.kind not in (*COMPANION, "column"):
+        return [captions_of(folder, picture.key, captions) for picture in pictures]
+    texts: list[tuple[str, ...] | Fault] = []
+    for picture in pictures:
+        lines = found.lines.get(picture.key, ())
+        if captions.kind in COMPANION and picture.at == ALONE:  # a table's: beside the file
+            texts.append(captions_of("", picture.file, captions))
+        else:
+            texts.append(lines if isinstance(lines, Fault) else chosen(lines, captions.multiline))
+    return texts
 
 
 def tidy(text: str) -> str:
@@ -72,7 +93,8 @@ def from_name(key: str) -> str:
     return tidy(name.replace("_", " ")) if any(c.isalpha() for c in name) else ""
 
 
-def _chosen(lines: Sequence[str], multiline: str) -> tuple[str, ...]:
+def chosen(lines: Sequence[str], multiline: str) -> tuple[str, ...]:
+    """The captions in `lines`: none empty."""
     if multiline == "join":
         return _spoken([" ".join(lines)])
     found = _spoken(lines)
@@ -84,13 +106,15 @@ def _spoken(lines: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for line in lines if (text := tidy(line))))
 
 
-def _from_textfile(path: str, captions: Captions) -> list[str] | Fault:
-    text = _text(path)
+def lines_of_text(data: bytes, path: str) -> list[str] | Fault:
+    """The lines of a text file's content."""
+    text = _text(data, path)
     return text if isinstance(text, Fault) else text.splitlines()
 
 
-def _from_json(path: str, captions: Captions) -> list[str] | Fault:
-    text = _text(path)
+def lines_of_json(data: bytes, key: str, path: str) -> list[str] | Fault:
+    """The lines under `key` in a JSON file's content."""
+    text = _text(data, path)
     if isinstance(text, Fault) or not text:
         return text if isinstance(text, Fault) else []
     try:
@@ -99,27 +123,35 @@ def _from_json(path: str, captions: Captions) -> list[str] | Fault:
         return Fault(path=path, why=f"not JSON: {error}")
     if not isinstance(value, dict):
         return Fault(path=path, why="not a JSON object")
-    value = value.get(captions.key)
+    return lines_of_value(value.get(key), key, path)
+
+
+def lines_of_value(value: Any, key: str, path: str) -> list[str] | Fault:
+    """The lines of what stands under `key`: a text, a list of texts, or nothing."""
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(one, str) for one in texts):
-        return Fault(path=path, why=f"`{captions.key}` is neither a text nor a list of texts")
+        return Fault(path=path, why=f"`{key}` is neither a text nor a list of texts")
     lines = [line for one in texts for line in one.splitlines()]
     if not all(_is_text(line) for line in lines):
-        return Fault(path=path, why=f"`{captions.key}` holds characters that are no text")
+        return Fault(path=path, why=f"`{key}` holds characters that are no text")
     return lines
 
 
-def _text(path: str) -> str | Fault:
-    """What the file holds; "" where there is none."""
+def _read(path: str) -> bytes | Fault:
+    """What the file holds; nothing where there is none."""
     try:
         with open(path, "rb", opener=at_once) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        return ""
+        return b""
     except OSError as error:
         return Fault(path=path, why=f"can't be read: {error.strerror or error}")
     if len(data) > MAX_BYTES:
         return Fault(path=path, why=f"longer than {MAX_BYTES:,} bytes: this is no caption")
+    return data
+
+
+def _text(data: bytes, path: str) -> str | Fault:
     text = _decoded(data)
     if text is None or "\0" in text:
         return Fault(path=path, why=f"not UTF-8 text{_guess(data)}")

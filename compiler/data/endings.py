@@ -14,7 +14,7 @@ _OFFSETS = ((273, 279), (324, 325))  # TIFF: strips and tiles, (offsets, byte co
 
 def short(kind: str, image: Any, read: Read, total: int) -> bool:
     """Whether the file of `total` bytes that Pillow opened as `image` is cut off."""
-    check = {"WEBP": _webp, "AVIF": _boxes, "HEIF": _boxes, "BMP": _bmp, "GIF": _gif, "TIFF": _tiff}.get(kind)
+    check = _CHECKS.get(kind)
     return check is not None and check(image, read, total)
 
 
@@ -90,3 +90,13 @@ def _tiff(image: Any, read: Read, total: int) -> bool:
             ends = [int(p) + int(n) for p, n in zip(places, lengths, strict=False)]
             return max(ends) > total
     return False
+
+
+_CHECKS = {
+    "WEBP": _webp,
+    "AVIF": _boxes,
+    "HEIF": _boxes,
+    "BMP": _bmp,
+    "GIF": _gif,
+    "TIFF": _tiff,
+}

@@ -29,7 +29,7 @@ SUFFIXES = frozenset(
 FOREIGN = frozenset((".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef"))
 """Names of pictures that are not read: such a file is a fault, not a companion."""
 
-NEEDS_HEIF = "HEIC is read with the package pillow-heif: pip install \"tuner[heic]\""
+NEEDS_HEIF = 'HEIC is read with the package pillow-heif: pip install "tuner[heic]"'
 
 _CLAIMS = SUFFIXES | FOREIGN
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")

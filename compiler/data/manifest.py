@@ -23,10 +23,12 @@ from typing import Any, TypeVar
 from attrs import astuple, fields, frozen
 
 from compiler.data.geometry import Placement
+from compiler.data.scan import ALONE
 
-FORMAT = 2
+FORMAT = 3
 _ROW = struct.Struct("<IQIIII")
 _LENGTH = struct.Struct("<I")
+_MASK = struct.Struct("<Q")
 _T = TypeVar("_T")
 
 
@@ -40,6 +42,20 @@ class Folder:
 
     id: str
     path: str
+    kind: str = "folder"  # as in the plan
+    column: str = ""  # of a shard: the pictures'
+
+
+@frozen(kw_only=True, slots=True)
+class Item:
+    """Where the bytes of a picture lie: a file of its own (`at` is ALONE), or a place in a
+    container: the first byte of a tar's member, the row of a shard."""
+
+    file: str
+    at: int = ALONE
+    bytes: int = 0
+    kind: str = "folder"
+    column: str = ""
 
 
 @frozen(kw_only=True, slots=True)
@@ -53,6 +69,9 @@ class Sample:
     height: int
     placement: Placement
     captions: tuple[str, ...]  # one of them is drawn at each use; ("",) without one
+    file: str = ""  # absolute path of the container or of itself; "": the key below the folder
+    at: int = ALONE  # in the container
+    mask: str = ""  # path of its mask below the source's folder of masks; "": no file
 
 
 @frozen(kw_only=True, slots=True)
@@ -90,9 +109,24 @@ class Manifest:
         return (self[row] for row in range(len(self)))
 
     def path(self, row: int) -> str:
-        """The absolute path of the file of `row`."""
+        """The absolute path of the file of `row`, be it a container."""
         columns = self._columns
+        if columns.file[row]:
+            return columns.files[columns.file[row]]
         return os.path.join(self.folders[columns.source[row]].path, columns.keys[row])
+
+    def item(self, row: int) -> Item:
+        """Where the bytes of `row` lie."""
+        folder, at = self.folders[self._columns.source[row]], self._columns.at[row]
+        if at == ALONE:
+            return Item(file=self.path(row))
+        return Item(
+            file=self.path(row),
+            at=at,
+            bytes=self._columns.bytes[row],
+            kind=folder.kind,
+            column=folder.column,
+        )
 
     def placement(self, row: int) -> Placement:
         """The placement of `row`."""
@@ -114,6 +148,10 @@ class Manifest:
         """What a person calls `row`: the source's id and the key."""
         mirrored = " (mirrored)" if self.placement(row).mirrored else ""
         return f"{self.folders[self._columns.source[row]].id}/{self._columns.keys[row]}{mirrored}"
+
+    def mask(self, row: int) -> str:
+        """The key of the file with the mask of `row`; "" without one."""
+        return self._columns.masks.get(row, "")
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -138,7 +176,8 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 (hex) over source ids, keys, file lengths, sizes, placements and captions.
 
-        Neither absolute paths nor times enter: a copy of the data has the same digest.
+        Neither absolute paths nor times enter, nor what kind of container holds a picture where:
+        a copy of the data has the same digest.
         """
         columns = self._columns
         state = hashlib.sha256(json.dumps([folder.id for folder in self.folders]).encode())
@@ -160,6 +199,8 @@ class Manifest:
             state.update(numbers + placements[columns.placement[row]] + key)
             for number in said:
                 state.update(captions[number])
+        for row, mask in columns.masks.items():
+            state.update(_MASK.pack(row) + _framed(os.fsencode(mask)))
         return state.hexdigest()
 
     def save(self, path: Path) -> None:
@@ -184,19 +225,32 @@ class Manifest:
             except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
                 raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
 
+    def _places(self) -> str:
+        """SHA-256 (hex) over what the digest leaves out: where each picture lies."""
+        columns = self._columns
+        state = hashlib.sha256(json.dumps([astuple(one) for one in self.folders]).encode())
+        state.update(json.dumps(columns.files).encode())
+        state.update(columns.file.tobytes() + columns.at.tobytes())
+        return state.hexdigest()
+
     def _lines(self) -> Iterator[Any]:
         columns = self._columns
         yield {
             "format": FORMAT,
             "digest": self.digest,
+            "places": self._places(),
             "folders": len(self.folders),
             "placements": len(columns.placements),
             "captions": len(columns.captions),
+            "files": len(columns.files),
+            "masks": len(columns.masks),
             "samples": len(self),
         }
-        yield from ([folder.id, folder.path] for folder in self.folders)
+        yield from (astuple(folder) for folder in self.folders)
         yield from (astuple(placement) for placement in columns.placements)
         yield from columns.captions
+        yield from columns.files
+        yield from ([row, mask] for row, mask in columns.masks.items())
         for row in range(len(self)):
             yield [
                 columns.source[row],
@@ -206,6 +260,8 @@ class Manifest:
                 columns.height[row],
                 columns.placement[row],
                 list(columns.caption_numbers(row)),
+                columns.file[row],
+                columns.at[row],
             ]
 
     @classmethod
@@ -213,13 +269,17 @@ class Manifest:
         head = next(lines)
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']}, not {FORMAT}")
-        folders = [Folder(id=i, path=p) for i, p in _take(lines, head["folders"])]
+        folders = [
+            Folder(id=i, path=p, kind=k, column=c) for i, p, k, c in _take(lines, head["folders"])
+        ]
         names = [field.name for field in fields(Placement)]
         placements = [
             Placement(**dict(zip(names, values, strict=True)))
             for values in _take(lines, head["placements"])
         ]
         captions = list(_take(lines, head["captions"]))
+        files = list(_take(lines, head["files"]))
+        masks = dict(_take(lines, head.get("masks", 0)))
         manifest = cls(
             folders,
             (
@@ -231,14 +291,19 @@ class Manifest:
                     height=height,
                     placement=placements[placement],
                     captions=tuple(captions[number] for number in said),
+                    file=files[file],
+                    at=at,
+                    mask=masks.get(row, ""),
                 )
-                for source, key, size, width, height, placement, said in _take(
-                    lines, head["samples"]
+                for row, (source, key, size, width, height, placement, said, file, at) in enumerate(
+                    _take(lines, head["samples"])
                 )
             ),
         )
         if manifest.digest != head["digest"]:
             raise ValueError("the rows do not have the digest that the head states")
+        if manifest._places() != head["places"]:
+            raise ValueError("the places are not those that the head states")
         return manifest
 
 
@@ -256,7 +321,7 @@ def _take(lines: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 class _Columns:
-    """The storage: about 100 bytes a row beside its key and what it shares with others."""
+    """The storage: about 110 bytes a row beside its key and what it shares with others."""
 
     def __init__(self) -> None:
         self.source = array("I")
@@ -267,12 +332,19 @@ class _Columns:
         self.placement = array("I")
         self.first_caption = array("Q", [0])  # where each row's begin in the next, and the end
         self.caption = array("I")
+        self.file = array("I")
+        self.at = array("q")
+        self.files: list[str] = [""]  # the first is that of pictures in folders
         self.placements: list[Placement] = []
         self.captions: list[str] = []
+        self.masks: dict[int, str] = {}  # by row, ascending
         self._placement_numbers: dict[Placement, int] = {}
         self._caption_numbers: dict[str, int] = {}
+        self._file_numbers: dict[str, int] = {"": 0}
 
     def add(self, sample: Sample) -> None:
+        if sample.mask:
+            self.masks[len(self.keys)] = sample.mask
         self.source.append(sample.source)
         self.keys.append(sample.key)
         self.bytes.append(sample.bytes)
@@ -283,6 +355,8 @@ class _Columns:
             _number(text, self.captions, self._caption_numbers) for text in sample.captions
         )
         self.first_caption.append(len(self.caption))
+        self.file.append(_number(sample.file, self.files, self._file_numbers))
+        self.at.append(sample.at)
 
     def caption_numbers(self, row: int) -> array[int]:
         return self.caption[self.first_caption[row] : self.first_caption[row + 1]]
@@ -299,6 +373,9 @@ class _Columns:
             height=self.height[row],
             placement=self.placements[self.placement[row]],
             captions=self.captions_of(row),
+            file=self.files[self.file[row]],
+            at=self.at[row],
+            mask=self.masks.get(row, ""),
         )
 
 

@@ -11,33 +11,51 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from attrs import define, field, frozen
 
-from compiler.data.headers import Header, read_header
+from compiler.data.headers import NEEDS_HEIF, Header, read_header
 from compiler.data.index import Index
 from compiler.data.quick_headers import Broken, Size
 from compiler.data.stamp import Stamp
 
-__all__ = ["Fault", "Index", "Picture", "Scan", "scan", "shown"]
+__all__ = [
+    "ALONE",
+    "Fault",
+    "File",
+    "Index",
+    "Picture",
+    "Result",
+    "Scan",
+    "measured",
+    "scan",
+    "shown",
+    "unreadable",
+]
 
 COMPANIONS = (".txt", ".json")
 _WORKERS = 8  # threads: the disk may be slow or far away, the parsing is not
 _CHUNK = 128  # files per task
 _NAMED = 8  # hidden files and folders that are named
 
+ALONE = -1
+"""The place of a picture that is a file of its own."""
+
 
 @frozen(kw_only=True, slots=True)
 class Picture:
-    """One readable picture; `key` is its path below the folder, with `/` between the parts."""
+    """One readable picture; `key` is its path below the folder, with `/` between the parts, or
+    what its container calls it."""
 
     key: str
     bytes: int  # of the file
     width: int  # pixels, after EXIF orientation
     height: int
+    file: str = ""  # absolute path of its container or of itself; "": the key below the folder
+    at: int = ALONE  # row or byte in the container
 
 
 @frozen(kw_only=True, slots=True)
@@ -60,10 +78,15 @@ class Scan:
     hidden: int  # files and folders whose name begins with a dot
     hidden_names: tuple[str, ...] = ()  # the first of them, as keys
     others: int  # files that are no pictures and do not claim to be; companions not counted
+    lines: Mapping[str, tuple[str, ...] | Fault] | None = None
+    """By key: lines of a caption that stand in the container; None: they stand beside the file."""
+    absent: tuple[str, ...] = ()  # URLs that are not downloaded yet
 
 
 @frozen(slots=True)
-class _File:
+class File:
+    """A file that may be a picture, called `key`."""
+
     key: str
     path: str
     stamp: Stamp
@@ -71,7 +94,7 @@ class _File:
 
 @define
 class _Walk:
-    files: list[_File] = field(factory=list)
+    files: list[File] = field(factory=list)
     faults: list[Fault] = field(factory=list)
     hidden: int = 0
     hidden_names: list[str] = field(factory=list)
@@ -90,7 +113,9 @@ def scan(
     root = os.path.abspath(folder)
     os.scandir(root).close()
     walk = _walked(root)
-    headers = _headers(walk.files, root, index, advance or (lambda _: None))
+    headers = measured(walk.files, root, index, advance or (lambda _: None))
+    if index is not None:
+        index.forget_missing({os.fsencode(file.path) for file in walk.files})
     return _sorted_out(walk, headers)
 
 
@@ -120,7 +145,7 @@ def _list(walk: _Walk, folder: str, prefix: str) -> None:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            walk.faults.append(_unreadable(folder, error))
+            walk.faults.append(unreadable(folder, error))
             continue
         for entry in entries:
             if entry.name.startswith("."):
@@ -143,10 +168,10 @@ def _place(walk: _Walk, entry: os.DirEntry[str], prefix: str) -> tuple[str, str]
             return None
         status = entry.stat()
     except OSError as error:
-        walk.faults.append(_unreadable(entry.path, error))
+        walk.faults.append(unreadable(entry.path, error))
         return None
     if stat.S_ISREG(status.st_mode):
-        walk.files.append(_File(key, entry.path, Stamp.of(status)))
+        walk.files.append(File(key, entry.path, Stamp.of(status)))
     else:
         walk.faults.append(Fault(path=entry.path, why="not a regular file"))
     return None
@@ -166,24 +191,25 @@ def _first(walk: _Walk, status: os.stat_result) -> bool:
     return not met
 
 
-def _unreadable(path: str, error: OSError) -> Fault:
+def unreadable(path: str, error: OSError) -> Fault:
+    """The fault of a file that the system does not let be read."""
     reason = "a link that leads nowhere" if os.path.islink(path) else error.strerror or str(error)
     return Fault(path=path, why=f"can't be read: {reason}")
 
 
 Result = Header | Fault
+"""What one file is found to be."""
 
 
-def _headers(
-    files: Sequence[_File], root: str, index: Index | None, advance: Callable[[int], None]
+def measured(
+    files: Sequence[File], root: str, index: Index | None, advance: Callable[[int], None]
 ) -> list[Result]:
-    """One result per file, from the index or from the disk."""
+    """One result per file, from the index (of what lies below `root`) or from the disk."""
     if index is None:
         return list(_opened(files, advance))
     index.load(root)
     known = [index.find(file.path, file.stamp) for file in files]
     missing = [file for file, header in zip(files, known, strict=True) if header is None]
-    index.forget_missing({os.fsencode(file.path) for file in files})
     fresh = _opened(missing, advance)
     results: list[Result] = []
     for file, header in zip(files, known, strict=True):
@@ -194,7 +220,7 @@ def _headers(
     return results
 
 
-def _opened(files: Sequence[_File], advance: Callable[[int], None]) -> Iterator[Result]:
+def _opened(files: Sequence[File], advance: Callable[[int], None]) -> Iterator[Result]:
     """Results in the order of `files`; many files are opened by several threads."""
     chunks = [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]
     if len(chunks) < 2:
@@ -209,15 +235,17 @@ def _opened(files: Sequence[_File], advance: Callable[[int], None]) -> Iterator[
             yield from results
 
 
-def _chunk(files: Sequence[_File]) -> list[Result]:
+def _chunk(files: Sequence[File]) -> list[Result]:
     return [_open(file) for file in files]
 
 
-def _open(file: _File) -> Result:
+def _open(file: File) -> Result:
     try:
-        return read_header(file.path)
+        found = read_header(file.path)
     except OSError as error:  # of the disk or of permissions: not remembered
-        return _unreadable(file.path, error)
+        return unreadable(file.path, error)
+    needs_package = isinstance(found, Broken) and found.why == NEEDS_HEIF  # nor is this
+    return Fault(path=file.path, why=NEEDS_HEIF) if needs_package else found
 
 
 def _sorted_out(walk: _Walk, results: Sequence[Result]) -> Scan:

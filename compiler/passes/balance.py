@@ -64,14 +64,12 @@ def decimal(draft: Draft, path: KeyPath, value: float) -> str:
     return plain if is_decimal and float(plain) == value else repr(value)
 
 
-def judge_leaks(draft: Draft, folders: Sequence[tuple[str, set[str], set[str]]]) -> None:
-    """Refuse what one source holds out and another trains; rows are (path, trained, held out),
+def judge_leaks(draft: Draft, sources: Sequence[tuple[set[str], set[str]]]) -> None:
+    """Refuse what one source holds out and another trains; rows are (trained, held out) pictures,
     one for each source of the recipe."""
-    trains = [{f"{path}/{key}" for key in keys} for path, keys, _ in folders]
-    for number, (path, _, out) in enumerate(folders):
-        files = {f"{path}/{key}" for key in out}
-        for other, seen in enumerate(trains):
-            if leaked := sorted(files & seen):
+    for number, (_, out) in enumerate(sources):
+        for other, (seen, _) in enumerate(sources):
+            if leaked := sorted(out & seen):
                 draft.error(
                     "holdout-leak",
                     ("data", "source", number, "holdout"),

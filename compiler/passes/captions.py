@@ -8,8 +8,8 @@ from pathlib import Path
 from attrs import frozen
 
 from compiler import plan
-from compiler.data.captions import all_captions, from_name, tidy
-from compiler.data.scan import Fault, Picture, shown
+from compiler.data.captions import COMPANION, all_captions, from_name, tidy
+from compiler.data.scan import Fault, Picture, Scan, shown
 from compiler.data.variants import PLACEHOLDER, forms, is_random, named, says, tags_of
 from compiler.draft import Draft
 from compiler.passes.inherited import Effects, inherited, path_of
@@ -18,6 +18,8 @@ from compiler.spans import KeyPath
 
 LISTED = 8  # files named in one message
 TABLE = "captions"
+TABULAR = ("parquet", "arrow", "table")
+"""Sources whose captions stand in a column, unless the recipe says otherwise."""
 
 
 @frozen(kw_only=True)
@@ -29,16 +31,23 @@ class Captioned:
     fallbacks: int  # told what `missing` says instead
 
 
-def resolve_captions(draft: Draft, where: KeyPath, effects: Effects) -> plan.Captions | None:
-    """One source's rules for captions; None after an error."""
+def resolve_captions(
+    draft: Draft, where: KeyPath, effects: Effects, place: str
+) -> plan.Captions | None:
+    """One source's rules for captions; None after an error. `place` is the kind of the source."""
 
     def value(key: str, name: str = "") -> object:
         return inherited(draft, where, TABLE, key, name)
 
+    kind = _kind(draft, where, place)
+    if kind is None:
+        return None
     made = plan.Captions(
-        kind=value("from", "source"),  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
         prompt=str(value("prompt")),
         key=str(value("key")),
+        column=str(value("column")) if kind == "column" else "",
+        fallback=value("fallback") if kind == "column" else (),  # type: ignore[arg-type]
         missing=value("missing"),  # type: ignore[arg-type]
         multiline=value("multiline"),  # type: ignore[arg-type]
         dropout=float(str(value("dropout"))),
@@ -56,6 +65,33 @@ def resolve_captions(draft: Draft, where: KeyPath, effects: Effects) -> plan.Cap
     return made if sound else None
 
 
+def _kind(draft: Draft, where: KeyPath, place: str) -> str | None:
+    """Where captions come from, if a source of this kind can hold them; None after an error."""
+    path = path_of(draft, where, TABLE, "from")
+    if place in TABULAR and not draft.given(path):
+        why = "a table holds its own captions"
+        draft.decide((*where, TABLE, "from"), "column", by="decided", why=why)
+        return "column"
+    kind = str(inherited(draft, where, TABLE, "from", "source"))
+    if kind == "column" and place in ("folder", "webdataset"):
+        draft.error(
+            "captions-elsewhere",
+            path,
+            f"a {'folder' if place == 'folder' else 'tar'} has no columns to take captions from",
+            help='captions = { from = "textfile" }',
+        )
+        return None
+    if kind in COMPANION and place in ("parquet", "arrow"):
+        draft.error(
+            "captions-elsewhere",
+            path,
+            f"images in {place} shards have no {COMPANION[kind]} files beside them",
+            help='captions = { from = "column", column = "text" }',
+        )
+        return None
+    return kind
+
+
 def _note_effects(draft: Draft, where: KeyPath, made: plan.Captions, effects: Effects) -> None:
     random = is_random(made)
     why = "it belongs to `shuffle` and `tag_dropout`, which are off"
@@ -66,7 +102,10 @@ def _note_effects(draft: Draft, where: KeyPath, made: plan.Captions, effects: Ef
     effects.note(draft, where, TABLE, "prompt", used=takes_prompt, why=why)
     why = f'it belongs to `from = "json"`; these captions come from `{made.kind}`'
     effects.note(draft, where, TABLE, "key", used=made.kind == "json", why=why)
-    lines = made.kind in ("textfile", "json")
+    for key in ("column", "fallback"):
+        why = f'it belongs to `from = "column"`; these captions come from `{made.kind}`'
+        effects.note(draft, where, TABLE, key, used=made.kind == "column", why=why)
+    lines = made.kind in (*COMPANION, "column")
     why = f"captions from `{made.kind}` have one line"
     effects.note(draft, where, TABLE, "multiline", used=lines, why=why)
 
@@ -106,18 +145,19 @@ def captioned(
     where: KeyPath,
     recipe: SourceRecipe,
     folder: Path,
-    pictures: Sequence[Picture],
+    scan: Scan,
     captions: plan.Captions,
 ) -> Captioned:
-    """Each picture with its captions; those without one as `missing` says."""
-    found = all_captions(str(folder), [p.key for p in pictures], captions)
+    """Each picture of `scan` with its captions; those without one as `missing` says."""
+    pictures = scan.pictures
+    found = all_captions(str(folder), scan, pictures, captions)
     faults = [texts for texts in found if isinstance(texts, Fault)]
     if faults:
         draft.error(
             "broken-captions",
             (*where, "path"),
-            f"{len(faults)} caption file{'s' * (len(faults) != 1)} in `{recipe.path}` "
-            "can't be read",
+            f"{len(faults)} caption{' file' * (captions.kind in COMPANION)}"
+            f"{'s' * (len(faults) != 1)} in `{recipe.path}` can't be read",
             notes=tuple(str(fault) for fault in faults[:LISTED]),
         )
     pairs = [(p, t) for p, t in zip(pictures, found, strict=True) if not isinstance(t, Fault)]
@@ -182,6 +222,8 @@ def _ways(captions: plan.Captions) -> str:
         'captions = { from = "filename" } or { from = "instance", prompt = "..." }',
         "json": f'write a .json file with the key "{captions.key}" beside each image, or choose '
         'another source: captions = { from = "textfile" }',
+        "column": "fill the column, name others to fall back to: "
+        'captions = { fallback = ["caption"] }',
         "filename": f"these names hold no words: rename the files, or choose {_INSTANCE}",
         "instance": "give a prompt with words in it",
     }

@@ -5,7 +5,6 @@ Each entry of the recipe becomes one source of the plan, or one for each of its 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,15 @@ from attrs import Factory, define, evolve
 
 from compiler import plan
 from compiler.data.manifest import Folder, Manifest, Sample
-from compiler.data.scan import Scan, scan, shown
+from compiler.data.scan import ALONE, Picture, Scan
+from compiler.data.sources.spots import Spot, name_of
 from compiler.draft import Draft
 from compiler.passes.balance import judge_leaks, trained, with_repeats
 from compiler.passes.captions import captioned, resolve_captions
 from compiler.passes.geometry import resolve_geometries
 from compiler.passes.inherited import Effects, own_or_data
+from compiler.passes.masks import judge_masks, resolve_masks
+from compiler.passes.places import resolve_spot, scanned
 from compiler.passes.placing import Skip, placed, usable
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
@@ -28,7 +30,7 @@ from compiler.spans import KeyPath
 class Found:
     """What one entry of the recipe gives."""
 
-    trained: set[str]  # keys
+    trained: set[str]  # pictures, by where they lie
     held_out: set[str]
     sources: list[plan.DataSource] = Factory(list)
     samples: list[Sample] = Factory(list)
@@ -59,14 +61,17 @@ def resolve_data(draft: Draft) -> None:
     effects.report(draft)
     if len(found) < len(recipes):
         return
-    judge_leaks(draft, [(each.sources[0].path, each.trained, each.held_out) for each in found])
+    judge_leaks(draft, [(each.trained, each.held_out) for each in found])
     groups = with_repeats(draft, [each.sources for each in found])
     if groups is None or not _differ(draft, [source for group in groups for source in group]):
         return
     draft.skips = [row for each in found for row in each.skips]
     draft.sources = tuple(source for group in groups for source in group)
     draft.manifest = Manifest(
-        [Folder(id=source.id, path=source.path) for source in draft.sources],
+        [
+            Folder(id=source.id, path=source.path, kind=source.kind, column=source.column)
+            for source in draft.sources
+        ],
         (sample for each in found for sample in each.samples),
     )
 
@@ -96,7 +101,7 @@ def _ids(draft: Draft, recipes: Sequence[SourceRecipe]) -> list[str]:
     """The sources' names: as given, else the folder's, made unique by a number."""
     ids: list[str] = []
     for number, recipe in enumerate(recipes):
-        name = recipe.id or Path(recipe.path).name or "source"
+        name = recipe.id or name_of(recipe.path) or "source"
         if recipe.id and name in ids:
             draft.error(
                 "duplicate-id",
@@ -117,32 +122,36 @@ def _source(
     """One entry of the recipe; its sources in the plan are numbered from `first` on."""
     where: KeyPath = ("data", "source", number)
     geometries = resolve_geometries(draft, where, recipe, effects)
-    captions = resolve_captions(draft, where, effects)
-    folder = _folder(draft, where, recipe)
-    if folder is None or geometries is None or captions is None:
+    spot = resolve_spot(draft, where, recipe)
+    captions = resolve_captions(draft, where, effects, spot.kind if spot else "")
+    if spot is None or geometries is None or captions is None:
         return None
-    try:
-        found = scan(folder, draft.index)
-    except OSError as error:
-        draft.error(
-            "unreadable-folder",
-            (*where, "path"),
-            f"`{recipe.path}` can't be read: {error.strerror or error}",
-        )
+    listed = scanned(draft, where, recipe, spot, captions)
+    if listed is None:
         return None
+    (found, column), folder = listed, Path(spot.root)
     if found.hidden:
         draft.hidden.append((name, found.hidden, found.hidden_names))
+    masks = resolve_masks(draft, where, recipe, folder, found)
+    if masks is None:
+        return None
+    found = masks.scan
     broken = own_or_data(draft, where, "broken")
     pictures, skips = usable(draft, where, recipe, found, broken)
-    told = captioned(draft, where, recipe, folder, pictures, captions)
+    told = captioned(
+        draft, where, recipe, folder, evolve(found, pictures=tuple(pictures)), captions
+    )
     if told.skipped:
         skips.append(Skip(images=told.skipped, why="no caption"))
     kept = trained(draft, where, recipe, told.pictures)
-    if kept is None:
+    if kept is None or not judge_masks(draft, where, recipe, masks, [one for one, _ in kept]):
         return None
     base = plan.DataSource(
         id=name,
-        path=str(folder),
+        path=spot.path,
+        kind=spot.kind,
+        files=len(spot.files),
+        column=column,
         repeats="1",
         geometry=geometries[0],
         captions=captions,
@@ -153,10 +162,11 @@ def _source(
         held_out=len(told.pictures) - len(kept),
         regularisation=recipe.regularisation is not None,
         loss_weight=recipe.regularisation.weight if recipe.regularisation else 1.0,
+        mask=masks.rules,
     )
     made = Found(
-        trained={picture.key for picture, _ in kept},
-        held_out={picture.key for picture, _ in told.pictures} - {p.key for p, _ in kept},
+        trained=(seen := {_identity(spot, picture) for picture, _ in kept}),
+        held_out={_identity(spot, picture) for picture, _ in told.pictures} - seen,
     )
     for geometry in geometries:
         samples, left = placed(draft, where, recipe, kept, geometry, first + len(made.sources))
@@ -173,7 +183,7 @@ def _source(
                 texts=len({text for sample in samples for text in sample.captions}),
             )
         )
-        made.samples += samples
+        made.samples += masks.given(samples)
         number = first + len(made.sources) - 1
         made.skips += [(number, skip.images, skip.why) for skip in (*skips, *left)]
     return made
@@ -192,23 +202,11 @@ def _report_none(
         )
 
 
-def _folder(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
-    if where[2] in draft.entangled:
-        return None  # it may be a whole disk
-    try:
-        folder = (draft.folder / Path(recipe.path).expanduser()).absolute()
-        if folder.is_dir():
-            return Path(os.path.normpath(folder))
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-    except (OSError, ValueError, RuntimeError) as error:
-        what = f"is no path: {error}"
-    draft.error(
-        "missing-path",
-        (*where, "path"),
-        f"the data folder `{recipe.path}` {what}",
-        help=f"paths are relative to the recipe: looked in {shown(str(draft.folder))}",
-    )
-    return None
+def _identity(spot: Spot, picture: Picture) -> str:
+    """The same for a file whether it was found in a folder or named by a table."""
+    if not picture.file:
+        return f"{spot.root}/{picture.key}"
+    return picture.file if picture.at == ALONE else f"{picture.file}/{picture.key}"
 
 
 def _why_none(found: Scan, skipped: int) -> str:

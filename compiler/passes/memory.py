@@ -270,6 +270,7 @@ def _candidate(draft: Draft) -> Candidate:
         pictures=drawn.sizes if drawn else (),
         guidance=drawn.guidance if drawn else 0.0,
         device=draft.device,
+        masked=any(source.mask for source in draft.sources),
     )
 
 

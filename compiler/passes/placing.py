@@ -116,6 +116,8 @@ def placed(
             height=picture.height,
             placement=one,
             captions=texts,
+            file=picture.file,
+            at=picture.at,
         )
         for (picture, texts), placement in pairs
         for one in _ways(placement, geometry.flip)

@@ -38,7 +38,7 @@ from runtime.files import PARTIAL, partial_file
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
 SHARD_SECONDS = 30.0
-RESIDENT_BYTES = 256 << 20
+RESIDENT_BYTES = 32 << 20
 """After so much was copied out of shards, their pages leave this process (not the page cache)."""
 _TOGETHER = 20_000  # entries located at a time, so that what that takes stays small
 ORPHAN_SECONDS = 3600.0
@@ -88,7 +88,8 @@ class Cache:
         self._pending_since = 0.0
         self._layouts: dict[int, Layout] = {}
         self._maps: dict[int, Tensor | None] = {}
-        self._touched = 0  # bytes copied out of maps since their pages were given back
+        self._touched: set[int] = set()  # shards read since their pages were given back
+        self._copied = 0  # bytes
         self.folders: dict[tuple[Path, tuple[Stamp, ...]], str] = {}  # of `hashes.folder_hash`
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -184,18 +185,19 @@ class Cache:
         """The bytes of a shard that was mapped when its entries were located."""
         shard = self._maps.get(number)
         assert shard is not None, "what was located was mapped"
+        self._touched.add(number)
         return shard
 
     def let_go(self, nbytes: int) -> None:
         """Count what was copied out of entries; from time to time their pages are given back."""
         with self.store.lock:
-            self._touched += nbytes
-            if self._touched < RESIDENT_BYTES:
+            self._copied += nbytes
+            if self._copied < RESIDENT_BYTES:
                 return
-            self._touched = 0
-            shards = [shard for shard in self._maps.values() if shard is not None]
-        for shard in shards:
-            not_resident(shard)
+            touched, self._touched, self._copied = self._touched, set(), 0
+        for number in touched:
+            if (shard := self._maps[number]) is not None:
+                not_resident(shard)
 
     def put(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
         """Add an entry; it is safe on disk after the next `flush`, which large amounts cause.

@@ -21,12 +21,13 @@ from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 from runtime import rng
 from runtime.batch import Batch
+from runtime.data import masks
 from runtime.data.cache import Cache, Entry
 from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
 from runtime.families.base import Family
-from runtime.objective import draw_uniform, sigmas_from_uniform
+from runtime.objective import draw_uniform, place_weights, sigmas_from_uniform
 
 MOMENTS = ("mean", "std")
 """What of a picture's entry its latents are made of."""
@@ -129,6 +130,7 @@ class Feed:
             sigmas=self._sigmas(step, slots).to(self._device),
             text={name: tensor.to(self._device) for name, tensor in collated.items()},
             weights=self._weights(batch.rows),
+            mask=self._mask(batch.rows),
         )
 
     def _weights(self, rows: Rows) -> Tensor | None:
@@ -137,6 +139,14 @@ class Feed:
             return None
         weights = [self._plan.sources[self._manifest.source(int(r))].loss_weight for r in rows]
         return torch.tensor(weights, dtype=torch.float32, device=self._device)
+
+    def _mask(self, rows: Rows) -> Tensor | None:
+        """Weights of places; None where the bucket's source has no masks."""
+        rules = self._plan.sources[self._manifest.source(int(rows[0]))].mask
+        if rules is None:
+            return None
+        shown = self._cache.stack(self._latents, rows, (masks.NAME,))[masks.NAME].float()
+        return place_weights(shown, rules.floor).to(self._device)
 
     def _posterior(self, cached: Entry, step: int, slots: range) -> Tensor | None:
         """Noise to draw the VAE's posterior with, where it has one."""
@@ -156,9 +166,8 @@ class Feed:
         """The embedding of one of the row's captions, or the unconditional one where it is
         dropped."""
         share = self._dropout[self._manifest.source(row)]
-        if share > 0:
-            if rng.uniform(self._plan.seed, "caption-dropout", step, slot) < share:
-                return self._unconditional[0]
+        if share > 0 and rng.uniform(self._plan.seed, "caption-dropout", step, slot) < share:
+            return self._unconditional[0]
         numbers = self._manifest.caption_numbers(row)
         which = 0
         if len(numbers) > 1:

@@ -9,11 +9,8 @@ of these phases that of one item. Threads decode ahead of the encoder.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 
@@ -21,42 +18,51 @@ import torch
 from torch import Tensor
 
 from compiler.compile import default_cache
-from compiler.data.geometry import Placement
 from compiler.data.index import HEADERS, Index
-from compiler.data.manifest import Manifest, Sample
+from compiler.data.manifest import Item, Manifest
 from compiler.data.prompts import prompts_of
-from compiler.data.scan import shown
+from compiler.data.scan import ALONE, shown
 from compiler.plan import Plan
+from runtime.data import masks
 from runtime.data.cache import Cache
+from runtime.data.decode import Ready, decoded
 from runtime.data.encoders import TOGETHER, Encoders, PhaseOf, free, load
 from runtime.data.focus import require_opencv
-from runtime.data.hashes import file_hashes
-from runtime.data.keys import LatentKeys, latent_keys, text_keys
-from runtime.data.pixels import BrokenPicture, Pixels, decode_placed, to_tensor
+from runtime.data.hashes import item_hashes
+from runtime.data.keys import latent_keys, mask_names, text_keys
+from runtime.data.pixels import BrokenPicture
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
 
-_AHEAD = 3  # decoded pictures held per thread
 OFFSET = "crop"
 """In an entry of latents: x and y of a cut that was found by looking at the pixels."""
 _NAMED = 20  # files named in one message
+NOTHING_SHOWN = "its mask shows nothing of what is cut out"
+_MEND = (
+    "headers and endings looked right, so the plan counts them, and its steps can't change any "
+    "more. They are noted now: run the recipe again and the plan will name them, or leave them out "
+    'with broken = "skip"; all others are cached'
+)
+_MEND_MASKS = (
+    "mend the masks or remove these pictures; a `floor` above 0 learns something of each; all "
+    "others are cached"
+)
 
 
 class BrokenData(RunFailed):
-    """Pictures whose pixels can't be decoded. `files` are (path, why)."""
+    """Pictures whose pixels or masks can't be used. `files` are (path, why)."""
 
-    def __init__(self, files: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, files: Sequence[tuple[str, BrokenPicture]]) -> None:
         lines = [f"  {shown(path)}: {why}" for path, why in files[:_NAMED]]
         if len(files) > _NAMED:
             lines.append(f"  and {len(files) - _NAMED} more")
         count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
+        masked = all(isinstance(why, masks.BrokenMask) for _, why in files)
         super().__init__(
-            f"{count} can't be decoded:\n" + "\n".join(lines),
-            help="headers and endings looked right, so the plan counts them, and its steps can't "
-            "change any more. They are noted now: run the recipe again and the plan will name "
-            'them, or leave them out with broken = "skip"; all others are cached',
+            f"{count} can't be {'used' if masked else 'decoded'}:\n" + "\n".join(lines),
+            help=_MEND_MASKS if masked else _MEND,
         )
         self.files = tuple(files)
 
@@ -121,18 +127,18 @@ def fill_latents(
         require_opencv()
     parts = load(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
-    broken: dict[bytes, str] = {}
+    broken: dict[bytes, BrokenPicture] = {}
     try:
-        for row, decoded in _decoded(todo, manifest, keys, latents, plan.workers):
-            if isinstance(decoded, BrokenPicture):
-                broken[keys[row]] = str(decoded)
+        for row, ready in decoded(todo, plan, manifest, keys, latents):
+            if isinstance(ready, BrokenPicture):
+                broken[keys[row]] = ready
                 continue
-            pixels, placement = decoded
-            batch = to_tensor(pixels)[None].to(plan.device)
-            moments = family.encode_pixels(parts["vae"], batch)
-            entry = {name: t[0] for name, t in moments.items()}
-            if placement.focus:
-                entry[OFFSET] = torch.tensor([placement.crop_x, placement.crop_y])
+            moments = family.encode_pixels(parts["vae"], ready.pixels.to(plan.device))
+            entry = _entry(moments, ready)
+            rules = plan.sources[manifest.source(row)].mask
+            if rules is not None and rules.floor == 0 and not entry[masks.NAME].any():
+                broken[keys[row]] = masks.BrokenMask(NOTHING_SHOWN)
+                continue
             cache.put(keys[row], _stored(entry, plan))
             done += 1
             events.advance(done)
@@ -141,17 +147,33 @@ def fill_latents(
         free(plan)
         cache.flush()
     if broken:
-        files = [(manifest.path(r), broken[key]) for r, key in enumerate(keys) if key in broken]
-        _condemn(files)
-        raise BrokenData(files)
+        rows = [(row, broken[key]) for row, key in enumerate(keys) if key in broken]
+        _condemn(
+            [(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)]
+        )
+        raise BrokenData([(_called(manifest, row), why) for row, why in rows])
+
+
+def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
+    """What is cached of one picture."""
+    entry = {name: t[0] for name, t in moments.items()}
+    if ready.placement.focus:
+        entry[OFFSET] = torch.tensor([ready.placement.crop_x, ready.placement.crop_y])
+    if ready.mask is not None:
+        entry[masks.NAME] = masks.pooled(ready.mask, *entry["mean"].shape[-2:])
+    return entry
 
 
 def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> list[bytes]:
     """The cache key of each row's latents. Raises FileGone."""
     keys = latent_keys(plan, family, cache)
-    paths = [manifest.path(row) for row in range(len(manifest))]
-    contents = file_hashes(cache, paths, plan.workers)
-    return [keys.key(content, manifest.placement(row)) for row, content in enumerate(contents)]
+    items = [manifest.item(row) for row in range(len(manifest))]
+    contents = item_hashes(cache, items, plan.workers)
+    names = mask_names(plan, manifest, cache)
+    return [
+        keys.key(content, manifest.placement(row), names[row])
+        for row, content in enumerate(contents)
+    ]
 
 
 def prompt_embeddings(
@@ -170,7 +192,14 @@ def _stored(entry: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
 
 def _by_bucket(manifest: Manifest) -> Iterator[int]:
     for members in manifest.buckets:
-        yield from members.samples
+        if manifest.folders[members.source].kind == "folder":
+            yield from members.samples
+        else:  # containers are read from front to back
+            yield from sorted(members.samples, key=lambda row: _position(manifest.item(row)))
+
+
+def _position(item: Item) -> tuple[str, int]:
+    return item.file, item.at
 
 
 def _once(rows: Iterable[int], keys: Sequence[bytes], missing: set[bytes]) -> list[int]:
@@ -183,55 +212,15 @@ def _once(rows: Iterable[int], keys: Sequence[bytes], missing: set[bytes]) -> li
     return chosen
 
 
-Ready = tuple[Pixels, Placement]
-Decoded = tuple[int, Ready | BrokenPicture]
+def _called(manifest: Manifest, row: int) -> str:
+    """The path of a picture, or of its container and its name there."""
+    item = manifest.item(row)
+    return item.file if item.at == ALONE else f"{item.file} ({manifest[row].key})"
 
 
-def _decoded(
-    rows: Sequence[int],
-    manifest: Manifest,
-    keys: Sequence[bytes],
-    latents: LatentKeys,
-    workers: int,
-) -> Iterator[Decoded]:
-    """Rows with their pixels, in order, a few ahead of who asks."""
-
-    def decode_row(row: int) -> Decoded:
-        return row, _pixels(manifest.path(row), manifest[row], keys[row], latents)
-
-    waiting: deque[Future[Decoded]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for row in rows:
-                waiting.append(pool.submit(decode_row, row))
-                if len(waiting) >= workers * _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _pixels(path: str, sample: Sample, key: bytes, latents: LatentKeys) -> Ready | BrokenPicture:
-    """The pixels of what was hashed; a file that has changed since then is an error."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        if latents.key(hashlib.sha256(data).digest(), sample.placement) != key:
-            raise RunFailed(
-                f"{shown(path)} was changed while the run began", help="run the recipe again"
-            )
-        return decode_placed(data, sample.placement, (sample.width, sample.height))
-    except OSError as error:
-        return BrokenPicture(f"can't be read: {error.strerror or error}")
-    except BrokenPicture as broken:
-        return broken
-
-
-def _condemn(broken: Sequence[tuple[str, str]]) -> None:
+def _condemn(broken: Sequence[tuple[Item, str]]) -> None:
     """Tell the next plan, through the index of headers that plans are made with."""
     index = Index(default_cache() / HEADERS)
-    for path, why in broken:
-        if os.path.exists(path):
-            index.condemn(path, why)
+    for item, why in broken:
+        if os.path.exists(item.file):
+            index.condemn(item.file, why, item.at)

@@ -1,4 +1,5 @@
-"""SHA-256 of files, remembered by path, length and times, so that each is read once."""
+"""SHA-256 of files and of what lies in containers, remembered by path, place, length and times, so
+that each is read once."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compiler.data.scan import shown
+from compiler.data.manifest import Item
+from compiler.data.scan import ALONE, shown
 from compiler.data.stamp import Stamp
+from runtime.data.items import name_of, read, reading_order
 from runtime.data.store import CacheNotWritable, Store
 from runtime.errors import RunFailed
 
@@ -32,10 +35,22 @@ def file_hashes(cache: Cache, paths: Sequence[str], workers: int = 1) -> list[by
 
     Raises FileGone where a file can't be read.
     """
-    hashes: list[bytes] = []
+    return item_hashes(cache, [Item(file=path) for path in paths], workers)
+
+
+def item_hashes(cache: Cache, items: Sequence[Item], workers: int = 1) -> list[bytes]:
+    """SHA-256 of each item's bytes; only what changed since the last time is read.
+
+    Raises FileGone where one can't be read.
+    """
+    order = reading_order(items, range(len(items)))
+    hashes = [b""] * len(items)
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), _CHUNK):
-            hashes += _chunk(cache, paths[start : start + _CHUNK], pool)
+        for start in range(0, len(order), _CHUNK):
+            rows = order[start : start + _CHUNK]
+            found = _chunk(cache, [items[row] for row in rows], pool)
+            for row, digest in zip(rows, found, strict=True):
+                hashes[row] = digest
     return hashes
 
 
@@ -54,20 +69,21 @@ def folder_hash(cache: Cache, folder: Path) -> str:
     return cache.folders[known]
 
 
-def known_hashes(store: Store, paths: Sequence[str]) -> list[bytes | None]:
-    """SHA-256 of each file that is remembered and has not changed; else None. Reads no file."""
-    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+def known_hashes(store: Store, items: Sequence[Item]) -> list[bytes | None]:
+    """SHA-256 of each item that is remembered and has not changed; else None. Reads no file."""
+    names = [name_of(item) for item in items]
     known = _remembered(store, names)
+    stamps = {path: _stamp_if_there(path) for path in {item.file for item in items}}
     return [
-        known[name][1] if name in known and known[name][0] == _stamp_if_there(path) else None
-        for name, path in zip(names, paths, strict=True)
+        known[name][1] if name in known and known[name][0] == stamps[item.file] else None
+        for name, item in zip(names, items, strict=True)
     ]
 
 
 def known_folder_hash(store: Store, folder: Path) -> str | None:
     """What `folder_hash` would give, if every file's hash is remembered; else None."""
     files = _parts(folder)
-    hashes = known_hashes(store, [str(path) for path in files])
+    hashes = known_hashes(store, [Item(file=str(path)) for path in files])
     whole = [digest for digest in hashes if digest is not None]
     return _joined(folder, files, whole) if files and len(whole) == len(files) else None
 
@@ -89,12 +105,13 @@ def _remembered(store: Store, names: Sequence[bytes]) -> dict[bytes, tuple[Stamp
     return {row[0]: (Stamp(*row[1:4]), row[4]) for row in store.rows(query, names)}
 
 
-def _chunk(cache: Cache, paths: Sequence[str], pool: ThreadPoolExecutor) -> list[bytes]:
-    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+def _chunk(cache: Cache, items: Sequence[Item], pool: ThreadPoolExecutor) -> list[bytes]:
+    names = [name_of(item) for item in items]
     known = _remembered(cache.store, names)
-    stamps = [_stamp(path) for path in paths]
+    looked = {path: _stamp(path) for path in {item.file for item in items}}
+    stamps = [looked[item.file] for item in items]
     fresh = [n not in known or known[n][0] != s for n, s in zip(names, stamps, strict=True)]
-    made = pool.map(_hash, [path for path, new in zip(paths, fresh, strict=True) if new])
+    made = pool.map(_hash, [item for item, new in zip(items, fresh, strict=True) if new])
     found = list(_merged(names, fresh, known, made))
     rows = [
         (name, stamp.bytes, stamp.mtime_ns, stamp.ctime_ns, digest)
@@ -131,12 +148,14 @@ def _stamp(path: str) -> Stamp:
         raise _gone(path, error) from error
 
 
-def _hash(path: str) -> bytes:
+def _hash(item: Item) -> bytes:
     try:
-        with open(path, "rb") as file:
+        if item.at != ALONE:
+            return hashlib.sha256(read(item)).digest()
+        with open(item.file, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise _gone(path, error) from error
+        raise _gone(item.file, error) from error
 
 
 def _gone(path: str, error: OSError) -> FileGone:

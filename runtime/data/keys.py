@@ -7,6 +7,7 @@ entry, and moving or renaming files finds the right one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import asdict, frozen
 
 from compiler.data.geometry import Placement
+from compiler.data.manifest import Item, Manifest
 from compiler.plan import Model, Plan, digest_of
-from runtime.data.hashes import folder_hash, known_folder_hash
+from runtime.data.hashes import file_hashes, folder_hash, known_folder_hash, known_hashes
 from runtime.data.store import Store
 
 if TYPE_CHECKING:  # both import torch, and a plan that asks what is cached must not
@@ -26,6 +28,12 @@ TEXT_VERSION = 1
 """Raise it when the same prompt and encoders would give other embeddings."""
 LATENTS_VERSION = 1
 """Raise it when the same picture and encoder would give other latents (decoding included)."""
+MASK_VERSION = 1
+"""Raise it when the same mask would give other shares."""
+ALPHA = "alpha"
+"""Stands for a mask in keys: the picture's own transparency, whose content is the picture's."""
+WHOLE = "whole"
+"""Stands for the mask of a picture that needs none."""
 FOCUS_VERSION = 1
 """Raise it when faces or what is salient would be found elsewhere in the same picture."""
 
@@ -47,9 +55,11 @@ class LatentKeys:
 
     base: str
 
-    def key(self, content: bytes, placement: Placement) -> bytes:
-        """The key of a picture; `content` is the SHA-256 of its file."""
-        return _key([self.base, content.hex(), _moves(placement)])
+    def key(self, content: bytes, placement: Placement, mask: str = "") -> bytes:
+        """The key of a picture; `content` is the SHA-256 of its file, and `mask` stands for its
+        mask (see `mask_names`)."""
+        masked = [{"mask": mask, "mask_version": MASK_VERSION}] if mask else []
+        return _key([self.base, content.hex(), _moves(placement), *masked])
 
 
 def _moves(placement: Placement) -> dict[str, Any]:
@@ -62,6 +72,49 @@ def _moves(placement: Placement) -> dict[str, Any]:
     else:
         del parts["focus"]
     return parts
+
+
+def mask_path(plan: Plan, manifest: Manifest, row: int) -> str:
+    """The file with the mask of `row`; "" where there is none."""
+    rules, key = plan.sources[manifest.source(row)].mask, manifest.mask(row)
+    return os.path.join(rules.folder, key) if rules is not None and key else ""
+
+
+def mask_kind(plan: Plan, source: int) -> str:
+    """What stands for the mask of a picture of `source` that has no file of its own."""
+    rules = plan.sources[source].mask
+    return "" if rules is None else ALPHA if rules.kind == "alpha" else WHOLE
+
+
+def mask_names(plan: Plan, manifest: Manifest, cache: Cache) -> list[str]:
+    """What stands for each row's mask in its key: "", ALPHA, WHOLE, or the hash of its file.
+
+    Raises FileGone.
+    """
+    files = _mask_files(plan, manifest, len(manifest))
+    found = iter(file_hashes(cache, [path for path in files if path], plan.workers))
+    return [
+        next(found).hex() if path else mask_kind(plan, manifest.source(row))
+        for row, path in enumerate(files)
+    ]
+
+
+def known_mask_names(plan: Plan, manifest: Manifest, store: Store, count: int) -> list[str | None]:
+    """As `mask_names` of the first `count` rows, None where a hash is not remembered."""
+    files = _mask_files(plan, manifest, count)
+    found = iter(known_hashes(store, [Item(file=path) for path in files if path]))
+    return [
+        (None if (digest := next(found)) is None else digest.hex())
+        if path
+        else mask_kind(plan, manifest.source(row))
+        for row, path in enumerate(files)
+    ]
+
+
+def _mask_files(plan: Plan, manifest: Manifest, count: int) -> list[str]:
+    if not any(source.mask for source in plan.sources):
+        return [""] * count
+    return [mask_path(plan, manifest, row) for row in range(count)]
 
 
 def text_parts(plan: Plan) -> tuple[str, ...]:

@@ -51,15 +51,15 @@ def decode_placed(
     """As `decode`, with the placement's cut where its focus was found."""
     try:
         with pillow().open(io.BytesIO(data)) as opened:
-            image = _upright(opened)
+            image = upright(opened)
     except Exception as error:  # Pillow's decoders raise whatever their libraries do
         raise BrokenPicture(f"broken image data ({error})") from error
     if image.size != size:
         raise BrokenPicture(f"{image.size[0]}x{image.size[1]} pixels, not {size[0]}x{size[1]}")
     try:
-        simple = _simple(image)
-        placement = focused(simple, placement)
-        pixels = np.asarray(_srgb(_placed(simple, placement), image.info))
+        plain = simple(image)
+        placement = focused(plain, placement)
+        pixels = np.asarray(_srgb(_placed(plain, placement), image.info))
         return (pixels[:, ::-1] if placement.mirrored else pixels), placement
     except (OSError, ValueError) as error:
         raise BrokenPicture(f"pixels can't be converted ({error})") from error
@@ -70,13 +70,14 @@ def to_tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _upright(opened: Image.Image) -> Image.Image:
+def upright(opened: Image.Image) -> Image.Image:
+    """The first picture of a file, decoded and turned as its EXIF orientation says."""
     opened.seek(0)
     opened.load()
     return ImageOps.exif_transpose(opened)
 
 
-def _simple(image: Image.Image) -> Image.Image:
+def simple(image: Image.Image) -> Image.Image:
     """The same picture in a mode to resample: L, RGB, CMYK, or RGBA where it has alpha."""
     mode = image.mode
     if mode.startswith("I"):
@@ -97,15 +98,20 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _placed(image: Image.Image, placement: Placement) -> Image.Image:
-    """Scale and cut in one: the box of the full picture that the cut shows."""
+    """Scale and cut in one."""
+    size = (placement.width, placement.height)
+    return image.resize(size, Image.Resampling.LANCZOS, box=cut_box(image, placement))
+
+
+def cut_box(image: Image.Image, placement: Placement) -> tuple[float, float, float, float]:
+    """The box (left, upper, right, lower) of the full picture that the cut shows."""
     across, down = image.width / placement.resize_width, image.height / placement.resize_height
-    box = (
+    return (
         placement.crop_x * across,
         placement.crop_y * down,
         min(image.width, (placement.crop_x + placement.width) * across),
         min(image.height, (placement.crop_y + placement.height) * down),
     )
-    return image.resize((placement.width, placement.height), Image.Resampling.LANCZOS, box=box)
 
 
 def _srgb(image: Image.Image, info: dict[Any, Any]) -> Image.Image:

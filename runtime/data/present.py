@@ -15,7 +15,7 @@ from compiler.data.prompts import prompts_of
 from compiler.plan import Model, Plan
 from compiler.site import Counted
 from runtime.data.hashes import known_hashes
-from runtime.data.keys import known_latent_keys, known_text_keys
+from runtime.data.keys import known_latent_keys, known_mask_names, known_text_keys
 from runtime.data.store import INDEX, SHARDS, CacheDamaged, Store
 
 MOST = 50_000
@@ -74,11 +74,12 @@ def _latents(plan: Plan, manifest: Manifest, folder: Path, store: Store) -> Coun
     keys = known_latent_keys(plan, folder, store)
     if keys is None:
         return _unknown(total)
-    contents = known_hashes(store, [manifest.path(row) for row in range(looked)])
+    contents = known_hashes(store, [manifest.item(row) for row in range(looked)])
+    masks = known_mask_names(plan, manifest, store, looked)
     names = [
-        keys.key(content, manifest.placement(row))
-        for row, content in enumerate(contents)
-        if content is not None
+        keys.key(content, manifest.placement(row), mask)
+        for row, (content, mask) in enumerate(zip(contents, masks, strict=True))
+        if content is not None and mask is not None
     ]
     there = _there(store, names)
     return Counted(

@@ -49,6 +49,7 @@ class Course:
     validate: Sequence[Curve]  # none without pictures
     host: int  # bytes on the host of what belongs on the device, at most in a step
     flops: int  # of one batch's passes, recomputation included; 0 where not counted
+    largest: int  # bytes of the largest tensor, which the host holds while loading
     parameters: int  # of the trained component, without adapter
     adapted_modules: int
     forms: Sequence[Form]  # of what the optimizer updates
@@ -118,6 +119,7 @@ def run_step(
         validate=drawn,
         host=waiting,
         flops=spent * parts // min(candidate.accumulate * parts, WINDOW),
+        largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
         forms=[(name, tuple(p.shape), p.dtype) for name, p in built.trainable.items()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -29,7 +30,15 @@ from tests.compiler.recipes import (
 )
 
 ROOT = Path(__file__).parents[2]
-PLACE = {"error": 0, "warn": 0, "report": 1, "reject": 0, "Fault": 1, "_unreadable": 2}
+PLACE = {
+    "error": 0,
+    "warn": 0,
+    "report": 1,
+    "reject": 0,
+    "Fault": 1,
+    "_unreadable": 2,
+    "SourceUnfit": 0,
+}
 KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -101,6 +110,8 @@ def _world(folder: Path) -> None:
     """A working recipe, and all the files that the examples speak of."""
     project(folder, RECIPE)
     make_pictures(folder / "more", [(64, 64)] * 4)
+    make_pictures(folder / "masks", [(64, 64)] * 5)
+    make_pictures(folder / "small", [(32, 32)] * 5)
     make_pictures(folder / "mixed", [(64, 64)] * 4 + [(128, 32)])
     make_pictures(folder / "latin1", [(64, 64)] * 4, caption="a")
     (folder / "latin1" / "000.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -108,6 +119,16 @@ def _world(folder: Path) -> None:
     make_pictures(folder / "damaged", [(64, 64)] * 4)
     (folder / "damaged" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 half")
     (folder / "empty").mkdir()
+    rows = [json.dumps({"file_name": f"captioned/{n:03}.png", "text": "a cafe"}) for n in range(4)]
+    (folder / "table.jsonl").write_text("\n".join(rows))
+    (folder / "splits").mkdir()
+    for split in ("train", "test"):
+        (folder / "splits" / f"{split}.jsonl").write_text(
+            "\n".join(rows).replace('"cap', '"../cap')
+        )
+    (folder / "latin1.csv").write_bytes(
+        "file_name,text\ncaptioned/000.png,caf\xe9\n".encode("latin-1")
+    )
     (folder / "prompts.txt").write_text("a dog on a beach\na dog in the snow\n")
     (folder / "weights.toml").write_bytes(b"#" * (9 * 2**20))
 
@@ -179,7 +200,7 @@ def _closed_folder(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
     def scan(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    patch.setattr("compiler.passes.data.scan", scan)
+    patch.setattr("compiler.passes.places.scan", scan)
     return _compiled(folder / "recipe.toml")
 
 

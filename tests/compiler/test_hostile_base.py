@@ -83,7 +83,7 @@ def test_a_whole_disk_is_never_scanned(tmp_path: Path, monkeypatch: pytest.Monke
     def scanned(*_: object, **__: object) -> None:
         raise AssertionError("nothing should be listed")
 
-    monkeypatch.setattr("compiler.passes.data.scan", scanned)
+    monkeypatch.setattr("compiler.passes.places.scan", scanned)
     found = compiled(project(tmp_path), 'data.source[0].path="/"')
     assert {fault.code for fault in found.diagnostics} == {"data-not-apart"}
     assert "would lie in the data folder `/`" in found.diagnostics[0].message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 
@@ -52,6 +53,15 @@ def test_optimizers_without_fused_kernel(family: str, optimizer: str) -> None:
 @pytest.mark.parametrize("family", ["sana", "sd3"])
 def test_accumulation_average_and_dropout(family: str) -> None:
     check(small(family, rank=4, dropout=0.1, accumulate=3, ema=True, max_grad_norm=0.0))
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_masks(family: str) -> None:
+    """A mask is one more tensor of each batch, and one more product."""
+    plain = small(family, rank=4, checkpointing=1)
+    check(attrs.evolve(plain, masked=True))
+    more = real(attrs.evolve(plain, masked=True)).peak - real(plain).peak
+    assert more >= 0
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from compiler.data.captions import MAX_BYTES, all_captions, captions_of, from_name
-from compiler.data.scan import Fault
+from compiler.data.scan import Fault, Picture, Scan
 from compiler.plan import Captions
 
 
@@ -145,4 +145,6 @@ def test_filename(key: str, expected: str) -> None:
 
 def test_instance() -> None:
     rule = settings(kind="instance", prompt="  a photo of  sks dog\n")
-    assert all_captions("", ["a.jpg", "b.jpg"], rule) == [("a photo of sks dog",)] * 2
+    pictures = [Picture(key=key, bytes=1, width=1, height=1) for key in ("a.jpg", "b.jpg")]
+    found = Scan(pictures=tuple(pictures), faults=(), hidden=0, others=0)
+    assert all_captions("", found, pictures, rule) == [("a photo of sks dog",)] * 2

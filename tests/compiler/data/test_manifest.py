@@ -103,7 +103,7 @@ def test_any_damage_is_noticed(tmp_path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines(keepends=True)
     damaged = [text[: len(text) // 2], "", "".join(lines[:-1]), text.replace("a dog", "a cat")]
-    damaged.append(text.replace('"format": 2', '"format": 9'))
+    damaged.append(text.replace('"format": 3', '"format": 9'))
     for content in damaged:
         path.write_text(content)
         with pytest.raises(ManifestDamaged):

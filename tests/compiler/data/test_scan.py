@@ -100,7 +100,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
         {
             "zero.jpg": b"",
             "text.png": b"this is no picture",
-            "photo.heic": b"\0\0\0\x18ftypheic",
+            "photo.jxl": b"\xff\x0a\xfa\x1f",
             "bomb.png": png_bomb(60_000, 60_000),
             "stub.jpg": JPEG[:15],
             "empty.png": chunk(b"IHDR", bytes(13)),
@@ -117,7 +117,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
     faults = why(found)
     assert faults["zero.jpg"] == "empty file (0 bytes)"
     assert faults["text.png"] == "not an image: the content is of no format that is read"
-    assert faults["photo.heic"].startswith("not a format that is read")
+    assert faults["photo.jxl"].startswith("not a format that is read")
     assert "60000x60000 is more than 178,956,970 pixels" in faults["bomb.png"]
     assert "header of this JPEG file" in faults["stub.jpg"]
     assert faults["empty.png"].startswith("not an image")

@@ -1,0 +1,189 @@
+"""WebDataset tars: pictures and their captions grouped by name, read in place.
+
+A member `dog/00.jpg` takes its caption from the member `dog/00.txt` or `dog/00.json`, as in a
+folder. Members are told by content as files are. Only plain members count: links, devices and
+sparse members are faults if they claim to be pictures, and so is a picture with an absolute name
+or one with `..` in it. A compressed tar can't be read at a place, so it is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import tarfile
+from typing import IO, Any, cast
+
+from attrs import define, evolve, field
+
+from compiler.data.captions import COMPANION, MAX_BYTES, lines_of_json, lines_of_text
+from compiler.data.headers import Foreign, claims_picture, header_of
+from compiler.data.quick_headers import Size
+from compiler.data.scan import COMPANIONS, Fault
+from compiler.data.sources.listing import Entry, Listing, SourceUnfit, Wanted
+from compiler.files import at_once
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@define
+class _Found:
+    entries: list[Entry] = field(factory=list)
+    faults: list[tuple[str, str]] = field(factory=list)
+    texts: dict[str, tuple[str, ...] | str] = field(factory=dict)  # stem -> lines, or why not
+    hidden: int = 0
+    others: int = 0
+
+
+def list_tar(path: str, wanted: Wanted) -> Listing:
+    """All pictures of the tar at `path`, with their captions' lines.
+
+    Raises OSError where it can't be opened, and SourceUnfit where it is compressed.
+    """
+    found = _Found()
+    with open(path, "rb", opener=at_once) as file:
+        _refuse_compressed(path, file)
+        try:
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+                kept: Any = tar
+                while (member := tar.next()) is not None:
+                    kept.members.clear()  # or it would hold all of them
+                    _add(found, member, file, wanted)
+                _judge_end(found, file, kept.offset)
+        except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError) as error:
+            found.faults.append(("", f"not a whole tar: {error}"))
+    return Listing(
+        entries=tuple(_captioned(entry, found) for entry in found.entries),
+        faults=tuple(found.faults),
+        hidden=found.hidden,
+        others=found.others,
+    )
+
+
+def _refuse_compressed(path: str, file: IO[bytes]) -> None:
+    head = file.read(6)
+    file.seek(0)
+    for start, name in _COMPRESSED.items():
+        if head.startswith(start):
+            raise SourceUnfit(
+                "unreadable-source",
+                f"`{os.path.basename(path)}` is compressed ({name}): it can only be read from "
+                "start to end, and pictures are read one by one",
+                help="unpack it to a plain .tar; pictures are compressed already",
+            )
+
+
+def _judge_end(found: _Found, file: IO[bytes], offset: int) -> None:
+    """A tar ends with blocks of zeros; Python's reader takes damage in the middle for the end."""
+    file.seek(offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        found.faults.append(("", "not a whole tar: it is damaged, or its end is missing"))
+
+
+def _add(found: _Found, member: tarfile.TarInfo, file: IO[bytes], wanted: Wanted) -> None:
+    name = _plain(member.name)
+    if member.isdir():
+        return
+    if posixpath.basename(name).startswith("."):
+        found.hidden += 1
+        return
+    wrong = _wrong(name, member)
+    stem, ending = posixpath.splitext(name)
+    if ending.lower() in COMPANIONS:
+        if not wrong and ending.lower() == COMPANION.get(wanted.captions.kind):
+            found.texts[stem] = _lines(file, member, wanted)
+        return
+    if wrong:
+        if claims_picture(name):
+            found.faults.append((name, wrong))
+        else:
+            found.others += 1
+        return
+    window = Window(file, member.offset_data, member.size)
+    header = header_of(name, cast(IO[bytes], window), member.size)
+    if isinstance(header, Foreign):
+        found.others += 1
+    elif isinstance(header, Size):
+        found.entries.append(
+            Entry(
+                name=name,
+                at=member.offset_data,
+                bytes=member.size,
+                width=header.width,
+                height=header.height,
+            )
+        )
+    else:
+        found.entries.append(
+            Entry(name=name, at=member.offset_data, bytes=member.size, why=header.why)
+        )
+
+
+def _plain(name: str) -> str:
+    """Without the `./` that tar puts before names."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
+
+
+def _wrong(name: str, member: tarfile.TarInfo) -> str:
+    if member.issym() or member.islnk():
+        return "a link in a tar is not followed"
+    if not member.isreg() or member.issparse():
+        return "not a plain member of the tar"
+    if name.startswith("/") or ".." in name.split("/"):
+        return "a name that leads out of the tar"
+    return ""
+
+
+def _lines(file: IO[bytes], member: tarfile.TarInfo, wanted: Wanted) -> tuple[str, ...] | str:
+    if member.size > MAX_BYTES:
+        return f"longer than {MAX_BYTES:,} bytes: this is no caption"
+    data = Window(file, member.offset_data, member.size).read(member.size) or b""
+    if wanted.captions.kind == "json":
+        lines = lines_of_json(data, wanted.captions.key, member.name)
+    else:
+        lines = lines_of_text(data, member.name)
+    return lines.why if isinstance(lines, Fault) else tuple(lines)
+
+
+def _captioned(entry: Entry, found: _Found) -> Entry:
+    said = found.texts.get(posixpath.splitext(entry.name)[0])
+    if said is None:
+        return entry
+    return evolve(entry, no_lines=said) if isinstance(said, str) else evolve(entry, lines=said)
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        super().__init__()
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As files do; before the start is the start."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Bytes from the window's start."""
+        return self._at
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        """As files do; nothing behind the window's end."""
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,0 +1,203 @@
+"""Masks: which part of each picture is learned, and where that is written down.
+
+A mask is the picture's own transparency, or a picture of the same size. A file is found by name:
+the picture `a/dog.jpg` has the mask `a/dog-mask.png` with the suffix "-mask", in the folder of
+masks or beside it; the ending is any that pictures have. Masks that lie among the pictures are not
+trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from compiler import plan
+from compiler.data.manifest import Sample
+from compiler.data.scan import Fault, Picture, Scan, scan, shown
+from compiler.draft import Draft
+from compiler.passes.captions import LISTED, listed
+from compiler.schema import SourceRecipe
+from compiler.spans import KeyPath
+
+
+@frozen(kw_only=True)
+class Masks:
+    """One source's masks: the rules (None: it has none) and the files, by picture without ending
+    and suffix."""
+
+    rules: plan.Mask | None
+    scan: Scan  # of the source, without its masks
+    files: Mapping[str, Sequence[Picture]] = {}
+    faults: Sequence[Fault] = ()
+
+    def given(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with their masks."""
+        if not self.files:
+            return list(samples)
+        return [evolve(sample, mask=self._key(sample.key)) for sample in samples]
+
+    def _key(self, key: str) -> str:
+        found = self.files.get(stem(key), ())
+        return found[0].key if found else ""
+
+
+def stem(key: str) -> str:
+    """A key without the ending of its name."""
+    return os.path.splitext(key)[0]
+
+
+def resolve_masks(
+    draft: Draft, where: KeyPath, recipe: SourceRecipe, folder: Path, found: Scan
+) -> Masks | None:
+    """What the recipe says of masks, and the files there are. None after an error."""
+    table = recipe.mask
+    if table is None:
+        return Masks(rules=None, scan=found)
+    path = (*where, "mask")
+    if not _effective(draft, path, table.source):
+        return None
+    for key in ("folder", "suffix", "floor", "missing"):
+        draft.decide((*path, key), getattr(table, key))
+    draft.decide((*path, "from"), table.source)
+    rules = plan.Mask(kind=table.source, floor=table.floor)
+    if table.source == "alpha":
+        return Masks(rules=rules, scan=found)
+    place = _place(draft, path, table.folder, folder)
+    if place is None:
+        return None
+    if place == folder and not table.suffix:
+        draft.error(
+            "missing-key",
+            path,
+            "masks from files need a `folder` of their own or a `suffix` to be told by",
+            help='mask = { from = "file", suffix = "-mask" }',
+        )
+        return None
+    rules = evolve(rules, folder=str(place), suffix=table.suffix, missing=table.missing)
+    if place == folder:
+        return _beside(rules, found)
+    try:
+        there = scan(place, draft.index)
+    except OSError as error:
+        draft.error(
+            "unreadable-folder",
+            (*path, "folder"),
+            f"`{table.folder}` can't be read: {error.strerror or error}",
+        )
+        return None
+    files = _by_picture(there.pictures, table.suffix)
+    return Masks(rules=rules, scan=_without(found, folder, place), files=files, faults=there.faults)
+
+
+def _effective(draft: Draft, path: KeyPath, kind: str) -> bool:
+    idle = [key for key in ("folder", "suffix", "missing") if draft.given((*path, key))]
+    if kind == "file" or not idle:
+        return True
+    draft.error(
+        "no-effect",
+        (*path, idle[0]),
+        f'`{idle[0]}` has no effect: it belongs to `from = "file"`',
+        of="key",
+    )
+    return False
+
+
+def _place(draft: Draft, path: KeyPath, stated: str, folder: Path) -> Path | None:
+    """The folder of masks; by default the pictures' own."""
+    if not stated:
+        return folder
+    try:
+        place = Path(os.path.normpath((draft.folder / Path(stated).expanduser()).absolute()))
+        if place.is_dir():
+            return place
+        what = "is a file, not a folder" if place.exists() else "does not exist"
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"is no path: {error}"
+    draft.error(
+        "missing-path",
+        (*path, "folder"),
+        f"the folder of masks `{stated}` {what}",
+        help=f"paths are relative to the recipe: looked in {shown(str(draft.folder))}",
+    )
+    return None
+
+
+def _by_picture(pictures: Sequence[Picture], suffix: str) -> dict[str, list[Picture]]:
+    files: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        name = stem(picture.key)
+        if name.endswith(suffix):
+            files.setdefault(name[: len(name) - len(suffix)], []).append(picture)
+    return files
+
+
+def _beside(rules: plan.Mask, found: Scan) -> Masks:
+    """Masks among the pictures: whatever is called as a picture with the suffix behind it."""
+    names = {stem(picture.key) for picture in found.pictures}
+    files = {
+        name: masks
+        for name, masks in _by_picture(found.pictures, rules.suffix).items()
+        if name in names
+    }
+    keys = {mask.key for masks in files.values() for mask in masks}
+    left = tuple(picture for picture in found.pictures if picture.key not in keys)
+    return Masks(rules=rules, scan=evolve(found, pictures=left), files=files, faults=found.faults)
+
+
+def _without(found: Scan, folder: Path, masks: Path) -> Scan:
+    """A folder of masks below that of the pictures holds no pictures to train."""
+    if not masks.is_relative_to(folder):
+        return found
+    below = f"{masks.relative_to(folder).as_posix()}/"
+    left = tuple(picture for picture in found.pictures if not picture.key.startswith(below))
+    return evolve(found, pictures=left)
+
+
+def judge_masks(
+    draft: Draft,
+    where: KeyPath,
+    recipe: SourceRecipe,
+    masks: Masks,
+    pictures: Sequence[Picture],
+) -> bool:
+    """Whether each picture has one mask of its own size, where it needs a file."""
+    rules = masks.rules
+    if rules is None or rules.kind == "alpha":
+        return True
+    path, each = (*where, "mask"), [(p, masks.files.get(stem(p.key), ())) for p in pictures]
+    without = [p.key for p, found in each if not found]
+    if without and (rules.missing == "error" or len(without) == len(pictures)):
+        draft.error(
+            "missing-masks",
+            path,
+            f"{len(without)} of {len(pictures)} images in `{recipe.path}` have no mask",
+            help=f'{listed(without)}\nto learn all of these: missing = "whole"',
+            notes=tuple(str(fault) for fault in masks.faults[:LISTED]),
+        )
+        return False
+    twice = [p.key for p, found in each if len(found) > 1]
+    if twice:
+        draft.error(
+            "missing-masks",
+            path,
+            f"{len(twice)} of {len(pictures)} images in `{recipe.path}` have several masks, which "
+            "differ in their endings",
+            help=listed(twice),
+        )
+        return False
+    odd = [(p, m) for p, found in each for m in found if (p.width, p.height) != (m.width, m.height)]
+    if odd:
+        first, mask = odd[0]
+        draft.error(
+            "mask-size",
+            path,
+            f"{len(odd)} of {len(pictures)} masks of `{recipe.path}` have another size than "
+            f"their image: {shown(first.key)} has {first.width}x{first.height} pixels, its mask "
+            f"{mask.width}x{mask.height}",
+            help=listed([mask.key for _, mask in odd]),
+        )
+        return False
+    return True

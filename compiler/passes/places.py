@@ -1,0 +1,148 @@
+"""Where one source lies, and what is found there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compiler import plan
+from compiler.data.scan import Scan, scan, shown
+from compiler.data.sources.listing import SourceUnfit, Wanted
+from compiler.data.sources.remote import HUB, Remote, copied, hub_parts, is_remote
+from compiler.data.sources.spots import Spot, spot_of
+from compiler.draft import Draft
+from compiler.passes.captions import listed
+from compiler.schema import SourceRecipe
+from compiler.spans import KeyPath
+
+
+def resolve_spot(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Spot | None:
+    """What the source's path leads to; None after an error."""
+    if where[2] in draft.entangled:
+        return None  # it may be a whole disk
+    try:
+        path = _path(draft, where, recipe)
+        if path is None:
+            return None
+        remote = is_remote(recipe.path)
+        files = () if remote and not path.is_dir() else recipe.files
+        spot = spot_of(path, recipe.format, files)
+        what = "does not exist"
+    except SourceUnfit as error:
+        _report(draft, where, recipe, error)
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        spot, what = None, f"is no path: {error}"
+    if spot is None:
+        draft.error(
+            "missing-path",
+            (*where, "path"),
+            f"the data folder `{recipe.path}` {what}",
+            help=f"paths are relative to the recipe: looked in {shown(str(draft.folder))}",
+        )
+        return None
+    draft.decide((*where, "format"), spot.kind, by="decided", why="by what lies at `path`")
+    draft.decide((*where, "files"), recipe.files or "all")
+    return spot
+
+
+def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
+    """The absolute path of the source, or of the copy of a remote one; None after an error."""
+    if not is_remote(recipe.path):
+        return (draft.folder / Path(recipe.path).expanduser()).absolute()
+    if recipe.path.startswith(HUB) and hub_parts(recipe.path) is None:
+        draft.error(
+            "bad-path",
+            (*where, "path"),
+            f"`{recipe.path}` is no data set of the hub",
+            help='path = "hub:owner/name", or "hub:owner/name@revision"',
+        )
+        return None
+    remote = Remote(url=recipe.path, files=recipe.files)
+    copy = copied(draft.downloads, remote)
+    if copy is None:
+        draft.remotes.append(remote)
+        draft.error(
+            "not-downloaded",
+            (*where, "path"),
+            f"`{recipe.path}` has not been copied to this machine yet",
+            help=_HOW,
+        )
+        return None
+    return Path(copy)
+
+
+_HOW = "`tuner run` copies it first, once; a plan opens no connection"
+
+
+def scanned(
+    draft: Draft, where: KeyPath, recipe: SourceRecipe, spot: Spot, captions: plan.Captions
+) -> tuple[Scan, str] | None:
+    """All that lies there, and the images' column; None after an error."""
+    if not _judge_image(draft, where, recipe, spot):
+        return None
+    try:
+        if spot.kind == "folder":
+            return scan(Path(spot.root), draft.index), ""
+        from compiler.data.sources.gather import gather
+
+        image = "" if recipe.image == "auto" else recipe.image
+        wanted = Wanted(image=image, captions=captions)
+        found, column = gather(spot, wanted, draft.downloads, draft.index)
+    except SourceUnfit as error:
+        _report(draft, where, recipe, error)
+        return None
+    except OSError as error:
+        draft.error(
+            "unreadable-folder",
+            (*where, "path"),
+            f"`{recipe.path}` can't be read: {error.strerror or error}",
+        )
+        return None
+    draft.decide((*where, "image"), column or "none", by="decided", why="by its name")
+    if found.absent:
+        draft.absent += found.absent
+        draft.error(
+            "not-downloaded",
+            (*where, "path"),
+            f"{len(found.absent)} images of `{recipe.path}` have not been copied to this machine "
+            "yet",
+            help=f"{_HOW}: {listed(found.absent)}",
+        )
+        return None
+    return found, column
+
+
+def _judge_image(draft: Draft, where: KeyPath, recipe: SourceRecipe, spot: Spot) -> bool:
+    """Refuse what has no effect or can't be read here."""
+    if recipe.image != "auto" and spot.kind in ("folder", "webdataset"):
+        draft.error(
+            "no-effect",
+            (*where, "image"),
+            "`image` has no effect: it names a column, and this is no shard or table",
+            of="key",
+        )
+        return False
+    mask = recipe.mask
+    if mask is not None and mask.source == "file" and not mask.folder and spot.kind != "folder":
+        draft.error(
+            "conflict",
+            (*where, "mask"),
+            "masks that lie beside the images are only read from folders",
+            help='mask = { from = "file", folder = "masks" }',
+        )
+        return False
+    return True
+
+
+def _report(draft: Draft, where: KeyPath, recipe: SourceRecipe, error: SourceUnfit) -> None:
+    """Blame the source's key, or that of its captions where it is stated."""
+    keys = error.key.split(".")
+    path = (*where, *keys)
+    if not draft.given(path) and draft.given(("data", *keys)):
+        path = ("data", *keys)
+    if not draft.given(path):
+        path = (*where, "path")
+    message = error.message
+    if error.code in ("missing-path", "unreadable-source"):
+        message = f"`{recipe.path}`: {message}"
+    draft.report("error", error.code, path, message, help=error.help)

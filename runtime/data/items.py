@@ -1,0 +1,108 @@
+"""The bytes of one picture, wherever they lie: a file, a place in a tar, a row of a shard.
+
+Files and tars are read at the place itself. A Parquet shard is read a row group at a time, the
+least that its format gives, and an Arrow shard a record batch at a time; the last few of them are
+kept, so reading in the order of places (`reading_order`) reads each once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+from attrs import frozen
+
+from compiler.data.index import inside
+from compiler.data.manifest import Item
+from compiler.data.scan import ALONE
+from compiler.data.sources.columns import image_kind, opened_arrow, pyarrow
+from compiler.data.stamp import Stamp
+
+_GROUPS = 4  # row groups or batches that are kept; one of pictures takes some hundred MiB at most
+_SHARDS = 64  # of which the layout is kept
+
+_lock = threading.Lock()
+
+
+def read(item: Item) -> bytes:
+    """The picture's bytes. Raises OSError where they can't be read."""
+    if item.at == ALONE:
+        with open(item.file, "rb") as file:
+            return file.read()
+    if item.kind == "webdataset":
+        with open(item.file, "rb") as file:
+            file.seek(item.at)
+            return file.read(item.bytes)
+    return _cell(item)
+
+
+def name_of(item: Item) -> bytes:
+    """What tells this item from all others of this machine: its path, and its place there."""
+    path = os.path.abspath(item.file)
+    return os.fsencode(path) if item.at == ALONE else inside(path, item.at)
+
+
+def reading_order(items: Sequence[Item], rows: Iterable[int]) -> list[int]:
+    """`rows` of `items` by container and place: the order in which each is read once."""
+    return sorted(rows, key=lambda row: (items[row].file, items[row].at))
+
+
+@frozen
+class _Layout:
+    """Where the rows of a shard begin: the ends of its groups, counted from the first row."""
+
+    ends: tuple[int, ...]
+
+
+def _cell(item: Item) -> bytes:
+    stamp = Stamp.of(os.stat(item.file))
+    try:
+        with _lock:  # threads ask for the same group: one of them reads it
+            layout = _layout(item.file, item.kind, stamp)
+            group = bisect_right(layout.ends, item.at)
+            column = _group(item.file, item.kind, stamp, item.column, group)
+        first = layout.ends[group - 1] if group else 0
+        cell = column[item.at - first]
+        if image_kind(column.type) == "struct":
+            cell = cell["bytes"]
+        if not cell.is_valid:
+            raise OSError("there is no picture in this row any more")
+        return bytes(cell.as_buffer())
+    except (pyarrow().ArrowException, IndexError, KeyError) as error:
+        raise OSError(f"row {item.at} of the shard can't be read: {error}") from error
+
+
+@lru_cache(maxsize=_SHARDS)
+def _layout(path: str, kind: str, stamp: Stamp) -> _Layout:
+    if kind == "parquet":
+        with _parquet(path) as file:
+            metadata = file.metadata
+            counts = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+    else:
+        with opened_arrow(path) as (_, batches):
+            counts = [batch.num_rows for batch in batches]
+    return _Layout(tuple(accumulate(counts)))
+
+
+@lru_cache(maxsize=_GROUPS)
+def _group(path: str, kind: str, stamp: Stamp, column: str, group: int) -> Any:
+    """The pictures' column of one row group or record batch."""
+    if kind == "parquet":
+        with _parquet(path) as file:
+            return file.read_row_group(group, columns=[column]).column(column)
+    with opened_arrow(path) as (_, batches):
+        for number, batch in enumerate(batches):
+            if number == group:
+                return batch.column(column)
+    raise IndexError(group)
+
+
+def _parquet(path: str) -> Any:
+    import importlib
+
+    return importlib.import_module("pyarrow.parquet").ParquetFile(path)
