@@ -318,7 +318,7 @@ def _duration(plan: Plan, machine: Machine, site: Site | None) -> tuple[Duration
 
 def _rate(plan: Plan, machine: Machine, site: Site | None) -> tuple[float, Basis, str] | None:
     """Operations a second, from the best source there is."""
-    name = device_name(plan, machine)
+    name = device_name(plan.device, machine)
     same = site.speed(step_key(plan, name)) if site else None
     if same is not None:
         return same.flops_per_second, "same-step", f"measured here, {same.steps:,} such steps"
@@ -337,6 +337,6 @@ def _rate(plan: Plan, machine: Machine, site: Site | None) -> tuple[float, Basis
     return share * sheet, "data-sheet", why
 
 
-def device_name(plan: Plan, machine: Machine) -> str:
-    """What the plan's device is called among measured speeds."""
-    return "cpu" if plan.device == "cpu" else machine.device_name
+def device_name(device: str, machine: Machine) -> str:
+    """What a plan's device is called among what was measured."""
+    return "cpu" if device == "cpu" else machine.device_name

@@ -8,6 +8,9 @@ from attrs import frozen
 
 from compiler.plan import Adapter, Layout, Model, Objective, Optimizer, Phase, Precision, Text
 
+CORRECTION = "correction"
+"""The part of a phase by which earlier runs on the same machine differed from what was planned."""
+
 
 @frozen(kw_only=True)
 class Candidate:

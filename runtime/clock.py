@@ -18,6 +18,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.failed = ""  # the innermost phase that an exception ended
         self._device = device
         self._stack: list[str] = []
         self._since = time.perf_counter()
@@ -29,6 +30,9 @@ class Clock:
         self._stack.append(name)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or name
+            raise
         finally:
             self._book()
             self._stack.pop()

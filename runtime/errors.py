@@ -16,6 +16,14 @@ class MachineUnfit(RunFailed):
     """The plan is right, but this machine can't run it (exit code 3)."""
 
 
+class OutOfMemory(RunFailed):
+    """The device had too little memory in `phase` (exit code 1)."""
+
+    def __init__(self, message: str, help: str, phase: str) -> None:
+        super().__init__(message, help)
+        self.phase = phase
+
+
 class PlanChanged(RunFailed):
     """The run folder holds another plan. `changes` are (key, there, here) as text (exit code 2)."""
 

@@ -38,6 +38,7 @@ from runtime.measured import measured
 from runtime.methods import full, lora
 from runtime.optimizers import check_usable, host_state, kept_weights, make_optimizer, to_host
 from runtime.optimizers import load_state as load_optimizer
+from runtime.out_of_memory import is_out_of_memory, refusal
 from runtime.quiet import quiet
 from runtime.stop import Stop
 from runtime.track import Tracker, open_trackers
@@ -116,21 +117,9 @@ def _guarded(context: Context) -> Outcome:
     except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
         raise RunFailed(str(error), help="what was saved before is whole: run again") from error
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        first = (str(error) or "no memory left").splitlines()[0]
-        raise RunFailed(
-            f"{context.device} ran out of memory: {first}",
-            help="the plan's `memory` shows what needs most; lower the batch size or the "
-            "resolution, or recompute more blocks",
-        ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator raised `error`; torch's for the processor has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "DefaultCPUAllocator" in str(error)
-    )
+        raise refusal(context.plan, context.clock.failed, error, context.device) from error
 
 
 def _outcome(

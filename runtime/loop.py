@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from runtime.events import Events
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
 from runtime.optimizers import set_lr
+from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.rng import seed_torch
 from runtime.step import gradient_norm, micro_step, update
 from runtime.stop import Stop
@@ -152,7 +154,13 @@ def train(
         events=events, trackers=trackers, every=1 if device.type == "cpu" else LOG_EVERY
     )
     for window in windows:
-        row = one_update(plan, trained, window)
+        try:
+            row = one_update(plan, trained, window)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error) and not is_torn(error) and done:
+                _let_go(trained, device)
+                actions.checkpoint(done, window.epoch)
+            raise
         done += 1
         if trained.ema is not None:
             trained.ema.update(done)
@@ -173,6 +181,14 @@ def train(
     return done
 
 
+def _let_go(trained: Trained, device: torch.device) -> None:
+    """Drop what the step that failed has left, to have room for saving what the last one made."""
+    for parameter in (*trained.model.parameters(), *trained.parameters.values()):
+        parameter.grad = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def due(done: int, every: int) -> bool:
     """Whether an action that happens `every` steps (0: never) comes after `done` updates."""
     return every > 0 and done % every == 0
@@ -187,17 +203,18 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
     size = plan.steps.micro_batch
     for index, batch in enumerate(part for b in window.batches for part in b.parts(size)):
         seed_torch(plan.seed, "model", window.step, index)
-        losses.append(
-            micro_step(
-                trained.family,
-                trained.model,
-                batch,
-                plan.objective,
-                plan.precision,
-                window.samples,
-                fused.begin if fused else None,
+        with updating() if fused else nullcontext():
+            losses.append(
+                micro_step(
+                    trained.family,
+                    trained.model,
+                    batch,
+                    plan.objective,
+                    plan.precision,
+                    window.samples,
+                    fused.begin if fused else None,
+                )
             )
-        )
     norm = fused.finish() if fused else gradient_norm(trained.parameters.values())
     row = Row(
         step=window.step + 1,
@@ -211,7 +228,8 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
     )
     guard(trained.optimizer, row)
     if not fused:
-        update(trained.optimizer, norm, plan.max_grad_norm)
+        with updating():
+            update(trained.optimizer, norm, plan.max_grad_norm)
     return row
 
 

@@ -15,7 +15,7 @@ from runtime.data.feed import Window
 from runtime.loop import Trained, one_update
 from runtime.machine import look, versions
 from runtime.memory.measure import measure
-from runtime.memory.simulate import worst
+from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, worst
 from runtime.optimizers import state_tensors
 
 
@@ -28,7 +28,7 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
     peaks = dict(clock.peak_bytes)
     if device.type == "cpu":
         peaks["train"] = step_peak(plan, trained, device)
-    planned = {phase.name: phase for phase in plan.memory.phases}
+    planned = planned_peaks(plan)
     return {
         "plan": plan.digest,
         "steps": plan.steps.total,
@@ -37,13 +37,30 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "memory": {
             name: {
-                "planned_bytes": planned[name].device_bytes if name in planned else None,
-                "planned_parts": dict(planned[name].parts) if name in planned else {},
+                "planned_bytes": sum(planned[name].values()) if name in planned else None,
+                "planned_parts": planned.get(name, {}),
                 "measured_bytes": peaks.get(name),
             }
             for name in sorted(planned.keys() | peaks.keys())
         },
     }
+
+
+def planned_peaks(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes by category of each phase that is measured, without what no allocator tells of.
+
+    A step is measured as a whole: what is planned for it is its passes or its update, whichever
+    needs more. The device's context lies outside of its allocator's figures.
+    """
+    found = {phase.name: dict(phase.parts) for phase in plan.memory.phases}
+    update = found.pop("update", {})
+    if sum(update.values()) > sum(found.get("train", {}).values()):
+        found["train"] = update
+    for parts in found.values():
+        outside = parts.pop("context", 0)
+        if outside > CUDA_CONTEXT:
+            parts["workspace of cuBLAS"] = CUBLAS_WORKSPACE
+    return found
 
 
 def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:

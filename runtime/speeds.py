@@ -49,7 +49,7 @@ def remember(path: Path, plan: Plan, machine: Machine) -> bool:
     speed = measured(plan)
     if speed is None:
         return False
-    name = device_name(plan, machine)
+    name = device_name(plan.device, machine)
     known = read(path) | {step_key(plan, name): speed, device_key(plan, name): speed}
     rows = {
         key: {"flops_per_second": row.flops_per_second, "steps": row.steps}

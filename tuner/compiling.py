@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,15 @@ def compile_here(
     from tuner.elsewhere import WHATEVER_IS_FREE, elsewhere
     from tuner.shelf import presets
 
-    found = elsewhere(_machine(), device) if device else None
+    machine = cache(lambda: elsewhere(_machine(), device) if device else _machine())
+    if device:
+        machine()  # raises where there is no such device
     indices: list[Index] = []
     compiled = compile_file(
         path,
         overrides=[*overrides, WHATEVER_IS_FREE] if device else overrides,
-        machine=(lambda: found) if found is not None else _machine,
-        memory_model=_memory_model if simulate else None,
+        machine=machine,
+        memory_model=(lambda: _memory_model(machine())) if simulate else None,
         index=lambda: _index(indices),
         presets=presets(),
         site=_here,
@@ -56,10 +59,13 @@ def _machine() -> Machine:
     return look()
 
 
-def _memory_model() -> MemoryModel:
+def _memory_model(machine: Machine) -> MemoryModel:
+    from runtime.memory.corrections import CORRECTIONS, CorrectedMemoryModel, read
     from tuner.simulations import memory_model
 
-    return memory_model(default_cache() / SIMULATIONS)
+    model = memory_model(default_cache() / SIMULATIONS)
+    known = read(default_cache() / CORRECTIONS)
+    return CorrectedMemoryModel(model, known, machine) if known else model
 
 
 def _index(made: list[Index]) -> Index:

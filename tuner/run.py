@@ -43,6 +43,8 @@ class Job:
     manifest: Manifest
     recipe: str  # its text; "" where a saved plan is run
     outlook: Outlook | None = None  # its cost; None where a saved plan is run
+    path: Path | None = None  # of the recipe, with its overrides; None where a saved plan is run
+    overrides: Sequence[str] = ()
 
 
 def run_recipe(
@@ -68,8 +70,13 @@ def run_recipe(
 
 def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool) -> Job | int:
     from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+    from tuner.next_rung import gone_down
 
     compiled = compile_here(path, overrides)
+    lower = gone_down(compiled.plan)
+    if lower:
+        overrides = [*overrides, *lower]
+        compiled = compile_here(path, overrides)
     diagnostics = judged(compiled, strict=strict)
     show_diagnostics(diagnostics, compiled, str(path))
     code = exit_code(diagnostics)
@@ -78,7 +85,12 @@ def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool) -> Job |
     assert compiled.plan is not None and compiled.manifest is not None
     text = path.read_text(encoding="utf-8-sig")
     return Job(
-        plan=compiled.plan, manifest=compiled.manifest, recipe=text, outlook=compiled.outlook
+        plan=compiled.plan,
+        manifest=compiled.manifest,
+        recipe=text,
+        outlook=compiled.outlook,
+        path=path,
+        overrides=tuple(overrides),
     )
 
 
@@ -105,25 +117,37 @@ def _refused(message: str, help: str) -> int:
 
 
 def _run(job: Job, accepted: Sequence[str]) -> int:
-    from runtime.errors import MachineUnfit, PlanChanged, RunFailed
+    from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
+    from tuner.next_rung import let_go, next_rung
     from tuner.plan_view import summary
 
     err(summary(job.plan, job.outlook))
     if job.plan.steps.ranks > 1:
         return _failed(_one_device(job.plan), UNFIT)
+    below: Job | None = None
+    outcome: Outcome | None = None
     try:
         outcome = _execute(job)
     except PlanChanged as error:
         if not _accept(job.plan, error, accepted):
             return _changed(error)
         return _run(job, ())
+    except OutOfMemory as error:
+        below = next_rung(job, error)
+        if below is None:
+            _report(job.plan)
+            return _failed(error, FAILED)
     except MachineUnfit as error:
         return _failed(error, UNFIT)
     except RunFailed as error:
         _report(job.plan)
         return _failed(error, FAILED)
+    if below is not None:  # out of the exception, which holds what the run had on the device
+        let_go()
+        return _run(below, ())
+    assert outcome is not None
     if outcome.status != "already":
-        _keep_speed(job.plan)
+        _keep_measured(job.plan, outcome)
     return _ended(outcome, _report(job.plan))
 
 
@@ -219,16 +243,20 @@ def _report(plan: Plan) -> Path | None:
         return None
 
 
-def _keep_speed(plan: Plan) -> None:
-    """Remember how fast the run was, for the next plan; that it can't be kept spoils nothing."""
+def _keep_measured(plan: Plan, outcome: Outcome) -> None:
+    """Remember how fast the run was and what it needed, for the next plan; that it can't be kept
+    spoils nothing."""
     from contextlib import suppress
 
     from compiler.compile import default_cache
     from runtime.machine import look
+    from runtime.memory import corrections
     from runtime.speeds import SPEEDS, remember
 
     with suppress(OSError):
         remember(default_cache() / SPEEDS, plan, look())
+        memory = outcome.measured.get("memory", {})
+        corrections.remember(default_cache() / corrections.CORRECTIONS, plan, look(), memory)
 
 
 def _ended(outcome: Outcome, report: Path | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from attrs import evolve
 
@@ -14,7 +15,8 @@ from compiler.passes import ladder
 from compiler.passes.optimizer import planned, suits
 from compiler.spans import KeyPath
 
-TRIES = 12  # simulations at most
+TRIES = 12  # simulations at most for one change
+TOGETHER = 4  # changes at most
 SMALLER = (0.75, 0.5, 0.25)  # of an edge
 
 Change = tuple[str, Candidate]
@@ -45,25 +47,33 @@ def refuse(
 def _advice(
     draft: Draft, candidate: Candidate, model: MemoryModel, budget: int, worst: plan.Phase
 ) -> str:
-    tried = least = None
-    for number, (words, changed) in enumerate(changes(draft, candidate, worst.name)):
-        if number == TRIES:
+    """The first change that is enough; else those that save most, one on top of the other."""
+    told: list[str] = []
+    phase = worst.name
+    for _ in range(TOGETHER):
+        best: tuple[int, str, Candidate, str] | None = None
+        for words, changed in islice(changes(draft, candidate, phase), TRIES):
+            try:
+                needed, name = _peak(model.simulate(changed))
+            except ValueError:
+                continue
+            if needed <= budget:
+                if not told:
+                    return f"{words} would fit: {gib(needed)}"
+                together = ", ".join([*told, words])
+                return f"no single change fits; these would together: {together}: {gib(needed)}"
+            if best is None or needed < best[0]:
+                best = needed, words, changed, name
+        if best is None:
             break
-        try:
-            needed = _peak(model.simulate(changed))
-        except ValueError:
-            continue
-        if needed <= budget:
-            return f"{words} would fit: {gib(needed)}"
-        if least is None or needed < least:
-            tried, least = words, needed
-    if tried is None or least is None:
-        return "a larger device, or a smaller base"
-    return f"no single change fits; the one that saves most is {tried}: {gib(least)}"
+        told.append(best[1])
+        candidate, phase = best[2], best[3]
+    return "no change of a few settings fits: a larger device, or a smaller base"
 
 
-def _peak(found: Simulation) -> int:
-    return max(phase.device_bytes for phase in found.phases)
+def _peak(found: Simulation) -> tuple[int, str]:
+    """Bytes at most, and in which phase."""
+    return max((phase.device_bytes, phase.name) for phase in found.phases)
 
 
 def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:

@@ -29,6 +29,11 @@ class Traced(Protocol):
         ...
 
     @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        ...
+
+    @property
     def save(self) -> Mapping[str, int]:
         """Bytes by category between two steps."""
         ...
@@ -49,9 +54,16 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     if candidate.pictures:
         waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
     found = dict.fromkeys(("train", "update", "validate"), waiting)
-    found["load"] = trace.load.get("weights", 0) + trace.host
+    found["load"] = trace.largest + trace.host  # weights come one at a time
     found["save"] = kept + waiting
     return found
+
+
+def encoding(candidate: Candidate, phases: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Of the phases before training: an encoder's weights are read to the host, then moved."""
+    if candidate.device == "cpu":
+        return {}
+    return {name: parts.get("weights", 0) for name, parts in phases.items()}
 
 
 def _offloaded(candidate: Candidate, trace: Traced) -> int:

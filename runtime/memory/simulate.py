@@ -59,7 +59,7 @@ class RuntimeMemoryModel:
             "save": found.save,
         }
         context = constants(candidate.device)
-        waiting = host.bytes_of(candidate, found)
+        waiting = host.bytes_of(candidate, found) | host.encoding(candidate, encoded)
         return Simulation(
             phases=tuple(
                 _phase(name, of, context, waiting.get(name, 0)) for name, of in parts.items()
@@ -163,7 +163,7 @@ def _stepped(candidate: Candidate) -> object:
 
 
 def _numbers(course: Course) -> dict[str, int]:
-    names = ("host", "flops", "parameters", "adapted_modules")
+    names = ("host", "flops", "parameters", "adapted_modules", "largest")
     return {name: getattr(course, name) for name in names}
 
 

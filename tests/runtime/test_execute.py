@@ -18,9 +18,10 @@ from attrs import evolve
 
 from compiler import lock
 from compiler.plan import Checkpoints, Layout, Plan, Precision
-from runtime import checkpoints
-from runtime.errors import PlanChanged, RunFailed
-from runtime.execute import execute, out_of_memory, result_folder
+from runtime import checkpoints, loop
+from runtime.errors import OutOfMemory, PlanChanged, RunFailed
+from runtime.execute import execute, result_folder
+from runtime.out_of_memory import is_out_of_memory as out_of_memory
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting, run
 from tests.runtime.tiny import make_tiny
@@ -465,3 +466,47 @@ def test_out_of_memory_is_told_from_other_errors():
     assert out_of_memory(caught.value)
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_out_of_memory_in_a_step_keeps_the_last_one(make, monkeypatch):
+    """The step before the one that failed is saved, though no checkpoint was due."""
+    plan, manifest = make("sana", "lora", steps=6, ema=None)
+    plan = evolve(plan, checkpoints=Checkpoints(every=0, keep=0))
+    real, calls = loop.micro_step, []
+
+    def too_large(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "micro_step", too_large)
+    with pytest.raises(OutOfMemory, match="cpu ran out of memory in phase train") as caught:
+        execute(plan, manifest, Interrupting(*NEVER))
+    assert caught.value.phase == "train" and "tried to allocate" in caught.value.message
+    saved = checkpoints.latest(Path(plan.run_folder) / "checkpoints")
+    assert saved is not None
+    assert checkpoints.read_state(saved)["step"] == 3 // plan.steps.accumulate
+    monkeypatch.setattr(loop, "micro_step", real)
+    execute(plan, manifest, Interrupting(*NEVER))
+    whole, _ = make("sana", "lora", "whole", steps=6, ema=None)
+    whole = evolve(whole, checkpoints=Checkpoints(every=0, keep=0))
+    execute(whole, manifest, Interrupting(*NEVER))
+    assert_equal(plan, whole)
+
+
+def test_out_of_memory_in_an_update_saves_nothing_torn(make, monkeypatch):
+    plan, manifest = make("sana", "lora", steps=4, ema=None)
+    plan = evolve(plan, checkpoints=Checkpoints(every=0, keep=0))
+    real, calls = loop.update, []
+
+    def too_large(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("in the middle")
+        real(*arguments)
+
+    monkeypatch.setattr(loop, "update", too_large)
+    with pytest.raises(OutOfMemory):
+        execute(plan, manifest, Interrupting(*NEVER))
+    assert checkpoints.latest(Path(plan.run_folder) / "checkpoints") is None

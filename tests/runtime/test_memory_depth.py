@@ -25,6 +25,7 @@ NUMBERS = (
     "save",
     "validate_peak",
     "host",
+    "largest",
     "flops",
     "parameters",
     "adapted_modules",

@@ -10,10 +10,10 @@ from attrs import evolve
 
 from compiler import lock
 from compiler.data.manifest import Folder, Manifest
-from compiler.plan import Plan, lock_path
-from runtime.errors import MachineUnfit, PlanChanged, RunFailed
+from compiler.plan import Plan, Rung, lock_path
+from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
 from tests.tuner.examples import quickstart
-from tuner import run
+from tuner import next_rung, run
 from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
 from tuner.run import Job, below
 
@@ -45,7 +45,9 @@ def ends(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> list[Plan]:
 
 def outcome(job: Job, status: str) -> SimpleNamespace:
     folder = Path(job.plan.run_folder)
-    return SimpleNamespace(status=status, run_folder=folder, step=120, result=folder / "lora")
+    return SimpleNamespace(
+        status=status, run_folder=folder, step=120, result=folder / "lora", measured={}
+    )
 
 
 def test_a_finished_run_says_where_things_are(
@@ -84,6 +86,79 @@ def test_a_failure_is_a_sentence_and_a_code(
     ends(monkeypatch, error)
     assert run._run(job, ()) == code
     assert f"error: {error.message}\nhelp: {error.help}" in capsys.readouterr().err
+
+
+def rung(micro_batch: int, *, chosen: bool) -> Rung:
+    return Rung(
+        settings={"memory.micro_batch": str(micro_batch)},
+        peak_bytes=micro_batch,
+        relative_time=1.0,
+        alters=False,
+        chosen=chosen,
+    )
+
+
+def going_down(job: Job, folder: Path, on_oom: str) -> tuple[Job, Plan]:
+    """A job whose plan may go down the ladder, and the plan of the next rung."""
+    ladder = (rung(2, chosen=True), rung(1, chosen=False))
+    memory = evolve(job.plan.memory, on_oom=on_oom, ladder=ladder)
+    plan = evolve(job.plan, memory=memory)
+    below = evolve(
+        plan,
+        steps=evolve(plan.steps, micro_batch=1),
+        memory=evolve(memory, ladder=(rung(1, chosen=True),)),
+    )
+    recipe = folder / "recipe.toml"
+    recipe.write_text(job.recipe)
+    return evolve(job, plan=plan, path=recipe), below
+
+
+def test_out_of_memory_goes_on_with_the_next_rung(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, below = going_down(job, tmp_path, "next-rung")
+    asked: list[list[str]] = []
+
+    def compile_here(path: Path, overrides: list[str]) -> Any:
+        asked.append(overrides)
+        return SimpleNamespace(plan=below, manifest=job.manifest, outlook=None)
+
+    monkeypatch.setattr(next_rung, "compile_here", compile_here)
+    error = OutOfMemory("cuda ran out of memory in phase train", "", "train")
+    seen = ends(monkeypatch, error, outcome(job, "finished"))
+    folder = Path(job.plan.run_folder)
+    folder.mkdir(parents=True)
+    lock_path(folder).write_text(lock.dumps(job.plan))
+    assert run._run(job, ()) == DONE
+    assert [plan.steps.micro_batch for plan in seen] == [0, 1]
+    peak = job.plan.memory.phases[0].device_bytes
+    assert asked == [[f'memory.budget="{peak - 1} B"', 'train.optimizer.name="adamw"']]
+    assert lock.read(lock_path(folder)).digest == below.digest
+    said = capsys.readouterr().err
+    assert "going on with the next rung: memory.micro_batch = 1" in said
+    assert next_rung.gone_down(job.plan) == asked[0]
+
+
+def test_out_of_memory_stops_where_the_recipe_says_so(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, _ = going_down(job, tmp_path, "stop")
+    ends(monkeypatch, OutOfMemory("cuda ran out of memory in phase train", "say on_oom", "train"))
+    assert run._run(job, ()) == FAILED
+    assert "error: cuda ran out of memory in phase train\nhelp: say on_oom" in (
+        capsys.readouterr().err
+    )
+
+
+def test_another_optimizer_is_no_way_on(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, below = going_down(job, tmp_path, "next-rung")
+    other = evolve(below, optimizer=evolve(below.optimizer, name="adamw-8bit"))
+    found = SimpleNamespace(plan=other, manifest=job.manifest, outlook=None)
+    monkeypatch.setattr(next_rung, "compile_here", lambda *_: found)
+    ends(monkeypatch, OutOfMemory("no memory", "", "train"))
+    assert run._run(job, ()) == FAILED
 
 
 def changed(*keys: str) -> PlanChanged:

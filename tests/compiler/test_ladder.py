@@ -1,0 +1,225 @@
+"""The ladder of settings: what is on it, what is chosen, and what is said."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+
+from compiler.compile import Compiled
+from compiler.lock import changes
+from compiler.memory import Candidate, Simulation
+from compiler.plan import Phase, Plan, alters_trajectory
+from tests.compiler.recipes import GPU, RECIPE, compiled, project
+
+MIB = 2**20
+ADAPTER = '[adapter]\nkind = "lora"\nrank = 8\n'
+OPEN = ADAPTER + '[model.transformer]\nquantize = "auto"\n'
+
+
+class Formula:
+    """Memory by a formula in which every rung saves something, and time with it."""
+
+    def __init__(self, text: int = 50, latents: int = 60) -> None:
+        self.asked: list[Candidate] = []
+        self.text, self.latents = text, latents  # MiB of these phases
+
+    def simulate(self, candidate: Candidate) -> Simulation:
+        """See `MemoryModel.simulate`."""
+        self.asked.append(candidate)
+        layout, size = candidate.layout, max(b for *_, b in candidate.shapes)
+        weights = {"none": 1000, "int8": 500, "nf4": 260}[candidate.model.components[-2].quantize]
+        weights -= weights * layout.offload_blocks // 40
+        states = 20 if "8bit" in candidate.optimizer.name else 80
+        interval = layout.activation_checkpointing
+        share = 1.0 if not interval else 1 - 0.9 / interval
+        acts = round(100 * (candidate.micro_batch or size) * share)
+        host = 0
+        if layout.offload_activations:
+            host, acts = acts // 2, acts - acts // 2
+        if candidate.adapter is not None and candidate.adapter.rank < 8:
+            states //= 2
+        pixels = candidate.shapes[0][0] * candidate.shapes[0][1] / (64 * 64)
+        parts = {"weights": weights * MIB, "optimizer": states * MIB, "activations": acts * MIB}
+        parts["activations"] = round(parts["activations"] * pixels)
+        train = Phase(
+            name="train", device_bytes=sum(parts.values()), host_bytes=host * MIB, parts=parts
+        )
+        encoder = next(c for c in candidate.model.components if c.name == "text_encoder")
+        text = self.text if encoder.quantize == "none" else self.text // 2
+        phases = (
+            _phase("text_encoder", text),
+            _phase("latents", round(self.latents * pixels)),
+            train,
+        )
+        return Simulation(
+            phases=phases,
+            parameters=10**9,
+            trainable=10**6,
+            adapted_modules=10,
+            flops=round(10**15 * (1 + (1 / interval / 3 if interval else 0))),
+            seconds=0.0,
+        )
+
+
+def _phase(name: str, mib: int) -> Phase:
+    return Phase(name=name, device_bytes=mib * MIB, host_bytes=0, parts={"weights": mib * MIB})
+
+
+def on_gpu(
+    folder: Path, budget: int, recipe: str, *overrides: str, text: int = 50, latents: int = 60
+) -> tuple[Compiled, Formula]:
+    model = Formula(text, latents)
+    found = compiled(
+        project(folder, recipe.replace("batch_size = 2", "batch_size = 4")),
+        f'memory.budget="{budget} MiB"',
+        *overrides,
+        machine=GPU,
+        memory_model=model,
+    )
+    return found, model
+
+
+def chosen(plan: Plan) -> dict[str, str]:
+    return next(rung.settings for rung in plan.memory.ladder if rung.chosen)
+
+
+def shown(found: Compiled) -> list[str]:
+    return [f"{fault.code}: {fault.message} ({fault.help})" for fault in found.diagnostics]
+
+
+BUDGETS = (2000, 1400, 1300, 1190, 1150, 1100, 1000, 700, 600, 500, 420, 360, 290, 200, 120)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_first_rung_that_fits_is_chosen(tmp_path: Path, budget: int) -> None:
+    found, model = on_gpu(tmp_path, budget, RECIPE + OPEN)
+    assert found.plan is not None, shown(found)
+    rungs = found.plan.memory.ladder
+    place = next(number for number, rung in enumerate(rungs) if rung.chosen)
+    assert rungs[place].peak_bytes <= budget * MIB
+    assert all(rung.peak_bytes > budget * MIB for rung in rungs[:place])
+    assert rungs[0].relative_time == 1.0
+    assert len(model.asked) <= 9  # bisected: of about twenty rungs, with the neighbours
+
+
+def test_every_rung_in_its_order(tmp_path: Path) -> None:
+    tight = [chosen(_plan(on_gpu(tmp_path / str(b), b, RECIPE + OPEN)[0])) for b in BUDGETS]
+    flat = [tuple(settings.values()) for settings in tight]
+    assert flat[0][:3] == ("off", "false", "adamw")
+    for above, below in itertools.pairwise(tight):
+        # What a rung has saved, those below it save as well.
+        assert int(below["memory.offload.blocks"]) >= int(above["memory.offload.blocks"])
+        order = ("none", "int8", "nf4")
+        key = "model.transformer.quantize"
+        assert order.index(below[key]) >= order.index(above[key])
+    assert tight[-1]["train.optimizer.name"] == "adamw-8bit"
+    assert int(tight[-1]["memory.offload.blocks"]) > 0
+
+
+def _plan(found: Compiled) -> Plan:
+    assert found.plan is not None, shown(found)
+    return found.plan
+
+
+def test_only_what_is_left_open_may_change(tmp_path: Path) -> None:
+    fixed = (
+        "memory.activation_checkpointing=2",
+        "memory.offload=none",
+        "memory.micro_batch=4",
+        "train.optimizer.name=adamw",
+        "memory.fused_backward=false",
+    )
+    found, model = on_gpu(tmp_path, 700, RECIPE + ADAPTER, *fixed)
+    assert found.plan is None
+    first = model.asked[0]
+    assert first.layout.activation_checkpointing == 2 and first.optimizer.name == "adamw"
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.code == "does-not-fit"
+    assert fault.help == "offload = { blocks = 28 } would fit: 600 MiB"
+
+
+def test_a_plan_takes_over_what_was_chosen(tmp_path: Path) -> None:
+    plan = _plan(on_gpu(tmp_path, 600, RECIPE + OPEN)[0])
+    settings = chosen(plan)
+    transformer = next(c for c in plan.model.components if c.name == "transformer")
+    assert transformer.quantize == settings["model.transformer.quantize"] != "none"
+    assert plan.optimizer.name == settings["train.optimizer.name"] == "adamw-8bit"
+    reasons = {decision.key: decision for decision in plan.decisions}
+    for key, value in settings.items():
+        assert reasons[key].value in (value, "whole batches"), key
+    assert "alters the result" in reasons["train.optimizer.name"].why
+    assert reasons["memory.activation_checkpointing"].why == "the fastest that fits 600 MiB"
+
+
+def test_batches_in_parts_keep_the_steps(tmp_path: Path) -> None:
+    roomy = _plan(on_gpu(tmp_path / "a", 5000, RECIPE + ADAPTER)[0])
+    parted = _plan(on_gpu(tmp_path / "b", 5000, RECIPE + ADAPTER, "memory.micro_batch=1")[0])
+    assert parted.steps == evolve(roomy.steps, micro_batch=1)
+    assert parted.buckets == roomy.buckets and parted.digest != roomy.digest
+
+
+def test_layout_alone_leaves_the_digest(tmp_path: Path) -> None:
+    plain = _plan(on_gpu(tmp_path / "a", 5000, RECIPE + ADAPTER)[0])
+    moved = _plan(on_gpu(tmp_path / "b", 5000, RECIPE + ADAPTER, "memory.offload={blocks = 3}")[0])
+    assert moved.memory.layout.offload_blocks == 3
+    assert not [c for c in changes(plain, moved) if alters_trajectory(c[0]) and "tmp" not in str(c)]
+
+
+def test_a_text_encoder_that_does_not_fit(tmp_path: Path) -> None:
+    found, _ = on_gpu(tmp_path / "a", 290, RECIPE + OPEN, text=300)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert "phase text_encoder needs 300 MiB of device memory, 10 MiB more" in fault.message
+    assert fault.help == 'quantize = "int8" in [model.text_encoder] would fit: 255 MiB'
+    recipe = RECIPE + OPEN + '[model.text_encoder]\nquantize = "auto"\n'
+    plan = _plan(on_gpu(tmp_path / "b", 290, recipe, text=300)[0])
+    encoder = next(c for c in plan.model.components if c.name == "text_encoder")
+    assert encoder.quantize == "int8"
+    assert len(plan.memory.ladder) > 2
+
+
+def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
+    """Latents are encoded before training: no rung helps, only a smaller resolution."""
+    found, _ = on_gpu(tmp_path, 500, RECIPE + OPEN, latents=600)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert "phase latents needs 600 MiB" in fault.message
+    assert fault.help == "a resolution of 75% of it would fit: 338 MiB"
+
+
+def test_several_changes_together(tmp_path: Path) -> None:
+    found, _ = on_gpu(tmp_path, 100, RECIPE + ADAPTER, 'memory.offload="none"')
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.help.startswith("no single change fits; these would together: ")
+    assert "[model.transformer]" in fault.help or "blocks = 28" in fault.help
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "code", "words"),
+    [
+        (RECIPE, "memory.offload={blocks = 2}", "conflict", "can't wait on the host"),
+        (RECIPE + ADAPTER, "memory.offload={blocks = 200}", "out-of-range", "200 is out of range"),
+        (RECIPE + ADAPTER, "memory.micro_batch=9", "no-effect", "no batch has 9 samples"),
+    ],
+)
+def test_what_can_not_be(tmp_path: Path, recipe: str, override: str, code: str, words: str) -> None:
+    found, _ = on_gpu(tmp_path, 5000, recipe, override)
+    assert any(f.code == code and words in f.message for f in found.diagnostics), shown(found)
+
+
+def test_without_a_budget_nothing_is_saved(tmp_path: Path) -> None:
+    found, model = on_gpu(tmp_path, 1, RECIPE + OPEN, 'memory.budget="none"')
+    plan = _plan(found)
+    assert plan.memory.ladder == () and len(model.asked) == 1
+    assert plan.memory.layout.activation_checkpointing == 0
+
+
+def test_the_processor_is_not_offered_what_accelerators_need(tmp_path: Path) -> None:
+    model: Any = Formula()
+    found = compiled(
+        project(tmp_path, RECIPE + ADAPTER), 'memory.budget="1100 MiB"', memory_model=model
+    )
+    assert all(not c.layout.offload_blocks and "8bit" not in c.optimizer.name for c in model.asked)
+    assert found.plan is not None or "does-not-fit" in [f.code for f in found.diagnostics]

@@ -1,0 +1,58 @@
+"""Plans for devices that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compiler.devices import named, names
+from tests.compiler.recipes import MACHINE
+from tuner.elsewhere import UnknownDevice, elsewhere
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("word", "memory"),
+    [
+        ("rtx-4090", 24 * GIB),
+        ("RTX 4090", 24 * GIB),
+        ("NVIDIA GeForce RTX 3060", 12 * GIB),
+        ("RTX4080", 16 * GIB),
+        ("a100-40gb", 40 * GIB),
+        ("a100 80gb", 80 * GIB),
+        ("24 GiB", 24 * GIB),
+        ("8 GB", 8 * 10**9),
+    ],
+)
+def test_memory_of_a_device(word: str, memory: int) -> None:
+    machine = elsewhere(MACHINE, word)
+    assert machine.device == "cuda"
+    assert machine.device_free_bytes == machine.device_total_bytes == memory
+    assert machine.cores == MACHINE.cores
+
+
+def test_an_old_one_has_no_bfloat16() -> None:
+    assert not elsewhere(MACHINE, "tesla-t4").bf16
+    assert elsewhere(MACHINE, "16 GiB").bf16
+
+
+@pytest.mark.parametrize("word", ["gtx-9999", "toaster", "", "24 parsecs", "-3 GiB", "nan GiB"])
+def test_others_are_refused_with_a_hint(word: str) -> None:
+    with pytest.raises(UnknownDevice, match="24 GiB"):
+        elsewhere(MACHINE, word)
+
+
+def test_every_name_that_is_offered_is_known() -> None:
+    assert len(names()) > 30
+    assert all(named(name) is not None for name in names())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.compiler.recipes import project
+    from tuner.cli import run_command
+
+    recipe = project(tmp_path)
+    assert run_command(["plan", str(recipe), "--device", "toaster"]) == 2
+    assert "no device `toaster` is known" in capsys.readouterr().err
