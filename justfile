@@ -25,6 +25,10 @@ bench:
     {{python}} benchmarks/million.py
     {{python}} benchmarks/feed.py
 
+# Planned memory beside the allocator's, over 28 configurations: needs a CUDA device.
+bench-gpu-memory *arguments:
+    {{python}} benchmarks/gpu_memory.py {{arguments}}
+
 # Write what is generated from the schema classes: the editors' schema and the reference page.
 generate:
     {{python}} -m tuner schema --out recipes/recipe.schema.json

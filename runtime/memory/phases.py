@@ -21,6 +21,7 @@ from runtime.memory.tracker import Tracker
 
 CHARACTERS = 4  # of English text in one token, about; for the length of an instruction
 PROMPT = "a prompt"
+META, HOST = torch.device("meta"), torch.device("cpu")
 
 
 class Tokens:
@@ -90,8 +91,8 @@ def run_pictures(
         "vae": vae,
         "scheduler": scheduler_of(candidate),
     }
-    embedding = _embedding(candidate, family, device)
-    tracker.exclude(embedding.values())  # embeddings wait on the host
+    embedding = _embedding(candidate, family, META if device == META else HOST)
+    tracker.exclude(embedding.values())
     tracker.category = "activations"
     tracker.reset_peak()
     for width, height in largest(candidate.pictures):
