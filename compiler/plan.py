@@ -32,6 +32,7 @@ class Component:
     trained: bool
     quantize: Quantisation = "none"  # how its frozen weights are kept
     quantize_on: Literal["cpu", "device"] = "device"  # where they are quantised while loading
+    tiling: bool = False  # of the vae: pictures are encoded and decoded in tiles
 
 
 @frozen(kw_only=True)

@@ -37,6 +37,9 @@ class ComponentRecipe:
     """Keep its frozen weights in fewer bits. "auto": only if the memory budget needs it."""
     where: Literal["cpu", "device"] = "device"
     """Where its weights are quantised while they are loaded, one at a time."""
+    tiling: bool = False
+    """Of the vae: encode and decode large pictures in tiles of 512 pixels, blended at their edges.
+    Needs less memory; latents differ a little."""
 
 
 @frozen(kw_only=True)

@@ -31,6 +31,7 @@ def resolve_components(draft: Draft) -> None:
         asked = recipe.quantize
         kind: plan.Quantisation = "none" if asked == "auto" else asked
         draft.quantize_on[name] = recipe.where
+        _tiling(draft, name, recipe)
         settle(draft, name, kind, why="kept whole" if asked == "auto" else "")
         _init(draft, draft.model, name, recipe)
         _quantisation(draft, draft.model, name, kind)
@@ -42,6 +43,18 @@ def resolve_components(draft: Draft) -> None:
                 help='say `quantize = "int8"`, or leave `where` out',
             )
     _transformer_format(draft, draft.model)
+
+
+def _tiling(draft: Draft, name: str, recipe: ComponentRecipe) -> None:
+    path = _at(name, "tiling")
+    draft.decide(path, recipe.tiling)
+    if recipe.tiling and name != "vae":
+        draft.error(
+            "no-effect",
+            path,
+            f"the {_words(name)} sees no pictures: only the vae can work in tiles",
+            help="say it in [model.vae]",
+        )
 
 
 def settle(draft: Draft, name: str, kind: plan.Quantisation, *, why: str = "") -> None:
@@ -73,6 +86,7 @@ def model_plan(draft: Draft) -> plan.Model:
                 trained=_is_trained(draft, facts, name),
                 quantize=draft.quantize.get(name, "none"),
                 quantize_on=draft.quantize_on.get(name, "device"),
+                tiling=name == "vae" and draft.recipe.model.vae.tiling,
             )
             for name, class_name in family.components.items()
         ),

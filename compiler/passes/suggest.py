@@ -83,9 +83,11 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
         yield from _fewer_bits(draft, candidate, phase)
         return
     if phase == "latents":
+        yield from _tiled(candidate)
         yield from _smaller(draft, candidate)
         return
     if phase == "validate":
+        yield from _tiled(candidate)
         yield from _smaller_pictures(candidate)
     yield from _thriftier(draft, candidate)
     if draft.adapter is not None:
@@ -108,6 +110,17 @@ def _fewer_bits(draft: Draft, candidate: Candidate, name: str) -> Iterator[Chang
             f'quantize = "{kind}" in [model.{name}]',
             evolve(candidate, model=evolve(candidate.model, components=parts)),
         )
+
+
+def _tiled(candidate: Candidate) -> Iterator[Change]:
+    parts = candidate.model.components
+    if any(part.tiling for part in parts):
+        return
+    tiled = tuple(evolve(part, tiling=True) if part.name == "vae" else part for part in parts)
+    yield (
+        "tiling = true in [model.vae]",
+        evolve(candidate, model=evolve(candidate.model, components=tiled)),
+    )
 
 
 def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:

@@ -174,9 +174,15 @@ def _latent_keys(plan: Plan, family: str, encoders: list[list[str]]) -> LatentKe
 
 
 def _formats(model: Model) -> dict[str, str]:
-    """How each component's weights are held: "bfloat16", "bfloat16 int8"."""
+    """How each component is held and works: "bfloat16", "bfloat16 int8", "float32 tiled"."""
     return {
-        part.name: part.dtype if part.quantize == "none" else f"{part.dtype} {part.quantize}"
+        part.name: " ".join(
+            [
+                part.dtype,
+                *([part.quantize] if part.quantize != "none" else []),
+                *(["tiled"] if part.tiling else []),
+            ]
+        )
         for part in model.components
     }
 

@@ -21,6 +21,8 @@ from runtime.quantise.stream import stream
 if TYPE_CHECKING:
     from runtime.families.base import Family, TextEmbedding
 
+TILE, STRIDE = 512, 448  # pixels
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -62,7 +64,21 @@ def load_component(
     loaded = cls.from_pretrained(model.base, **place)
     if part.quantize != "none":
         quantise(loaded, part.quantize, device, on=_where(part, device))
-    return loaded.to(device=device).eval()
+    return in_tiles(loaded.to(device=device).eval(), part)
+
+
+def in_tiles(component: Any, part: Component) -> Any:
+    """A vae that works in tiles of 512 pixels, an eighth of which overlap, if the plan says so."""
+    if part.tiling:
+        component.enable_tiling()
+        if hasattr(component, "tile_latent_min_size"):  # AutoencoderKL
+            factor = 2 ** (len(component.config.block_out_channels) - 1)
+            component.tile_sample_min_size = TILE
+            component.tile_latent_min_size = TILE // factor
+            component.tile_overlap_factor = 1 - STRIDE / TILE
+        else:
+            component.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+    return component
 
 
 def _where(part: Component, device: torch.device) -> torch.device:
@@ -136,6 +152,7 @@ def empty_component(model: Model, name: str, dtype: torch.dtype, device: torch.d
         component.to_empty(device=device)
     if kind != "none":
         hollow(component, kind, device)
+    in_tiles(component, component_of(model, name))
     return component
 
 

@@ -158,7 +158,7 @@ def _in_step(candidate: Candidate, name: str) -> bool:
 def _stepped(candidate: Candidate) -> object:
     """What a step depends on besides the trained component's quantisation."""
     model = candidate.model
-    vae = next((c.dtype for c in model.components if c.name == "vae"), "")
+    vae = next(((c.dtype, c.tiling) for c in model.components if c.name == "vae"), None)
     return evolve(candidate, model=evolve(model, components=())), vae
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import attrs
 import pytest
 import torch
+from attrs import evolve
 
 from compiler.memory import Candidate
+from compiler.optimizers import OPTIMIZERS, OptimizerFacts
 from runtime.families import family_of
 from runtime.memory import phases
 from runtime.memory.pretend import as_on
@@ -16,6 +20,11 @@ from runtime.memory.tracker import Tracker
 from tests.runtime.memory_cases import small
 
 MODEL = RuntimeMemoryModel()
+
+
+def runs(row: OptimizerFacts) -> bool:
+    """Whether the optimizer's own step is what both sides can run, and take memory by."""
+    return "cpu" in row.devices and not (row.compiled or row.reads_values or row.host_bytes)
 
 
 def real(step: Candidate) -> Course:
@@ -32,7 +41,7 @@ def check(step: Candidate) -> None:
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize("checkpointing", [0, 1, 2, 3])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_peak(family: str, rank: int, checkpointing: int, compute: str) -> None:
     check(small(family, rank=rank, checkpointing=checkpointing, compute=compute))
@@ -44,10 +53,15 @@ def test_float32_masters(family: str, rank: int) -> None:
     check(small(family, rank=rank, compute="bfloat16", trained="float32", checkpointing=1))
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "radam", "sgd"])
-def test_optimizers_without_fused_kernel(family: str, optimizer: str) -> None:
-    check(small(family, optimizer=optimizer, fused=False, checkpointing=1))
+@pytest.mark.parametrize("optimizer", [n for n, row in OPTIMIZERS.items() if runs(row)])
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+def test_optimizers(optimizer: str, trained: str) -> None:
+    row = OPTIMIZERS[optimizer]
+    if row.package and importlib.util.find_spec(row.path.split(".")[0]) is None:
+        pytest.skip(f"{row.package} is not installed")
+    if trained not in row.weights:
+        pytest.skip(f"it does not train {trained}")
+    check(small("sd3", compute=trained, trained=trained, optimizer=optimizer, fused=False, rank=4))
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])
@@ -105,3 +119,23 @@ def test_latents(family: str) -> None:
     measured = phases.run_latents(step, run, size, torch.device("cpu"), Tracker({"cpu"}))
     assert simulated == measured
     assert measured["activations"] > 3 * 192 * 128 * 4
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_tiles(family: str) -> None:
+    """Encoding and decoding in tiles: simulated as it is, and less than without."""
+    size = (1024, 768)
+    whole = small(family, rank=4, pictures=(size,))
+    parts = tuple(evolve(p, tiling=p.name == "vae") for p in whole.model.components)
+    tiled = evolve(whole, model=evolve(whole.model, components=parts))
+    found = {}
+    for name, step in (("whole", whole), ("tiled", tiled)):
+        with as_on("cpu"):
+            found[name] = phases.run_latents(
+                step, family_of(family), size, META, MODEL.tracker("cpu")
+            )
+    real = phases.run_latents(tiled, family_of(family), size, torch.device("cpu"), Tracker({"cpu"}))
+    assert found["tiled"] == real
+    assert sum(found["tiled"].values()) < 0.6 * sum(found["whole"].values())
+    drawn = [MODEL.course(step, step.shapes[0]).validate_peak for step in (whole, tiled)]
+    assert sum(drawn[1].values()) < sum(drawn[0].values())
