@@ -25,6 +25,10 @@ bench:
     {{python}} benchmarks/million.py
     {{python}} benchmarks/feed.py
 
+# How much of the time of filling a cache is the encoder's own, over the photographs in FOLDER.
+bench-fill folder:
+    {{python}} benchmarks/fill.py {{folder}}
+
 # Planned memory beside the allocator's, over 28 configurations: needs a CUDA device.
 bench-gpu-memory *arguments:
     {{python}} benchmarks/gpu_memory.py {{arguments}}

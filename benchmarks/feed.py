@@ -107,7 +107,11 @@ def made(folder: Path, count: int):  # type: ignore[no-untyped-def]
         ),
     )
     plan = evolve(plan, sources=(source,), buckets=bucket_rows(manifest, [source], [BATCH]))
-    plan = evolve(plan, steps=evolve(plan.steps, per_epoch=-(-count // BATCH)))
+    batches = -(-count // BATCH)
+    steps = evolve(
+        plan.steps, per_epoch=batches, batches_per_epoch=batches, samples_per_epoch=count
+    )
+    plan = evolve(plan, steps=steps)
     family, cache = family_of("sana"), Cache(folder / "cache")
     keys = [number.to_bytes(32, "little") for number in range(count)]
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +133,7 @@ def made(folder: Path, count: int):  # type: ignore[no-untyped-def]
             "INSERT INTO entries VALUES (?, ?, ?, ?)",
             ((keys[n], *rows[n % len(rows)]) for n in range(DISTINCT, count)),
         )
-    feeding.sample_keys = lambda *_: keys  # type: ignore[assignment]
+    setattr(feeding, "sample_keys", lambda *_: keys)  # noqa: B010
     return feeding.Feed(plan, manifest, family, cache, torch.device("cpu"))
 
 

@@ -291,7 +291,7 @@ CODES: Mapping[str, Code] = {
         'mask = { from = "alpha" }',
     ),
     "missing-package": Code(
-        "an optimizer or a crop whose package is not here",
+        "an optimizer, a crop or a tracker whose package is not here",
         "The recipe is right and plans everywhere, but it can't be run on this machine before what "
         "it needs is there.",
         '[train.optimizer]\nname = "lion"  # without the package torch-optimi',

@@ -178,7 +178,7 @@ def _plan(draft: Draft) -> Plan:
     assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
     assert draft.memory and draft.manifest
     from compiler.passes.components import model_plan
-    from compiler.plan import PLAN_FORMAT, Plan
+    from compiler.plan import PLAN_FORMAT, Guard, Plan
     from compiler.provenance import completed
 
     return Plan(
@@ -201,10 +201,12 @@ def _plan(draft: Draft) -> Plan:
         objective=draft.objective,
         max_grad_norm=float(draft.recipe.train.max_grad_norm),
         ema=draft.ema,
+        guard=Guard(skip=draft.recipe.train.guard.skip),
         checkpoints=draft.checkpoints,
         validation=draft.validation,
         memory=draft.memory,
         track=draft.recipe.track.to,
+        track_project=draft.recipe.track.project if draft.recipe.track.to else "",
         workers=draft.workers,
         threads=draft.threads,
         decisions=completed(draft),

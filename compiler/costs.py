@@ -12,6 +12,7 @@ from attrs import frozen
 
 from compiler.data.manifest import Manifest
 from compiler.data.prompts import Prompt, prompts_of
+from compiler.data.stages import stages, steps_in
 from compiler.devices import peak_flops
 from compiler.families import FAMILIES
 from compiler.machine import Machine
@@ -249,8 +250,13 @@ def train_flops(plan: Plan) -> float:
     not grow with them (text tokens) or grows faster (attention) makes this an estimate where
     buckets differ in size.
     """
-    drawn = sum(b.samples * b.width * b.height for b in plan.buckets)
-    return _flops_per_pixel(plan) * drawn * plan.steps.total / max(plan.steps.per_epoch, 1)
+    drawn = 0.0
+    every = stages(plan.steps, plan.sources)
+    for stage, count in zip(every, steps_in(every, plan.steps.total), strict=True):
+        there = [b for b in plan.buckets if b.source in stage.sources]
+        pixels = sum(b.samples * b.width * b.height for b in there)
+        drawn += pixels * count / max(stage.per_epoch, 1)
+    return _flops_per_pixel(plan) * drawn
 
 
 def _flops_per_pixel(plan: Plan) -> float:

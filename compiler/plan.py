@@ -150,6 +150,8 @@ class DataSource:
     regularisation: bool = False  # class images, for prior preservation
     loss_weight: float = 1.0  # the loss of each sample is multiplied by it
     mask: Mask | None = None  # None: all of each picture counts alike
+    first: str = ""  # steps or epochs after which it joins ("2 epochs"); "": from the start
+    until: str = ""  # steps or epochs after which it leaves; "": never
 
 
 @frozen(kw_only=True)
@@ -166,8 +168,21 @@ class Bucket:
 
 
 @frozen(kw_only=True)
+class Stage:
+    """Epochs of a run in which the same sources train, up to the next stage."""
+
+    first_epoch: int  # epochs before it
+    first_step: int  # steps before it
+    per_epoch: int
+    batches_per_epoch: int
+    samples_per_epoch: int
+    sources: tuple[str, ...]  # ids
+
+
+@frozen(kw_only=True)
 class Steps:
-    """The arithmetic of the run; a step is one optimizer update."""
+    """The arithmetic of the run; a step is one optimizer update. Where sources come and go, what
+    is said of an epoch is said of the first one."""
 
     total: int
     per_epoch: int  # ceil(batches_per_epoch / (ranks * accumulate))
@@ -179,6 +194,7 @@ class Steps:
     micro_batch: int = 0
     """Samples at most in one forward pass: a larger batch is run in parts. 0: whole batches. Sums
     are split by it, so the last bits of the result depend on it."""
+    stages: tuple[Stage, ...] = ()  # where sources come and go; else empty
 
 
 @frozen(kw_only=True)
@@ -224,6 +240,13 @@ class Ema:
     decay: float
     device: Literal["cpu", "same"]
     every: int  # steps
+
+
+@frozen(kw_only=True)
+class Guard:
+    """What happens when a loss or a gradient is not finite. Such a step changes no weight."""
+
+    skip: int = 0  # so many of them are passed over; the next one ends the run
 
 
 @frozen(kw_only=True)
@@ -336,10 +359,12 @@ class Plan:
     objective: Objective
     max_grad_norm: float  # 0: no clipping
     ema: Ema | None = None
+    guard: Guard = field(factory=Guard)
     checkpoints: Checkpoints
     validation: Validation
     memory: Memory
     track: tuple[str, ...]
+    track_project: str = ""  # what services group runs by
     workers: int  # threads that decode and resize
     threads: int  # of one operation on the CPU; sums are split by it, so results depend on it
     decisions: tuple[Decision, ...]
@@ -358,7 +383,9 @@ NOT_TRAJECTORY = {
     "cache_folder": "where latents and embeddings are kept; they are found by content",
     "checkpoints": "when the state is written, and how much of it is kept",
     "validation": "pictures are drawn from random numbers of their own",
+    "guard": "a run that met more bad steps than it allows has ended",
     "track": "who else is told of the metrics",
+    "track_project": "what they group runs by",
     "workers": "threads that decode; the order of samples does not depend on them",
 }
 """Entries of a plan that alter no trained weight, and why not. All others do: a run can't go on

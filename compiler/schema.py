@@ -248,6 +248,10 @@ class SourceRecipe:
     epoch is as long as it takes to see each image at least once."""
     regularisation: RegularisationRecipe | None = None
     """These are images of the class, not of the subject, so that the class is not forgotten."""
+    start: Interval | None = field(default=None, metadata={"key": "from"})
+    """When it joins: after so many steps or epochs, at the next epoch that begins."""
+    until: Interval | None = None
+    """When it leaves: after so many steps or epochs, at the next epoch that begins."""
     mask: MaskRecipe | None = None
     """Learn only a part of each image."""
     holdout: Annotated[float, Range(ge=0, le=1_000_000)] = 0.0
@@ -428,6 +432,14 @@ class EmaRecipe:
 
 
 @frozen(kw_only=True)
+class GuardRecipe:
+    """What to do when a loss or a gradient is not finite. Such a step never changes a weight."""
+
+    skip: Annotated[int, Range(ge=0, le=1_000_000)] = 0
+    """Pass over so many of these steps in the whole run; the next one ends it."""
+
+
+@frozen(kw_only=True)
 class TrainRecipe:
     """The training run. Give exactly one of `epochs` and `steps`."""
 
@@ -452,6 +464,8 @@ class TrainRecipe:
     """The loss."""
     ema: EmaRecipe | None = None
     """Keep an exponential moving average."""
+    guard: GuardRecipe = field(factory=GuardRecipe)
+    """What to do when a loss or a gradient is not finite."""
 
 
 @frozen(kw_only=True)
@@ -494,8 +508,11 @@ class ValidationRecipe:
 class TrackRecipe:
     """Where metrics go besides `metrics.jsonl` and the report."""
 
-    to: tuple[Literal["tensorboard"], ...] = ()
-    """Trackers."""
+    to: tuple[Literal["tensorboard", "wandb", "comet", "mlflow", "swanlab"], ...] = ()
+    """Trackers. Keys and addresses of services are taken from their own environment variables
+    (`WANDB_API_KEY` and so on), never from a recipe. Each is an extra: `pip install tuner[wandb]`."""
+    project: Annotated[str, Length(ge=1)] = "tuner"
+    """What services group runs by."""
 
 
 @frozen(kw_only=True)

@@ -41,7 +41,7 @@ from runtime.optimizers import load_state as load_optimizer
 from runtime.out_of_memory import is_out_of_memory, refusal
 from runtime.quiet import quiet
 from runtime.stop import Stop
-from runtime.track import Tracker, open_trackers
+from runtime.track import METRICS, Tracker, open_trackers, rows
 from runtime.validate import Painter, is_complete, measure, validate
 
 LOG = "run.log"
@@ -88,7 +88,7 @@ def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") ->
         if found is not None and result_folder(plan).is_dir():
             events.message(f"{run_folder} is finished ({plan.steps.total} steps); nothing to do")
             return _outcome(plan, "already", plan.steps.total, found)
-        with quiet(run_folder / LOG), Stop(events).listening() as stop:
+        with quiet(run_folder / LOG), Stop(events, run_folder).listening() as stop:
             device = device_of(plan)
             context = Context(
                 plan=plan,
@@ -269,6 +269,7 @@ def _train(
                 trackers=trackers,
                 actions=actions,
                 stop=context.stop,
+                history=rows(context.folder / METRICS),
             )
 
 

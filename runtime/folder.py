@@ -16,6 +16,7 @@ from runtime import files
 from runtime.errors import PlanChanged, RunFailed
 
 MEASURED = "measured.json"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def opened(plan: Plan, recipe: str) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = stack.enter_context((folder / ".lock").open("a+b"))
+            held = stack.enter_context((folder / LOCK).open("a+b"))
             _hold(held.fileno(), folder)
             for place in (folder, folder / "checkpoints"):
                 files.clean(place)
@@ -52,7 +53,7 @@ def _hold(descriptor: int, folder: Path) -> None:
         ) from error
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, *, shared: bool = False) -> None:
     if sys.platform == "win32":
         import msvcrt
 
@@ -60,7 +61,19 @@ def _lock(descriptor: int) -> None:
     else:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is running the run in `folder`; makes nothing there."""
+    try:
+        with (folder / LOCK).open("rb") as held:
+            _lock(held.fileno(), shared=True)  # let go of at once, as the file is closed
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _write_lock(folder: Path, plan: Plan, recipe: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from compiler.plan import Plan
 from compiler.schedules import multiplier
 from runtime.ema import Ema
-from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
+from runtime.guard import SAMPLES, SKIPPED, Guard, half_done, named, refusal, unfit_inputs, what
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
+from runtime.pace import Pace, used_of
 from runtime.rng import seed_torch
 from runtime.step import gradient_norm, micro_step, update
 from runtime.stop import Stop
@@ -70,6 +71,7 @@ class Row:
     lr: float
     loss: Tensor  # mean over the window's samples
     grad_norm: Tensor  # L2, before clipping
+    losses: Tensor  # (samples,), as `names`
     names: Sequence[str]
     fused: bool = False  # weights were updated in the backward pass, before `grad_norm` was known
 
@@ -78,6 +80,9 @@ class Row:
 class Ledger:
     """Metrics that are still on the device, and where they go once read."""
 
+    plan: Plan
+    guard: Guard
+    pace: Pace
     events: Events
     trackers: Sequence[Tracker]
     every: int
@@ -91,46 +96,48 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Read and report what waits. Raises RunFailed if a value is not finite."""
+        """Read and report what waits. Raises RunFailed where too many steps were bad."""
         if not self.rows:
             return
         values = torch.stack([torch.stack((r.loss, r.grad_norm)) for r in self.rows]).tolist()
         seconds = (time.perf_counter() - self.since) / len(self.rows)
         rows, self.rows = self.rows, []
         for row, (loss, norm) in zip(rows, values, strict=True):
-            check_finite(row, loss, norm)
+            verdict = self.guard.judge(loss, norm)
+            if SKIPPED in verdict:
+                verdict |= self._passed_over(row, loss, norm)
+            numbers = {"loss": loss, "grad_norm": norm}
             metrics: dict[str, Any] = {
                 "epoch": row.epoch,
-                "loss": loss,
-                "grad_norm": norm,
+                **{name: value for name, value in numbers.items() if math.isfinite(value)},
                 "lr": row.lr,
                 "samples": row.samples,
                 "seconds": seconds,
+                **verdict,
             }
             for tracker in self.trackers:
                 tracker.metrics(row.step, metrics)
             self.events.step({"step": row.step, **metrics})
+        self.pace.read(rows[-1].step, seconds, len(rows))
         self.since = time.perf_counter()
+
+    def _passed_over(self, row: Row, loss: float, norm: float) -> Mapping[str, Any]:
+        """What there is to say of a bad step. Raises RunFailed if it is one too many."""
+        if self.guard.exhausted or half_done(row, loss):
+            raise refusal(self.plan, row, loss, norm, skipped=self.guard.skipped - 1)
+        most = self.plan.guard.skip
+        samples = named(row.names, row.losses.tolist())
+        self.events.message(
+            f"step {row.step}: {what(loss, norm)}; it changed no weight ({self.guard.skipped} of "
+            f"at most {most} such steps). Samples: {samples}",
+            "warning",
+        )
+        return {SAMPLES: list(row.names)}
 
     def resume_clock(self) -> None:
         """Leave out the time since the last flush (a checkpoint or validation took it)."""
         if not self.rows:
             self.since = time.perf_counter()
-
-
-def check_finite(row: Row, loss: float, norm: float) -> None:
-    """Raises RunFailed if the loss or the gradient norm of `row` is not a number."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-    weights = f"the weights were not updated and are those of step {row.step - 1}"
-    if row.fused and math.isfinite(loss):
-        weights = "with fused_backward some weights were updated before it was found"
-    raise RunFailed(
-        f"step {row.step}: {what}; {weights}. Samples: {', '.join(row.names)}",
-        help="likely causes: a learning rate that is too high, float16 where the model overflows, "
-        "or a damaged picture among the samples named; the last checkpoint is good",
-    )
 
 
 def train(
@@ -143,17 +150,25 @@ def train(
     trackers: Sequence[Tracker],
     actions: Actions,
     stop: Stop,
+    history: Iterable[Mapping[str, Any]] = (),
 ) -> int:
     """Train from `done` updates to the plan's total; returns the updates done.
 
     That is less than the total only if a stop was requested, after a checkpoint. `windows` begins
-    at the window of update `done`. Raises RunFailed where training can't go on.
+    at the window of update `done`, `history` are the metrics of those before it. Raises RunFailed
+    where training can't go on.
     """
     device = torch.device(plan.device)
+    pace = Pace(events, used_of(device))
     ledger = Ledger(
-        events=events, trackers=trackers, every=1 if device.type == "cpu" else LOG_EVERY
+        plan=plan,
+        guard=Guard(plan.guard.skip, history),
+        pace=pace,
+        events=events,
+        trackers=trackers,
+        every=1 if device.type == "cpu" else LOG_EVERY,
     )
-    for window in windows:
+    for window in pace.waited(windows):
         try:
             row = one_update(plan, trained, window)
         except (RuntimeError, MemoryError) as error:
@@ -166,7 +181,7 @@ def train(
             trained.ema.update(done)
         ledger.add(row)
         ended = done == plan.steps.total
-        if ended or due(done, plan.checkpoints.every):
+        if stop.look() or ended or due(done, plan.checkpoints.every):
             ledger.flush()
             actions.checkpoint(done, window.epoch)
         if due(done, plan.validation.every) and not (ended or stop.requested):
@@ -223,30 +238,38 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
         lr=lr,
         loss=torch.cat(losses).mean(),
         grad_norm=norm.float(),
+        losses=torch.cat(losses),
         names=window.names,
         fused=fused is not None,
     )
-    guard(trained.optimizer, row)
-    if not fused:
+    if not guard(plan, trained.optimizer, row, window):
+        trained.optimizer.zero_grad(set_to_none=True)
+    elif not fused:
         with updating():
             update(trained.optimizer, norm, plan.max_grad_norm)
     return row
 
 
-def guard(optimizer: torch.optim.Optimizer, row: Row) -> None:
-    """See to it that the update does not happen where the loss or the gradient is not finite.
+def guard(plan: Plan, optimizer: torch.optim.Optimizer, row: Row, window: Window) -> bool:
+    """Whether to update; False where the loss or the gradient is not finite and the plan passes
+    over such steps, else RunFailed.
 
     On the processor the values are at hand. On an accelerator reading them would wait for it in
     every step; there a fused optimizer is told on the device to leave weights and state alone
-    (`found_inf`, as a gradient scaler does), and the ledger stops the run when it reads them.
+    (`found_inf`, as a gradient scaler does), and the ledger judges the step when it reads them.
     `runtime.fused_backward` has seen to its own updates.
     """
-    finite = torch.isfinite(row.loss) & torch.isfinite(row.grad_norm)
+    good = torch.isfinite(row.loss) & torch.isfinite(row.grad_norm)
     if row.loss.device.type != "cpu" and optimizer.param_groups[0].get("fused"):
         if not row.fused:
-            skip_unless(finite, optimizer)
-    elif not finite.item():
-        check_finite(row, row.loss.item(), row.grad_norm.item())
+            skip_unless(good, optimizer)
+        return True
+    if good.item():
+        return True
+    loss, norm = row.loss.item(), row.grad_norm.item()
+    if plan.guard.skip == 0 or half_done(row, loss):
+        raise refusal(plan, row, loss, norm, found=unfit_inputs(window))
+    return False
 
 
 def skip_unless(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -18,6 +18,7 @@ from attrs import frozen
 from compiler.machine import COMPILER, OPENCV, Machine
 from compiler.optimizers import packages
 from compiler.plan import Device
+from compiler.trackers import TRACKERS, TrackerFacts
 
 PACKAGES = (
     "torch",
@@ -85,10 +86,16 @@ def compiler() -> str:
 
 def _missing() -> Iterator[str]:
     yield from (name for name in packages() if not version(name))
+    yield from (facts.package for facts in TRACKERS.values() if not tracker_is_here(facts))
     if importlib.util.find_spec("cv2") is None:  # several packages carry it
         yield OPENCV
     if not compiler():
         yield COMPILER
+
+
+def tracker_is_here(facts: TrackerFacts) -> bool:
+    """Whether its package is installed; MLflow comes as two."""
+    return any(map(version, (facts.package, facts.package.removesuffix("-skinny"))))
 
 
 def version(package: str) -> str:

@@ -1,16 +1,23 @@
-"""Stop requests: Ctrl-C and SIGTERM finish the step and save; a second one stops at once."""
+"""What a person asks of a run while it goes on.
+
+Ctrl-C and SIGTERM finish the step and save; a second one stops at once. So does a file called
+`stop` in the run folder, from the next step on, and one called `save` makes a checkpoint after it
+(`touch runs/name/save`). Both are removed when they are seen.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from runtime.events import Events
 
+SAVE, STOP = "save", "stop"  # files in the run folder
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM") if hasattr(signal, n))
 
 
@@ -21,8 +28,10 @@ class Stop:
     signal, KeyboardInterrupt is raised on the spot (nothing is lost: files appear whole).
     """
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, folder: Path | None = None) -> None:
+        """`folder` is where to look for files; None: nowhere."""
         self.requested = False
+        self._folder = folder
         self._patient = False
         self._events = events
 
@@ -38,6 +47,25 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def look(self) -> bool:
+        """Whether a checkpoint is asked for by a file. Notes what else is; costs two look-ups."""
+        if self._taken(STOP) and not self.requested:
+            self.requested = True
+            self._events.message(f"`{STOP}` is there: stopping after this step, with a checkpoint")
+        save = self._taken(SAVE)
+        if save:
+            self._events.message(f"`{SAVE}` is there: saving a checkpoint")
+        return save
+
+    def _taken(self, name: str) -> bool:
+        """Whether the file was there; it is no more."""
+        path = None if self._folder is None else self._folder / name
+        if path is None or not path.exists():
+            return False
+        with suppress(OSError):  # a folder of that name, or one who tidies at the same time
+            path.unlink()
+        return not path.exists()
 
     @contextmanager
     def patient(self) -> Iterator[None]:

@@ -155,6 +155,55 @@ def data(
     return show_data(recipe, set_ or (), path=out, most=most, open_it=open_)
 
 
+cache_app = typer.Typer(help="See and tidy what is cached.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--path", metavar="FOLDER", help="A cache; else the user's own.", show_default=False
+    ),
+]
+
+
+@cache_app.command("list")
+def list_(path: FolderOption = None, json: JsonOption = False) -> int:
+    """Say how much is cached, how old it is, and which run uses it."""
+    from tuner.cache import list_cache
+
+    return list_cache(path, as_json=json)
+
+
+@cache_app.command()
+def verify(path: FolderOption = None) -> int:
+    """Read all that is cached and name what is damaged."""
+    from tuner.cache import verify_cache
+
+    return verify_cache(path)
+
+
+@cache_app.command()
+def prune(
+    path: FolderOption = None,
+    older: Annotated[
+        str, typer.Option(metavar="TIME", help='Unused that long: "30 d".', show_default=False)
+    ] = "",
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Used by no run that is still there.")
+    ] = False,
+    most: Annotated[
+        str,
+        typer.Option(
+            "--size", metavar="SIZE", help='Down to this size: "20 GiB".', show_default=False
+        ),
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; else only say what would go.")] = False,
+) -> int:
+    """Remove what is cached; deleting costs only the time to make it anew."""
+    from tuner.cache import prune_cache
+
+    return prune_cache(path, older=older, unused=unused, most=most, really=yes)
+
+
 @app.command()
 def new(
     file: Annotated[

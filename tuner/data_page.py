@@ -88,7 +88,34 @@ def _sources(plan: Plan) -> str:
         ("Held out", "number"),
         ("Skipped", "number"),
     )
-    return f"<h2>Sources</h2>{table(titles, rows)}"
+    return f"<h2>Sources</h2>{table(titles, rows, 'sources')}{_stages(plan)}"
+
+
+def _stages(plan: Plan) -> str:
+    """Samples of each source in an epoch, where sources come and go."""
+    every = plan.steps.stages
+    if not every:
+        return ""
+    ends = [*(stage.first_epoch for stage in every[1:]), plan.steps.epochs]
+    samples = Counter[str]()
+    for bucket in plan.buckets:
+        samples[bucket.source] += bucket.samples
+    rows = [
+        (
+            f"{stage.first_epoch + 1}" + (f" to {end}" if end > stage.first_epoch + 1 else ""),
+            *(f"{samples[s.id]:,}" if s.id in stage.sources else "-" for s in plan.sources),
+            f"{stage.samples_per_epoch:,}",
+            f"{stage.per_epoch:,}",
+        )
+        for stage, end in zip(every, ends, strict=True)
+    ]
+    titles = (
+        ("Epochs", "tight"),
+        *((escape(source.id), "number") for source in plan.sources),
+        ("Samples an epoch", "number"),
+        ("Steps an epoch", "number"),
+    )
+    return f"<h3>Who trains when</h3>{table(titles, rows)}"
 
 
 def _rules(source: DataSource) -> str:
@@ -134,9 +161,10 @@ def _left_out(plan: Plan, outlook: Outlook | None, warnings: Sequence[Diagnostic
 def _sizes(manifest: Manifest) -> str:
     """How large the pictures are, by their shorter edge, in steps of half an octave."""
     pictures = {
-        (s.key, s.file, s.at, s.width, s.height) for s in manifest if not s.placement.mirrored
+        (manifest.path(row), sample.at): min(sample.width, sample.height)
+        for row, sample in enumerate(manifest)
     }
-    edges = [min(width, height) for *_, width, height in pictures]
+    edges = list(pictures.values())
     bins = Counter(floor(2 * log2(edge)) for edge in edges)
     most = max(bins.values())
     rows = [

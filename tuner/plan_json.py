@@ -50,6 +50,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
         "model": tree["model"] | {"parameters": _parameters(plan)},
+        "sources": [{"mask": None} | source for source in tree["sources"]],
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},
         "checkpoints": tree["checkpoints"] | _times(checkpoint_steps(plan)),

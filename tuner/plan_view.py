@@ -156,7 +156,27 @@ def _data(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
         lines += columns(rows, indent=4)
         if len(buckets) > len(shown):
             lines.append(f"    and {counted(len(buckets) - len(shown), 'bucket')} more (-v)")
-    return lines + wrapped(_arithmetic(plan), "  = ", "    ")
+    lines += wrapped(_arithmetic(plan), "  = ", "    ")
+    return lines + _stages(plan)
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Which sources train when, where they come and go."""
+    every, steps = plan.steps.stages, plan.steps
+    if not every:
+        return []
+    ends = [*(stage.first_epoch for stage in every[1:]), steps.epochs]
+    rows = [
+        (
+            f"epoch {stage.first_epoch + 1}"
+            + (f" to {end}" if end > stage.first_epoch + 1 else "")
+            + f", from step {stage.first_step + 1:,}",
+            f"{', '.join(stage.sources)}: {counted(stage.samples_per_epoch, 'sample')} in "
+            f"{counted(stage.per_epoch, 'step')} an epoch",
+        )
+        for stage, end in zip(every, ends, strict=True)
+    ]
+    return columns(rows, indent=4)
 
 
 def _skipped_words(source: DataSource, outlook: Outlook | None) -> str:
@@ -242,6 +262,8 @@ def _arithmetic(plan: Plan) -> str:
     last = steps.batches_per_epoch - (steps.per_epoch - 1) * window
     if steps.ranks > 1 and last < window:
         words += f", the last of {counted(last, 'batch', 'batches')}"
+    if steps.stages:
+        return f"{words} at first; {counted(steps.total, 'step')} in all"
     whole, rest = divmod(steps.total, max(steps.per_epoch, 1))
     if rest == 0:
         return f"{words} x {counted(whole, 'epoch')} = {counted(steps.total, 'step')}"

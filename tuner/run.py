@@ -64,15 +64,20 @@ def run_recipe(
     if path.name.endswith(LOCK_SUFFIX):
         job = _from_lock(path, overrides)
     else:
-        job = _from_recipe(path, overrides, strict=strict)
+        job = _from_recipe(path, overrides, strict=strict, offline=offline)
     return job if isinstance(job, int) else _run(job, accepted)
 
 
-def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool) -> Job | int:
+def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool, offline: bool) -> Job | int:
+    from runtime.errors import MachineUnfit, RunFailed
     from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+    from tuner.copying import compile_copied
     from tuner.next_rung import gone_down
 
-    compiled = compile_here(path, overrides)
+    try:
+        compiled = compile_copied(path, overrides, offline=offline)
+    except RunFailed as error:
+        return _failed(error, UNFIT if isinstance(error, MachineUnfit) else FAILED)
     lower = gone_down(compiled.plan)
     if lower:
         overrides = [*overrides, *lower]

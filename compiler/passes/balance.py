@@ -21,6 +21,7 @@ from compiler.passes.placing import Told
 from compiler.plan import DataSource
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
+from compiler.units import Interval
 
 
 def trained(
@@ -77,6 +78,24 @@ def judge_leaks(draft: Draft, sources: Sequence[tuple[set[str], set[str]]]) -> N
                     "out",
                     help="give both the same `holdout`: " + listed(leaked),
                 )
+
+
+def moment(draft: Draft, where: KeyPath, key: str, stated: Interval | None) -> str:
+    """When a source joins or leaves, as the plan spells it; "" where nothing was said."""
+    if stated is None:
+        return ""
+    path = (*where, key)
+    if stated.is_off or stated.seconds is not None:
+        what = "no moment" if stated.is_off else "a time"
+        draft.error(
+            "bad-unit",
+            path,
+            f"`{stated}` is {what}; a source joins and leaves after so many steps or epochs",
+            help=f'{key} = "2 epochs", or leave it out',
+        )
+        return ""
+    draft.decide(path, stated)
+    return str(stated)
 
 
 def with_repeats(

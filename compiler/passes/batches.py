@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
-from compiler.data.counts import bucket_rows, samples_per_epoch, steps_per_epoch
+from compiler.data.counts import bucket_rows, samples_per_epoch
+from compiler.data.stages import Gap, Span, epochs_begun, last_step, stages_of
 from compiler.draft import Draft
-from compiler.plan import DataSource, Geometry, Steps
+from compiler.plan import DataSource, Geometry, Stage, Steps
 from compiler.spans import KeyPath
+from compiler.units import Interval
 
 SIZE: KeyPath = ("train", "batch_size")
 DEVICES: KeyPath = ("launch", "devices")
@@ -24,22 +27,69 @@ def resolve_batches(draft: Draft) -> None:
     if sizes is None or not _batch_fits(draft, sizes):
         return
     draft.buckets = bucket_rows(draft.manifest, draft.sources, sizes)
-    batches = sum(bucket.batches for bucket in draft.buckets)
-    per_epoch = steps_per_epoch(batches, ranks, train.accumulate)
-    total = train.steps if train.steps is not None else (train.epochs or 0) * per_epoch
+    spans = {source.id: _span(source) for source in draft.sources}
+    try:
+        every = stages_of(
+            draft.buckets,
+            spans,
+            ranks * train.accumulate,
+            epochs=train.epochs,
+            total=train.steps,
+        )
+    except Gap as gap:
+        draft.error(
+            "conflict",
+            ("data", "source"),
+            f"no source trains in epoch {gap.epoch + 1}, and the run goes on",
+            help="let one go on longer, or let the run end there",
+        )
+        return
+    if not _all_train(draft, every):
+        return
+    first, last = every[0], every[-1]
+    total = last_step(last, train.epochs or 0) if train.steps is None else train.steps
     draft.steps = Steps(
         total=total,
-        per_epoch=per_epoch,
-        epochs=-(-total // per_epoch),
-        batches_per_epoch=batches,
-        samples_per_epoch=sum(bucket.samples for bucket in draft.buckets),
+        per_epoch=first.per_epoch,
+        epochs=epochs_begun(last, total),
+        batches_per_epoch=first.batches_per_epoch,
+        samples_per_epoch=first.samples_per_epoch,
         accumulate=train.accumulate,
         ranks=ranks,
+        stages=every if any(s.first or s.until for s in draft.sources) else (),
     )
     key = "steps" if train.steps is not None else "epochs"
     draft.decide(("train", key), train.steps if key == "steps" else train.epochs)
     _small_buckets(draft)
     _idle_devices(draft, draft.steps)
+
+
+def _span(source: DataSource) -> Span:
+    return Span(
+        first=Interval.parse(source.first) if source.first else None,
+        until=Interval.parse(source.until) if source.until else None,
+    )
+
+
+def _all_train(draft: Draft, every: Sequence[Stage]) -> bool:
+    """Refuse a source that no epoch of the run takes."""
+    ever = {name for stage in every for name in stage.sources}
+    idle = [source for source in draft.sources if source.id not in ever]
+    for source in idle:
+        key = "from" if source.first else "until"
+        number = next(
+            n
+            for n, recipe in enumerate(draft.recipe.data.source)
+            if (str(recipe.start or ""), str(recipe.until or "")) == (source.first, source.until)
+        )
+        draft.error(
+            "no-effect",
+            ("data", "source", number, key),
+            f"source `{source.id}` never trains: it joins and leaves between two epochs, or the "
+            "run ends before",
+            help="sources join and leave only where an epoch begins",
+        )
+    return not idle
 
 
 def _ranks(draft: Draft) -> int:

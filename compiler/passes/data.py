@@ -15,7 +15,7 @@ from compiler.data.manifest import Folder, Manifest, Sample
 from compiler.data.scan import ALONE, Picture, Scan
 from compiler.data.sources.spots import Spot, name_of
 from compiler.draft import Draft
-from compiler.passes.balance import judge_leaks, trained, with_repeats
+from compiler.passes.balance import judge_leaks, moment, trained, with_repeats
 from compiler.passes.captions import captioned, resolve_captions
 from compiler.passes.geometry import resolve_geometries
 from compiler.passes.inherited import Effects, own_or_data
@@ -163,6 +163,8 @@ def _source(
         regularisation=recipe.regularisation is not None,
         loss_weight=recipe.regularisation.weight if recipe.regularisation else 1.0,
         mask=masks.rules,
+        first=moment(draft, where, "from", recipe.start),
+        until=moment(draft, where, "until", recipe.until),
     )
     made = Found(
         trained=(seen := {_identity(spot, picture) for picture, _ in kept}),

@@ -15,6 +15,7 @@ from compiler.files import read_small
 from compiler.passes.batches import edge_of
 from compiler.passes.training import in_steps
 from compiler.spans import KeyPath
+from compiler.trackers import TRACKERS
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 PROMPT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -35,6 +36,31 @@ def resolve_outputs(draft: Draft) -> None:
     draft.checkpoints = plan.Checkpoints(every=every, keep=recipe.keep)
     draft.validation = _validation(draft, draft.steps)
     _longer_than_the_run(draft, draft.steps.total)
+    _trackers(draft)
+
+
+def _trackers(draft: Draft) -> None:
+    """What the trackers need here, and what means nothing without one."""
+    recipe = draft.recipe.track
+    if not recipe.to and draft.given(("track", "project")):
+        draft.error(
+            "no-effect",
+            ("track", "project"),
+            "`project` has no effect: no tracker is told of this run",
+            help='to = ["wandb"]',
+            of="key",
+        )
+    for number, name in enumerate(recipe.to):
+        facts, where = TRACKERS[name], ("track", "to", number)
+        if name in recipe.to[:number]:
+            draft.error("duplicate-id", where, f"tracker `{name}` is given twice")
+        elif facts.package in draft.machine.missing:
+            draft.warn(
+                "missing-package",
+                where,
+                f"tracker `{name}` needs the package {facts.package}, which is not installed here",
+                help=f"pip install 'tuner[{name}]'",
+            )
 
 
 def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:

@@ -5,10 +5,10 @@
 
 An entry is a dict of tensors. A shard is written beside, fsynced and renamed, and only then are its
 rows committed: whatever is killed at whatever instant, a row points at a whole file. At worst a
-file without rows remains (`sweep` removes it). Shards never change, so they are memory-mapped and
-readers need no lock; several processes may write at once, each its own shards. A shard that was
-deleted or cut off counts as absent, and what it held as missing. Deleting the folder costs only
-time. The index must lie on a disk with working locks (not on NFS).
+file without rows remains (`runtime.data.keep` removes it). Shards never change, so they are
+memory-mapped and readers need no lock; several processes may write at once, each its own shards. A
+shard that was deleted or cut off counts as absent, and what it held as missing. Deleting the folder
+costs only time. The index must lie on a disk with working locks (not on NFS).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from torch import Tensor
 
 from compiler.data.stamp import Stamp
 from runtime.data.pages import not_resident
-from runtime.data.store import INDEX, SHARDS, Store
+from runtime.data.store import INDEX, SHARDS, CacheNotWritable, Store
 from runtime.errors import RunFailed
-from runtime.files import PARTIAL, partial_file
+from runtime.files import partial_file
 
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
@@ -41,8 +42,6 @@ SHARD_SECONDS = 30.0
 RESIDENT_BYTES = 32 << 20
 """After so much was copied out of shards, their pages leave this process (not the page cache)."""
 _TOGETHER = 20_000  # entries located at a time, so that what that takes stays small
-ORPHAN_SECONDS = 3600.0
-"""Files without rows are removed when they are this old: their writer may still be at work."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -241,36 +240,20 @@ class Cache:
                 path.unlink(missing_ok=True)
                 raise
 
-    def sweep(self) -> list[str]:
-        """Remove files that no row points at, left by writers killed long ago; their names."""
-        removed: list[str] = []
-        if not self._shard_folder.is_dir():
-            return removed
-        with self.store.writing() as database:
-            known = {name for (name,) in database.execute("SELECT name FROM shards")}
-            for path in sorted(self._shard_folder.iterdir()):
-                old = time.time() - path.stat().st_mtime > ORPHAN_SECONDS
-                if old and (path.name.startswith(PARTIAL) or path.name not in known):
-                    path.unlink(missing_ok=True)
-                    removed.append(path.name)
-        return removed
-
-    def verify(self) -> list[str]:
-        """Names of shards whose content is not what was written, or that are gone."""
-        rows = self.store.rows("SELECT name, sha256 FROM shards WHERE 1 IN (?)", [1])
-        return sorted(name for name, digest in rows if self._digest(name) != digest)
+    def used_by(self, run: str, *located: Located) -> None:
+        """Note that a run reads these entries; not in a cache that can't be written."""
+        shards = {int(number) for each in located for number in np.unique(each.shards)}
+        now = time.time()
+        with suppress(CacheNotWritable), self.store.writing() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO uses VALUES (?, ?, ?)",
+                [(run, shard, now) for shard in sorted(shards)],
+            )
 
     def close(self) -> None:
         """Flush and let go of the index; mapped entries stay valid."""
         self.flush()
         self.store.close()
-
-    def _digest(self, name: str) -> bytes:
-        try:
-            with open(self._shard_folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        except FileNotFoundError:
-            return b""
 
     def _rows(self, keys: Iterable[bytes]) -> Iterable[tuple[Any, ...]]:
         query = "SELECT key, shard, layout, offsets FROM entries WHERE key IN (?)"

@@ -67,6 +67,7 @@ class Feed:
         self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
         keys = text_keys(plan, family, cache)
         self._captions = cache.locate([keys.key(text) for text in manifest.captions])
+        cache.used_by(plan.run_folder, self._latents, self._captions)
         unconditional = [keys.key("", negative=True)] if any(self._dropout) else []
         self._unconditional = [cache.get(key) for key in unconditional]
 

@@ -143,9 +143,11 @@ def fill_latents(
             done += 1
             events.advance(done)
     finally:
-        parts.clear()
-        free(plan)
-        cache.flush()
+        try:
+            cache.flush()
+        finally:
+            parts.clear()
+            free(plan)
     if broken:
         rows = [(row, broken[key]) for row, key in enumerate(keys) if key in broken]
         _condemn(

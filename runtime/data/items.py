@@ -1,8 +1,8 @@
 """The bytes of one picture, wherever they lie: a file, a place in a tar, a row of a shard.
 
 Files and tars are read at the place itself. A Parquet shard is read a row group at a time, the
-least that its format gives, and an Arrow shard a record batch at a time; the last few of them are
-kept, so reading in the order of places (`reading_order`) reads each once.
+least that its format gives, and an Arrow shard a record batch at a time; the last two of them are
+kept, so reading in the order of places (`reading_order`) reads each about once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from attrs import frozen
 from compiler.data.index import inside
 from compiler.data.manifest import Item
 from compiler.data.scan import ALONE
-from compiler.data.sources.columns import image_kind, opened_arrow, pyarrow
+from compiler.data.sources.columns import image_kind, opened_arrow, pyarrow, validated
 from compiler.data.stamp import Stamp
 
-_GROUPS = 4  # row groups or batches that are kept; one of pictures takes some hundred MiB at most
+_GROUPS = 2  # row groups or batches that are kept: one of pictures may take a GiB
 _SHARDS = 64  # of which the layout is kept
 
 _lock = threading.Lock()
@@ -98,7 +98,7 @@ def _group(path: str, kind: str, stamp: Stamp, column: str, group: int) -> Any:
     with opened_arrow(path) as (_, batches):
         for number, batch in enumerate(batches):
             if number == group:
-                return batch.column(column)
+                return validated(batch.column(column))
     raise IndexError(group)
 
 

@@ -8,6 +8,9 @@ repetitions of an image apart; the bucket is cut into batches, of which the last
 batches of all buckets are shuffled; and windows of `ranks * accumulate` batches are cut from them,
 one per step, the last of an epoch perhaps short. Nothing is dropped and nothing doubled.
 
+Where sources come and go, an epoch is made of the buckets of those that are there; steps and epochs
+go on counting.
+
 An epoch's order is computed once, in time and memory proportional to its samples (8 bytes each;
 about 0.2 s for a million), and kept: any step of any epoch costs the same, whatever came before.
 Shuffles sort by raw Philox output, which, unlike numpy's own permutations, is the same in all
@@ -16,13 +19,15 @@ versions of numpy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
 from compiler.data.manifest import Manifest
+from compiler.data.stages import stages
 from compiler.plan import Plan
 from runtime import rng
 
@@ -48,9 +53,20 @@ class BatchRows:
     first_slot: int
 
 
+@frozen(kw_only=True)
+class Part:
+    """Epochs in which the same groups take part, up to the next part."""
+
+    first_epoch: int
+    first_step: int
+    groups: tuple[int, ...]  # numbers of groups
+    batches: int  # of an epoch
+    steps: int
+
+
 @frozen
 class _Epoch:
-    rows: tuple[Rows, ...]  # per bucket, in order
+    rows: Mapping[int, Rows]  # by bucket, in order
     bucket: NDArray[np.int32]  # per batch, in order
     start: Rows  # per batch: where it starts in its bucket's rows
 
@@ -58,18 +74,26 @@ class _Epoch:
 class Order:
     """Which samples each step takes."""
 
-    def __init__(self, groups: Sequence[Group], *, seed: int, window: int) -> None:
-        """`window` is the number of batches in a step: ranks times accumulation."""
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        seed: int,
+        window: int,
+        starts: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        """`window` is the number of batches in a step: ranks times accumulation. `starts` says,
+        from epoch 0 on, from which epoch on which groups take part; without any all do."""
         self.groups = tuple(groups)
         self._seed = seed
         self._window = window
         self._cycles = [
             _shuffled(len(group.rows), seed, "cycle", number) for number, group in enumerate(groups)
         ]
-        self.batches_per_epoch = sum(-(-g.samples // g.batch_size) for g in self.groups)
-        self.steps_per_epoch = -(-self.batches_per_epoch // window)
+        self.parts = self._parts(starts or [(0, range(len(groups)))])
+        self._first_steps = [part.first_step for part in self.parts]
         self._epoch_number = -1
-        self._epoch = _Epoch((), np.empty(0, np.int32), np.empty(0, np.int64))
+        self._epoch = _Epoch({}, np.empty(0, np.int32), np.empty(0, np.int64))
 
     @classmethod
     def of_plan(cls, plan: Plan, manifest: Manifest) -> Order:
@@ -82,34 +106,79 @@ class Order:
             )
             for members, bucket in zip(manifest.buckets, plan.buckets, strict=True)
         ]
-        order = cls(groups, seed=plan.seed, window=plan.steps.ranks * plan.steps.accumulate)
-        assert order.steps_per_epoch == plan.steps.per_epoch, "plan and order count alike"
+        every = stages(plan.steps, plan.sources)
+        names = [bucket.source for bucket in plan.buckets]
+        starts = [
+            (each.first_epoch, [n for n, name in enumerate(names) if name in each.sources])
+            for each in every
+        ]
+        window = plan.steps.ranks * plan.steps.accumulate
+        order = cls(groups, seed=plan.seed, window=window, starts=starts)
+        counted = [(part.first_step, part.steps, part.batches) for part in order.parts]
+        planned = [(each.first_step, each.per_epoch, each.batches_per_epoch) for each in every]
+        assert counted == planned, "plan and order count alike"
         return order
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of the first epoch."""
+        return self.parts[0].batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the first epoch."""
+        return self.parts[0].steps
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) of `step` (from 0)."""
-        return step // self.steps_per_epoch
+        return self._place(step)[1]
+
+    def _parts(self, starts: Sequence[tuple[int, Sequence[int]]]) -> list[Part]:
+        parts: list[Part] = []
+        for epoch, numbers in starts:
+            before = parts[-1] if parts else None
+            chosen = [self.groups[number] for number in numbers]
+            batches = sum(-(-group.samples // group.batch_size) for group in chosen)
+            parts.append(
+                Part(
+                    first_epoch=epoch,
+                    first_step=before.first_step + (epoch - before.first_epoch) * before.steps
+                    if before
+                    else 0,
+                    groups=tuple(numbers),
+                    batches=batches,
+                    steps=-(-batches // self._window),
+                )
+            )
+        return parts
+
+    def _place(self, step: int) -> tuple[Part, int, int]:
+        """The part of `step`, its epoch, and its place in that epoch."""
+        part = self.parts[bisect_right(self._first_steps, step) - 1]
+        epoch, place = divmod(step - part.first_step, part.steps)
+        return part, part.first_epoch + epoch, place
 
     def window(self, step: int) -> list[BatchRows]:
         """The batches of `step` (from 0), at least one."""
-        number, place = divmod(step, self.steps_per_epoch)
+        part, number, place = self._place(step)
         if number != self._epoch_number:
-            self._epoch = self._ordered(number)
+            self._epoch = self._ordered(number, part.groups)
             self._epoch_number = number
         first = place * self._window
         found: list[BatchRows] = []
         slot = 0
-        for batch in range(first, min(first + self._window, self.batches_per_epoch)):
+        for batch in range(first, min(first + self._window, part.batches)):
             bucket, start = int(self._epoch.bucket[batch]), int(self._epoch.start[batch])
             rows = self._epoch.rows[bucket][start : start + self.groups[bucket].batch_size]
             found.append(BatchRows(bucket=bucket, rows=rows, first_slot=slot))
             slot += len(rows)
         return found
 
-    def _ordered(self, epoch: int) -> _Epoch:
-        rows = tuple(self._bucket_rows(number, epoch) for number in range(len(self.groups)))
-        starts = [np.arange(0, g.samples, g.batch_size, dtype=np.int64) for g in self.groups]
-        buckets = np.repeat(np.arange(len(starts), dtype=np.int32), [len(s) for s in starts])
+    def _ordered(self, epoch: int, numbers: Sequence[int]) -> _Epoch:
+        rows = {number: self._bucket_rows(number, epoch) for number in numbers}
+        groups = [self.groups[number] for number in numbers]
+        starts = [np.arange(0, g.samples, g.batch_size, dtype=np.int64) for g in groups]
+        buckets = np.repeat(np.array(numbers, np.int32), [len(s) for s in starts])
         shuffle = _shuffled(len(buckets), self._seed, "batches", epoch)
         return _Epoch(rows, buckets[shuffle], np.concatenate(starts)[shuffle])
 

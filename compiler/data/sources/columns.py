@@ -65,7 +65,7 @@ def list_arrow(path: str, wanted: Wanted) -> Listing:
     os.stat(path)
     with _guarded() as broken, opened_arrow(path) as (schema, batches):
         roles = _roles(path, schema, wanted)
-        return _listed((batch.select(roles.all) for batch in batches), roles, schema)
+        return _listed((validated(batch.select(roles.all)) for batch in batches), roles, schema)
     return Listing(faults=(("", f"not a whole Arrow file: {broken[0]}"),))
 
 
@@ -96,6 +96,13 @@ def opened_arrow(path: str) -> Iterator[tuple[Any, Iterator[Any]]]:
             return
         count = reader.num_record_batches
         yield reader.schema, (reader.get_batch(number) for number in range(count))
+
+
+def validated(columns: Any) -> Any:
+    """The batch or column itself. Arrow takes offsets in a file at their word, so that damaged
+    ones would read outside of it: raises ArrowInvalid for those."""
+    columns.validate(full=True)
+    return columns
 
 
 @contextmanager

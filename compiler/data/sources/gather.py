@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,11 @@ def gather(
 def _add(found: _Gathered, spot: Spot, path: str, wanted: Wanted, index: Index | None) -> None:
     """What one container holds; a container that can't be read is a fault."""
     try:
-        stamp = Stamp.of(os.stat(path))
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            found.faults.append(Fault(path=path, why="not a regular file"))
+            return
+        stamp = Stamp.of(status)
         listing = _listed(spot, path, stamp, wanted, index)
     except OSError as error:
         found.faults.append(unreadable(path, error))
@@ -193,7 +198,10 @@ def _path(found: _Gathered, item: _Item, downloads: Path) -> str | None:
 
 def _file(found: _Gathered, item: _Item, path: str) -> File | None:
     try:
-        return File(item.key, path, Stamp.of(os.stat(path)))
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            return File(item.key, path, Stamp.of(status))
+        found.faults.append(Fault(path=item.label, why="not a regular file"))
     except OSError as error:
         found.faults.append(Fault(path=item.label, why=unreadable(path, error).why))
     except ValueError:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from runtime.data import cache as caching
 from runtime.data.cache import Cache, CacheIncomplete, Entry
 from runtime.data.hashes import FileGone, file_hashes, folder_hash
+from runtime.data.keep import ORPHAN_SECONDS, damaged, sweep
 from runtime.data.store import CacheDamaged, CacheNotWritable
 from tests.compiler.data.pictures import settle
 
@@ -149,7 +150,7 @@ def test_lost_and_cut_shards_are_missing_and_heal(tmp_path: Path) -> None:
     second.write_bytes(second.read_bytes()[:-1])
     again = Cache(tmp_path)
     assert again.missing(map(key, range(3))) == {key(0), key(1)}
-    assert again.verify() == sorted([first.name, second.name])
+    assert damaged(again.store) == sorted([first.name, second.name])
     with pytest.raises(CacheIncomplete, match="2 of 3"):
         again.locate([key(0), key(1), key(2)])
     again.put(key(0), entry(0))
@@ -163,27 +164,27 @@ def test_verify_finds_flipped_bits(tmp_path: Path) -> None:
     cache.put(key(1), entry(1))
     cache.flush()
     (path,) = tmp_path.rglob("*.safetensors")
-    assert cache.verify() == []
+    assert damaged(cache.store) == []
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    assert cache.verify() == [path.name]
+    assert damaged(cache.store) == [path.name]
 
 
 def test_sweep_removes_only_old_orphans(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    assert cache.sweep() == []
+    assert sweep(cache.store) == []
     cache.put(key(1), entry(1))
     cache.flush()
     folder = next(tmp_path.rglob("*.safetensors")).parent
     old, new = folder / "old.safetensors", folder / ".partial-new.safetensors"
     for path in (old, new):
         path.write_bytes(b"x")
-    long_ago = time.time() - 2 * caching.ORPHAN_SECONDS
+    long_ago = time.time() - 2 * ORPHAN_SECONDS
     for path in folder.iterdir():
         if path != new:
             os.utime(path, (long_ago, long_ago))
-    assert cache.sweep() == ["old.safetensors"] and new.exists()
+    assert sweep(cache.store) == ["old.safetensors"] and new.exists()
     assert same(cache.get(key(1)), entry(1))
 
 
@@ -324,7 +325,7 @@ def test_killed_writers_lose_only_what_was_not_flushed(tmp_path: Path) -> None:
     located = reader.locate([key(n) for n in sorted(there)])
     for place, number in enumerate(sorted(there)):
         assert same(reader.read(located, place), entry(number, size=20_000))
-    assert reader.verify() == []
+    assert damaged(reader.store) == []
     with sqlite3.connect(tmp_path / "cache-1.sqlite") as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 

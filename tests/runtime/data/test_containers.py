@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from compiler.compile import Compiled
+from compiler.compile import Compiled, default_cache
+from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Item
 from compiler.plan import Plan
 from runtime.data import items
 from runtime.data.cache import Cache
-from runtime.data.fill import sample_keys
+from runtime.data.fill import BrokenData, fill_latents, sample_keys
 from runtime.data.hashes import item_hashes, known_hashes
 from runtime.events import Silent
 from runtime.execute import execute
@@ -95,12 +97,13 @@ def compile_kind(folder: Path, kind: str, path: str, steps: int) -> Compiled:
     return result
 
 
-def trained(folder: Path, told: containers.Told, steps: int) -> None:
-    """Train from each kind of source and compare everything on the way."""
+def trained(folder: Path, told: containers.Told, steps: int, kinds: Sequence[str]) -> None:
+    """Train from each of these kinds of sources and compare everything on the way."""
     make_tiny("sana", folder / "base")
+    chosen = pack(folder, told)
     first: tuple[Plan, dict[str, torch.Tensor], list[bytes]] | None = None
-    for kind, path in pack(folder, told).items():
-        result = compile_kind(folder, kind, path, steps)
+    for kind in kinds:
+        result = compile_kind(folder, kind, chosen[kind], steps)
         plan, manifest = result.plan, result.manifest
         assert plan is not None and manifest is not None
         assert plan.sources[0].kind == kind
@@ -122,6 +125,7 @@ def trained(folder: Path, told: containers.Told, steps: int) -> None:
         assert all(torch.equal(weights[name], first[1][name]) for name in weights), kind
 
 
+@pytest.mark.slow
 def test_ten_steps_of_photographs(tmp_path: Path, data_root: Path) -> None:
     told = {}
     for subject in ("dog", "can", "berry_bowl"):
@@ -130,7 +134,7 @@ def test_ten_steps_of_photographs(tmp_path: Path, data_root: Path) -> None:
                 opened.thumbnail((300, 300))
                 data = encoded(opened.convert("RGB"), "JPEG", quality=90)
             told[f"{subject}/{path.name}"] = (data, f"a photo, of {subject}, number {path.stem}")
-    trained(tmp_path, told, steps=10)
+    trained(tmp_path, told, 10, KINDS)
 
 
 def test_two_steps_of_drawn_pictures(tmp_path: Path) -> None:
@@ -139,7 +143,7 @@ def test_two_steps_of_drawn_pictures(tmp_path: Path) -> None:
         f"{'ab'[n % 2]}/{n}.png": (encoded(picture(*size, seed=n), "PNG"), f"a, b{n}, c, d")
         for n, size in enumerate(sizes)
     }
-    trained(tmp_path, told, steps=2)
+    trained(tmp_path, told, 2, ("folder", "webdataset", "parquet"))
 
 
 def test_all_photographs_give_the_same_plan_and_keys(tmp_path: Path, data_root: Path) -> None:
@@ -208,7 +212,7 @@ def test_each_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return self.file.read_row_group(group, columns=columns)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(items, "_parquet", lambda path: Counting(plain(path)))
-    hashes = item_hashes(Cache(tmp_path / "cache"), rows[::-1], 4)
+    hashes = item_hashes(Cache(tmp_path / "cache"), rows[::-1])  # by one thread: in this order
     assert groups == list(range(10)) and len(set(hashes)) == 40
 
 
@@ -223,3 +227,28 @@ def test_a_shard_that_has_shrunk_is_named(tmp_path: Path) -> None:
     os.remove(path)
     with pytest.raises(FileNotFoundError):
         items.read(row)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_picture_that_can_not_be_decoded_is_named_by_the_next_plan(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PNG whose ends are right and whose middle is missing: no header shows it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    make_tiny("sana", tmp_path / "base")
+    told = {f"{n}.png": (encoded(picture(70, 70, seed=n), "PNG"), f"a, {n}") for n in range(5)}
+    for name in ("1.png", "3.png"):  # of which one may be held out
+        data = told[name][0]
+        middle = data.index(b"IDAT") + 40
+        told[name] = (data[:middle] + bytes(len(data) - middle - 12) + data[-12:], "a, rotten")
+    chosen = pack(tmp_path, told)
+    settle()
+    result = compile_kind(tmp_path, kind, chosen[kind], 2)
+    assert result.plan is not None and result.manifest is not None
+    with pytest.raises(BrokenData, match=r"\([13].png\): broken image data"):
+        cache = Cache(Path(result.plan.cache_folder))
+        fill_latents(result.plan, result.manifest, family_of("sana"), cache, Silent())
+    index = Index(default_cache() / HEADERS)
+    again = compiled(tmp_path / f"{kind}.toml", index=index)
+    assert [fault.code for fault in again.diagnostics] == ["broken-images"]
+    assert ".png): broken image data" in again.diagnostics[0].notes[0]

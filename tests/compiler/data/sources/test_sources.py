@@ -5,23 +5,31 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image, ImageOps
 
+from compiler.data import headers
 from compiler.data.captions import all_captions
 from compiler.data.index import Index
+from compiler.data.quick_headers import TRUNCATED
 from compiler.data.scan import Picture, Scan, scan
 from compiler.data.sources import columns, gather, tables, tars
 from compiler.data.sources.listing import SourceUnfit, Wanted
 from compiler.data.sources.spots import split_of, spot_of
 from compiler.plan import Captions
 from runtime.data.items import read
+from runtime.data.pixels import decode
 from tests.compiler.data import containers
+from tests.compiler.data.manifests import whole
 from tests.compiler.data.pictures import encoded, picture, png_bomb, put, settle
 
 JPEG = encoded(picture(70, 50), "JPEG")
@@ -291,6 +299,22 @@ def test_broken_shards_are_faults(tmp_path: Path, kind: str) -> None:
         assert found(path, index=Index(tmp_path / "index")) == result
 
 
+def test_pipes_and_loops_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.parquet", "c.arrow", "d.jsonl"):
+        os.mkfifo(tmp_path / name)
+        assert why(found(tmp_path / name)) == {name: "not a regular file"}
+    os.symlink("loop.tar", tmp_path / "loop.tar")
+    os.symlink(tmp_path, tmp_path / "round")
+    result = found(tmp_path, format="webdataset")
+    assert why(result) == {
+        "a.tar": "not a regular file",
+        "loop.tar": "can't be read: a link that leads nowhere",
+    }
+    row = {"file_name": "loop.tar", "text": "x"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    assert why(found(tmp_path / "t.jsonl"))["t.jsonl (loop.tar)"].startswith("can't be read")
+
+
 def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     put(tmp_path, {"t.tar": gzip.compress(made(tmp_path / "c", "webdataset").read_bytes())})
     with pytest.raises(SourceUnfit, match="compressed \\(gzip\\)"):
@@ -378,6 +402,7 @@ def test_hostile_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert reasons["t.jsonl (line 7)"] == "not UTF-8 text"
     assert reasons["t.jsonl (line 8)"].startswith("not JSON")
     assert reasons["t.jsonl (b.txt)"].startswith("not an image")
+    assert reasons["t.jsonl (.)"] == "not a regular file"
     assert len(result.faults) == 9
     monkeypatch.setattr(tables, "MAX_LINE", 30)
     with pytest.raises(SourceUnfit, match="line 1 is longer"):
@@ -444,3 +469,56 @@ def test_a_window_is_a_file(tmp_path: Path) -> None:
         assert window.seek(-3, os.SEEK_END) == 17 and window.read(9) == bytes((27, 28, 29))
         assert window.seek(2) == 2 and window.read(2) == bytes((12, 13)) and window.tell() == 4
         assert window.seek(-9, os.SEEK_CUR) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
+    """Nor do they crash: Arrow believes what a file says of itself unless it is made to look."""
+    path = made(tmp_path / "c", kind)
+    data, dice = path.read_bytes(), random.Random(kind)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(dice.choice((1, 2, 20))):
+            near_the_end = len(damaged) - 1 - dice.randrange(min(900, len(damaged)))
+            at = dice.choice((dice.randrange(len(damaged)), near_the_end))
+            damaged[at] = dice.choice((0, 255, damaged[at] ^ 1, dice.randrange(256)))
+        if dice.random() < 0.3:
+            at = dice.randrange(len(damaged))
+            del damaged[at : at + dice.randrange(1, 60)]
+        path.write_bytes(damaged)
+        with suppress(SourceUnfit):
+            found(path)
+
+
+def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    data = encoded(picture(70, 50), "HEIF", quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put(
+        tmp_path / "p", {"a.heic": data, "turned.heif": encoded(picture(70, 50), "HEIF", exif=exif)}
+    )
+    put(tmp_path / "p", {"cut.heic": data[: len(data) * 2 // 3], "stub.heic": data[:40]})
+    result = scan(tmp_path / "p")
+    for one in result.pictures:
+        with Image.open(tmp_path / "p" / one.key) as opened:
+            assert (one.width, one.height) == ImageOps.exif_transpose(opened).size
+    assert [p.key for p in result.pictures] == ["a.heic", "turned.heif"]
+    assert why(result)["cut.heic"] == TRUNCATED and "stub.heic" in why(result)
+    seen = decode(data, whole(70, 50), (70, 50)).astype(float)
+    assert np.abs(seen - np.asarray(picture(70, 50))).mean() < 6
+    monkeypatch.setattr(headers, "_reads_heif", lambda: False)
+    index = Index(tmp_path / "index")
+    settle()
+    for result in (scan(tmp_path / "p", index), found(heic_tar(tmp_path, data), index=index)):
+        assert {fault.why for fault in result.faults} == {headers.NEEDS_HEIF}
+    assert index.save()
+    monkeypatch.undo()  # it has been installed: nothing stale is believed
+    again = Index(tmp_path / "index")
+    assert len(scan(tmp_path / "p", again).pictures) == 2
+    assert len(found(tmp_path / "t.tar", index=again).pictures) == 1
+
+
+def heic_tar(folder: Path, data: bytes) -> Path:
+    return containers.tar_of(folder / "t.tar", [containers.member("a.heic", data)])

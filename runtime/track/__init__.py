@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from runtime import files
 from runtime.errors import MachineUnfit
 
 METRICS = "metrics.jsonl"
-NOT_PLOTTED = frozenset({"step", "names"})
+NOT_PLOTTED = frozenset({"step", "names", "spike"})
 
 
 class Tracker(Protocol):
@@ -54,6 +54,20 @@ class JsonLines:
         """Close the file, once all of it has reached the disk."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of `path` that are whole, in order; none if it is not there."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 def truncate(path: Path, done: int) -> None:

@@ -1,0 +1,269 @@
+"""What lies elsewhere is copied once, whole, and a plan never asks for it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import socket
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from compiler.data.sources.remote import FAILED, Remote, copied, hub_parts, is_remote, picture_path
+from runtime.data import downloads
+from runtime.data.downloads import copy_pictures, copy_sources
+from runtime.errors import MachineUnfit, RunFailed
+from tests.compiler.data import containers
+from tests.compiler.data.pictures import encoded, picture
+from tests.compiler.recipes import RECIPE, codes, compiled, make_base
+from tuner.copying import compile_copied
+
+TOLD = {f"dog/{n}.jpg": (encoded(picture(64, 64, seed=n), "JPEG"), f"dog {n}") for n in range(5)}
+SOURCE = 'path = "pictures"\ncaptions = { from = "instance", prompt = "a photo of sks dog" }'
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `TOLD`, and what else a test puts into `pages`: bytes, or a status."""
+
+    pages: ClassVar[dict[str, bytes | int]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        page = self.pages.get(self.path, 404)
+        if isinstance(page, int):
+            self.send_error(page)
+            return
+        self.send_response(200)
+        cut = self.path.startswith("/cut")
+        self.send_header("Content-Length", str(len(page) + 7 * cut))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    Server.pages = {f"/{name}": data for name, (data, _) in TOLD.items()}
+    Server.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Callable[[str], Path]:
+    """A maker of recipes with the given text in place of the data source's."""
+    make_base(tmp_path / "base")
+
+    def made(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(RECIPE.replace(SOURCE, text), encoding="utf-8")
+        return path
+
+    return made
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_a_table_of_urls(tmp_path: Path, web: str, project: Callable[[str], Path]) -> None:
+    Server.pages["/gone.jpg"] = 410
+    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
+    rows.append({"url": f"{web}/gone.jpg", "text": "x"})
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    path = project('id = "web"\npath = "t.jsonl"\nbroken = "skip"')
+    first = compiled(path)
+    assert codes(first) == ["not-downloaded"] and Server.asked == []
+    assert "6 images of `t.jsonl`" in first.diagnostics[0].message
+    assert first.draft is not None and first.draft.downloads == tmp_path / "cache" / "downloads"
+    copy_pictures(first.draft.absent, first.draft.downloads, quiet)
+    second = compiled(path)
+    assert codes(second) == ["broken-images"] and second.manifest is not None
+    assert "can't be downloaded: the server says 410" in second.diagnostics[0].notes[0]
+    keys = [second.manifest[row].key for row in range(5)]
+    assert keys == [f"{web.removeprefix('http://')}/{name}" for name in TOLD]
+    for row, (data, _) in enumerate(TOLD.values()):
+        assert Path(second.manifest.item(row).file).read_bytes() == data
+    asked = len(Server.asked)
+    assert codes(compiled(path)) == ["broken-images"] and len(Server.asked) == asked == 6
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.name.startswith(".partial")]
+    assert left == []
+
+
+def test_pictures_that_do_not_come_whole(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Server.pages |= {"/cut.jpg": b"half", "/long.jpg": b"x" * 5000, "/down.jpg": 503}
+    monkeypatch.setattr(downloads, "MAX_PICTURE", 4000)
+    urls = [f"{web}/{name}" for name in ("cut.jpg", "long.jpg", "down.jpg", "none.jpg")]
+    copy_pictures(urls, tmp_path, quiet)  # one of them was answered
+    reasons = []
+    for url in urls:
+        path = picture_path(tmp_path, url)
+        assert not path.exists()
+        reasons.append(path.with_name(path.name + FAILED).read_text())
+    assert "of 11 bytes" in reasons[0] or "IncompleteRead" in reasons[0]
+    assert "this is no picture" in reasons[1]
+    assert reasons[2:] == [
+        "the server says 503 Service Unavailable",
+        "the server says 404 Not Found",
+    ]
+    assert Server.asked.count("/down.jpg") == 2 and Server.asked.count("/none.jpg") == 1
+
+
+def test_without_a_connection_nothing_is_noted(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(RunFailed, match="none of 2 images can be downloaded"):
+        copy_pictures([f"http://127.0.0.1:{port}/{n}.jpg" for n in "ab"], tmp_path, quiet)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    with pytest.raises(RunFailed, match="can't be copied"):
+        copy_sources([Remote(url=f"http://127.0.0.1:{port}/a.tar", files=())], tmp_path, quiet)
+
+
+def test_one_shard_on_the_web(tmp_path: Path, web: str, project: Callable[[str], Path]) -> None:
+    Server.pages["/t.parquet"] = containers.as_parquet(tmp_path / "x", TOLD).read_bytes()
+    path = project(f'path = "{web}/t.parquet"')
+    first = compiled(path)
+    assert codes(first) == ["not-downloaded"] and Server.asked == [] and first.draft is not None
+    copy_sources(first.draft.remotes, first.draft.downloads, quiet)
+    second = compiled(path)
+    assert second.manifest is not None and len(second.manifest) == 5
+    assert second.plan is not None and second.plan.sources[0].id == "t"
+    copy_sources(first.draft.remotes, first.draft.downloads, quiet)
+    assert Server.asked == ["/t.parquet"]
+
+
+def test_a_folder_in_a_store(tmp_path: Path, project: Callable[[str], Path]) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/bucket/a/{name}": data for name, (data, _) in TOLD.items()})
+    store.pipe({f"/bucket/a/{name[:-4]}.txt": t.encode() for name, (_, t) in TOLD.items()})
+    try:
+        path = project('id = "s"\npath = "memory://bucket/a"')
+        first = compiled(path)
+        assert codes(first) == ["not-downloaded"] and first.draft is not None
+        copy_sources(first.draft.remotes, first.draft.downloads, quiet)
+        second = compiled(path)
+        assert second.manifest is not None and second.plan is not None
+        assert [second.manifest[row].key for row in range(5)] == list(TOLD)
+        assert second.manifest.captions == tuple(text for _, text in TOLD.values())
+        os.remove(second.manifest.item(2).file)  # a copy that is not whole is made whole
+        assert codes(compiled(path)) == ["not-downloaded"]
+        copy_sources(first.draft.remotes, first.draft.downloads, quiet)
+        assert compiled(path).plan is not None
+        store.pipe({"/evil/a/../../../out.jpg": b"x"})
+        if any(".." in name for name in store.find("/evil")):
+            with pytest.raises(RunFailed, match="leads elsewhere"):
+                copy_sources([Remote(url="memory://evil", files=())], tmp_path / "d", quiet)
+        with pytest.raises(RunFailed, match="no file at all"):
+            copy_sources([Remote(url="memory://none", files=())], tmp_path / "d", quiet)
+    finally:
+        store.store.clear()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/etc/x", "a\0b"])
+def test_names_of_a_store_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunFailed, match="leads elsewhere"):
+        downloads._below(tmp_path / "d", name)
+    assert downloads._below(tmp_path, "a/b.jpg") == tmp_path / "a" / "b.jpg"
+
+
+def test_a_store_without_its_package(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    try:
+        import s3fs  # noqa: F401
+    except ImportError:
+        with pytest.raises(MachineUnfit) as caught:
+            copy_sources([Remote(url="s3://bucket/x", files=())], tmp_path, quiet)
+        assert caught.value.help == 'pip install "tuner[stores]"'
+    with pytest.raises(RunFailed, match="can't be copied"):
+        copy_sources([Remote(url="nonsense://x", files=())], tmp_path, quiet)
+
+
+def hub(folder: Path, calls: list[dict[str, object]]) -> types.ModuleType:
+    """The library's one function, which here finds three shards."""
+
+    def snapshot_download(name: str, **rest: object) -> str:
+        calls.append({"name": name, **rest})
+        for number in range(3):
+            path = folder / "data" / f"train_{number:03}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            containers.as_parquet(path, {f"{number}-{n}": row for n, row in TOLD.items()})
+        return str(folder)
+
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    return module
+
+
+def test_shards_of_the_hub(
+    tmp_path: Path, project: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, object]] = []
+    module = hub(tmp_path / "snapshot", calls)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    files = 'files = ["data/train_000.parquet", "data/train_002.parquet"]'
+    path = project(f'path = "hub:someone/some-data@v1"\n{files}')
+    first = compiled(path)
+    assert codes(first) == ["not-downloaded"] and first.draft is not None
+    copy_sources(first.draft.remotes, first.draft.downloads, quiet)
+    patterns = ["data/train_000.parquet", "data/train_002.parquet"]
+    assert calls == [
+        {
+            "name": "someone/some-data",
+            "repo_type": "dataset",
+            "revision": "v1",
+            "allow_patterns": patterns,
+        }
+    ]
+    second = compiled(path)
+    assert second.plan is not None and second.manifest is not None
+    assert len(second.manifest) == 10 and second.plan.sources[0].id == "some-data"
+    other = compiled(project('path = "hub:someone/some-data@v2"'))
+    assert codes(other) == ["not-downloaded"]
+    assert codes(compiled(project('path = "hub:nobody"'))) == ["bad-path"]
+
+
+def test_what_is_remote() -> None:
+    assert is_remote("s3://b/x") and is_remote("hub:a/b") and is_remote("https://a/b.tar")
+    assert not is_remote("data/x") and not is_remote("C:\\x") and not is_remote("/a://b"[1:3])
+    assert hub_parts("hub:a/b@c/d") == ("a/b", "c/d") and hub_parts("hub:a/b") == ("a/b", "")
+    assert hub_parts("hub:a") is None and hub_parts("hub:../..") is None
+
+
+def test_damaged_notes_count_as_none(tmp_path: Path) -> None:
+    from compiler.data.sources.remote import note_path
+
+    remote = Remote(url="hub:a/b", files=())
+    for content in ("", "{}", "[]", '{"root": "/", "files": 3, "open": "."}', '{"files": ["x"]}'):
+        note_path(tmp_path, remote).write_text(content)
+        assert copied(tmp_path, remote) is None
+
+
+def test_a_run_copies_first_and_offline_does_not(
+    tmp_path: Path, web: str, project: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.compiling.compile_here", lambda path, more: compiled(path, *more))
+    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
+    Server.pages["/t.jsonl"] = "\n".join(json.dumps(row) for row in rows).encode()
+    path = project(f'path = "{web}/t.jsonl"')
+    refused = compile_copied(path, [], offline=True)
+    assert codes(refused) == ["not-downloaded"] and Server.asked == []
+    assert codes(compile_copied(path, ["train.batch_size=0"], offline=False)) != []
+    assert Server.asked == []  # something else is wrong: nothing is copied
+    made = compile_copied(path, [], offline=False)
+    assert made.manifest is not None and len(made.manifest) == 5 and len(Server.asked) == 6

@@ -1,0 +1,147 @@
+"""`tuner cache`: what is cached, whether it is whole, and what may go."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compiler.units import ByteSize, Duration, UnitError
+from tuner.exits import DONE, FAILED, REFUSED
+from tuner.formats import counted, duration, size
+from tuner.layout import columns
+from tuner.screen import err, out
+
+if TYPE_CHECKING:
+    from runtime.data.keep import Shard
+    from runtime.data.store import Store
+
+
+def list_cache(folder: Path | None, *, as_json: bool) -> int:
+    """What there is, how old it is, and which run uses how much of it."""
+    from runtime.data.keep import shards
+
+    with closing(_store(folder)) as store:
+        every = shards(store)
+        where = store.path.parent
+    if as_json:
+        out(json_module.dumps(_object(where, every), indent=2))
+    elif not every:
+        out(f"nothing is cached in {where}")
+    else:
+        out("\n".join(_lines(where, every)))
+    return DONE
+
+
+def verify_cache(folder: Path | None) -> int:
+    """Read all of it and name what is damaged; 1 if there is anything."""
+    from runtime.data.keep import damaged, shards
+
+    with closing(_store(folder)) as store:
+        every, names = shards(store), damaged(store)
+    if names:
+        lines = "\n".join(f"  {name}" for name in names)
+        err(
+            f"error: {len(names)} of {counted(len(every), 'shard')} in {store.path.parent} are "
+            f"damaged or gone:\n{lines}\nhelp: delete these files; what they held is made anew"
+        )
+        return FAILED
+    out(f"{counted(len(every), 'shard')}, {_bytes(every)}: all as written")
+    return DONE
+
+
+def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, really: bool) -> int:
+    """Remove what the person names; without `really`, only say what would go."""
+    from runtime.data.keep import disposable, remove, shards, sweep
+
+    try:
+        age = Duration.parse(older).seconds if older else None
+        limit = int(ByteSize.parse(most)) if most else None
+    except UnitError as error:
+        return _refused(error.message, error.advice)
+    if age is None and limit is None and not unused:
+        return _refused(
+            "nothing says what may go", 'say --older "30 d", --unused or --size "20 GiB"'
+        )
+    with closing(_store(folder)) as store:
+        every = shards(store)
+        gone = disposable(every, time.time(), older=age, unused=unused, size=limit)
+        words = f"{counted(len(gone), 'shard')} of {len(every)}, {_bytes(gone)} of {_bytes(every)}"
+        if not really:
+            out(f"would remove {words}; --yes does it")
+            return DONE
+        if gone:
+            remove(store, gone)
+        left = sweep(store) if every else []
+    out(f"removed {words}" + (f", and {counted(len(left), 'lost file')}" if left else ""))
+    return DONE
+
+
+def _store(folder: Path | None) -> Store:
+    from compiler.compile import default_cache
+    from runtime.data.store import INDEX, Store
+
+    return Store((folder or default_cache()) / INDEX)
+
+
+def _refused(message: str, help: str) -> int:
+    err(f"error: {message}" + (f"\nhelp: {help}" if help else ""))
+    return REFUSED
+
+
+def _bytes(every: Sequence[Shard]) -> str:
+    return size(sum(shard.bytes for shard in every))
+
+
+def _by_run(every: Sequence[Shard]) -> dict[str, list[Shard]]:
+    """The shards that each run reads; "" for those that none does."""
+    found: dict[str, list[Shard]] = {}
+    for shard in every:
+        for run in [use.run for use in shard.uses] or [""]:
+            found.setdefault(run, []).append(shard)
+    return found
+
+
+def _lines(where: Path, every: Sequence[Shard]) -> list[str]:
+    now = time.time()
+    entries = sum(shard.entries for shard in every)
+    words = (
+        f"{_bytes(every)} in {counted(len(every), 'shard')}, {counted(entries, 'entry', 'entries')}"
+    )
+    oldest = duration(max(0.0, now - every[0].written))
+    newest = duration(max(0.0, now - every[-1].written))
+    rows = [
+        (
+            _bytes(mine),
+            f"{run or 'used by no run'}, last {duration(max(0.0, now - _last(run, mine)))} ago",
+        )
+        for run, mine in sorted(_by_run(every).items())
+    ]
+    return [f"{where}", f"  {words}; written {oldest} to {newest} ago", *columns(rows)]
+
+
+def _last(run: str, mine: Sequence[Shard]) -> float:
+    """When the run last read one of its shards; without a run, when the last one was written."""
+    times = [use.used for shard in mine for use in shard.uses if use.run == run]
+    return max(times or [shard.written for shard in mine])
+
+
+def _object(where: Path, every: Sequence[Shard]) -> dict[str, object]:
+    return {
+        "format_version": 1,
+        "folder": str(where),
+        "bytes": sum(shard.bytes for shard in every),
+        "shards": [
+            {
+                "name": shard.name,
+                "bytes": shard.bytes,
+                "entries": shard.entries,
+                "written": shard.written,
+                "runs": {use.run: use.used for use in shard.uses},
+            }
+            for shard in every
+        ],
+    }
