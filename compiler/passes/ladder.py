@@ -24,9 +24,9 @@ from compiler.passes.optimizer import planned, suits
 from compiler.quantisers import QUANTISERS
 from compiler.schema import OffloadRecipe
 
-INTERVALS = (8, 6, 4, 3, 2, 1)  # every n-th block is recomputed
+INTERVALS = (4, 3, 2, 1)  # every n-th block is recomputed
 FEWER_BITS: tuple[plan.Quantisation, ...] = ("int8", "nf4")
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the blocks
+SHARES = (0.5, 1.0)  # of the blocks
 
 # The model of time. A device does matrix products at a share of its peak; memory moves one byte in
 # the time of so many operations at the peak (data sheets of current accelerators at 16 bits: 200);

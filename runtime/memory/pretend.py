@@ -7,13 +7,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.fx.experimental import _config as fx_config
 from torch.nn import functional
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.memory.attention import attention_for
+from runtime.memory.tracker import Tracker
+from runtime.quantise import codes
 
 
 @contextmanager
@@ -41,6 +45,48 @@ def as_on(device: str) -> Iterator[None]:
         if device != "cpu":
             _exchange(stack, functional, "dropout", _fused_dropout(functional.dropout))
         yield
+
+
+@contextmanager
+def remembering(tracker: Tracker, known: dict[Any, Dequantised]) -> Iterator[None]:
+    """Inside, a weight that is turned back is not computed: its memory is counted as it was seen to
+    be, once for each form of codes and weight (`known`)."""
+    stock = codes.dequantised
+
+    def dequantised(
+        given: Tensor, scales: Tensor, kind: Any, shape: Any, dtype: torch.dtype, *rest: Any
+    ) -> Tensor:
+        if not given.is_meta:
+            return stock(given, scales, kind, shape, dtype, *rest)
+        key = (given.shape, scales.shape, kind, shape, dtype)
+        if key not in known:
+            known[key] = _seen(tracker, lambda: stock(given, scales, kind, shape, dtype, *rest))
+        seen = known[key]
+        tracker.workspace(seen.most, tracker.category)
+        whole = torch.empty(seen.elements, dtype=dtype, device="meta")
+        return whole.as_strided(seen.shape, seen.stride)
+
+    with ExitStack() as stack:
+        _exchange(stack, codes, "dequantised", dequantised)
+        yield
+
+
+def _seen(tracker: Tracker, run: Callable[[], Tensor]) -> Dequantised:
+    """What `run` makes, under a tracker of its own like `tracker`."""
+    with _disable_current_modes(), Tracker(tracker.devices, tracker.kernels) as own:
+        made = run()
+        elements = made.untyped_storage().nbytes() // made.element_size()
+        return Dequantised(own.peak, elements, tuple(made.shape), made.stride())
+
+
+@frozen
+class Dequantised:
+    """A weight that was turned back: bytes at most on the way, and what came out."""
+
+    most: int
+    elements: int  # of its storage
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -30,20 +30,23 @@ class Shallow:
 def shallow(candidate: Candidate) -> Shallow | None:
     """Candidates from which `candidate` follows; None where it is to be simulated whole.
 
-    A period is as many blocks as activation checkpointing takes to repeat itself. Blocks that wait
-    on the host are spread over the depth and have no period; weights that are updated in the
-    backward pass leave a number each, whose bytes are rounded together.
+    A period is as many blocks as activation checkpointing takes to repeat itself. Where some blocks
+    wait on the host they are spread over the depth and have no period; weights that are updated
+    in the backward pass leave a number each, whose bytes are rounded together.
     """
     card = FAMILIES[candidate.model.family]
     layout = candidate.layout
-    if card.runs is None or layout.offload_blocks or layout.fused_backward:
+    if card.runs is None or layout.fused_backward:
         return None
     config = json.loads(candidate.model.configs[card.trained_component])
+    blocks = sum(int(config.get(key) or 0) for key in card.depth_keys)
+    if 0 < layout.offload_blocks < blocks:
+        return None
     deep = card.runs(config)
     if deep is None:
         return None
     period = max(1, layout.activation_checkpointing)
-    periods = PERIODS + (AHEAD if layout.offload_activations else 0)
+    periods = PERIODS + (AHEAD if layout.offload_activations else 0) + bool(layout.offload_blocks)
     few = [min(count, count % period + periods * period) for count in deep]
     more = [index for index, count in enumerate(deep) if count > few[index]]
     if not more or sum(few) * (1 + len(more)) + period * len(more) >= sum(deep):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from attrs import evolve
 
@@ -18,7 +19,7 @@ from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
 from runtime.memory.curve import Curve, NotAlike, affine, deeper
 from runtime.memory.meta import MetaKernels
-from runtime.memory.pretend import as_on
+from runtime.memory.pretend import Dequantised, as_on, remembering
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.step import META, Course, Form, run_step, run_update
 from runtime.memory.tracker import Tracker, rounded
@@ -44,6 +45,7 @@ class RuntimeMemoryModel:
         self._kernels: dict[str, MetaKernels] = {}
         self._encoded: dict[str, dict[str, Mapping[str, int]]] = {}
         self._courses: dict[str, Course] = {}
+        self._dequantised: dict[Any, Dequantised] = {}
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. Counts the worst of the candidate's buckets."""
@@ -84,7 +86,7 @@ class RuntimeMemoryModel:
     def whole(self, candidate: Candidate, shape: Shape) -> Course:
         """One bucket on meta tensors, with every block of the model."""
         tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
-        with as_on(candidate.device):
+        with as_on(candidate.device), remembering(tracker, self._dequantised):
             return run_step(candidate, shape, META, tracker, lambda: kernels.flops)
 
     def _worst(self, candidate: Candidate) -> Course:

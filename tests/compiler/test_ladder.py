@@ -173,7 +173,7 @@ def test_a_text_encoder_that_does_not_fit(tmp_path: Path) -> None:
     found, _ = on_gpu(tmp_path / "a", 290, RECIPE + OPEN, text=300)
     (fault,) = [f for f in found.diagnostics if f.severity == "error"]
     assert "phase text_encoder needs 300 MiB of device memory, 10 MiB more" in fault.message
-    assert fault.help == 'quantize = "int8" in [model.text_encoder] would fit: 255 MiB'
+    assert fault.help == 'quantize = "int8" in [model.text_encoder] would fit: 209 MiB'
     recipe = RECIPE + OPEN + '[model.text_encoder]\nquantize = "auto"\n'
     plan = _plan(on_gpu(tmp_path / "b", 290, recipe, text=300)[0])
     encoder = next(c for c in plan.model.components if c.name == "text_encoder")

@@ -58,6 +58,8 @@ def check(step: Candidate) -> None:
         {"rank": 4, "checkpointing": 2},
         {"rank": 4, "checkpointing": 3, "dropout": 0.1},
         {"rank": 4, "layout": Layout(offload_activations=True, activation_checkpointing=1)},
+        {"rank": 4, "layout": Layout(offload_blocks=99)},
+        {"rank": 4, "layout": Layout(offload_blocks=99, offload_activations=True)},
         {"rank": 4, "accumulate": 3, "ema": True, "device": "cpu", "compute": "float32"},
         {"checkpointing": 1, "trained": "bfloat16"},
         {"trained": "float32", "optimizer": "radam", "fused": False},
