@@ -51,7 +51,8 @@ TRACKERS: Mapping[str, TrackerFacts] = {
             package="mlflow-skinny",
             module="mlflow",
             service=True,
-            login="set MLFLOW_TRACKING_URI to the address of its server, or to a folder's",
+            login="set MLFLOW_TRACKING_URI to the address of its server (a local database needs "
+            "the package `mlflow`)",
         ),
         TrackerFacts(
             name="swanlab",

@@ -32,6 +32,7 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
 from runtime.fused_backward import FusedBackward
+from runtime.journal import EVENTS, Journal
 from runtime.loop import Actions, Trained, due, train
 from runtime.machine import versions
 from runtime.measured import measured
@@ -88,6 +89,7 @@ def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") ->
         if found is not None and result_folder(plan).is_dir():
             events.message(f"{run_folder} is finished ({plan.steps.total} steps); nothing to do")
             return _outcome(plan, "already", plan.steps.total, found)
+        events = journal = Journal(run_folder / EVENTS, events)
         with quiet(run_folder / LOG), Stop(events, run_folder).listening() as stop:
             device = device_of(plan)
             context = Context(
@@ -101,7 +103,23 @@ def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") ->
                 stop=stop,
                 clock=Clock(device),
             )
-            return _guarded(context)
+            return _noted(context, journal)
+
+
+def _noted(context: Context, journal: Journal) -> Outcome:
+    """Run, with beginning and end written down."""
+    begun = _saved_step(context.folder)
+    journal.note(f"plan {context.plan.digest[:12]} on {context.device}", step=begun)
+    try:
+        outcome = _guarded(context)
+    except RunFailed as error:
+        journal.note(error.message, "error")
+        raise
+    except BaseException as error:
+        journal.note(f"{type(error).__name__}: {error}", "error")
+        raise
+    journal.note(outcome.status, step=outcome.step)
+    return outcome
 
 
 def _guarded(context: Context) -> Outcome:
@@ -109,9 +127,7 @@ def _guarded(context: Context) -> Outcome:
     try:
         return _run(context)
     except KeyboardInterrupt:
-        saved = checkpoints.latest(context.folder / "checkpoints")
-        step = checkpoints.read_state(saved)["step"] if saved else 0
-        return _outcome(context.plan, "stopped", step, {})
+        return _outcome(context.plan, "stopped", _saved_step(context.folder), {})
     except RunFailed:
         raise
     except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
@@ -120,6 +136,12 @@ def _guarded(context: Context) -> Outcome:
         if not is_out_of_memory(error):
             raise
         raise refusal(context.plan, context.clock.failed, error, context.device) from error
+
+
+def _saved_step(run_folder: Path) -> int:
+    """Updates done in the latest checkpoint; 0 without one."""
+    saved = checkpoints.latest(run_folder / "checkpoints")
+    return int(checkpoints.read_state(saved)["step"]) if saved else 0
 
 
 def _outcome(
@@ -159,12 +181,12 @@ def _run(context: Context) -> Outcome:
     plan = context.plan
     check_usable(plan.optimizer, plan.device)
     torch.set_num_threads(plan.threads)  # sums are split by threads: part of the trajectory
-    _fill(context)
-    with context.clock.phase("load"):
-        context.events.phase("load", 0, "")
-        built, trained, done = _prepare(context)
-    trackers = open_trackers(context.folder, plan.track, done)
+    trackers = open_trackers(plan, context.folder, _saved_step(context.folder), context.events)
     try:
+        _fill(context)
+        with context.clock.phase("load"):
+            context.events.phase("load", 0, "")
+            built, trained, done = _prepare(context)
         painter = _painter(context, trained, trackers)
         reached = _train(context, built, trained, painter, trackers, done)
         if reached < plan.steps.total:

@@ -41,6 +41,8 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+        for name in (SAVE, STOP):  # left by one who came too late for the last time
+            self._taken(name)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             yield self

@@ -10,6 +10,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 24
 MAX_POINTS = 360  # bins of a line; more than that no screen shows
+COLOURS = 8  # of runs beside each other; more begin anew
 TAIL = 0.005  # share of raw values above the frame, so that one spike does not flatten the rest
 
 Point = tuple[float, float]
@@ -22,10 +23,11 @@ def chart(
     note: str = "",
     smooth: bool = False,
     spell: Callable[[float], str] = "{:.3g}".format,
+    marks: Sequence[float] = (),
 ) -> str:
     """A figure of `points` (step, value); with `smooth`, its moving average on top.
 
-    Returns "" for fewer than two points.
+    `marks` are steps that are pointed out at the foot. Returns "" for fewer than two points.
     """
     points = [point for point in points if all(map(math.isfinite, point))]
     if len(points) < 2:
@@ -37,13 +39,44 @@ def chart(
     ]
     if averaged:
         lines.append(_path(thinned(averaged), frame, "line"))
-    body = "".join([*_grid(frame, spell), *lines])
+    lines += [_mark(step, frame) for step in marks[:MAX_POINTS]]
     label = f"{title}: {spell(points[0][1])} at first, {spell((averaged or points)[-1][1])} at last"
+    return _figure(title, note, label, [*_grid(frame, spell), *lines])
+
+
+def overlay(
+    title: str,
+    runs: Sequence[Sequence[Point]],
+    *,
+    note: str = "",
+    smooth: bool = False,
+    spell: Callable[[float], str] = "{:.3g}".format,
+) -> str:
+    """A figure of several runs' curves over each other, with `smooth` of their moving averages.
+
+    The n-th line has the class `run-n`. Returns "" if no run has two points.
+    """
+    kept = [[point for point in points if all(map(math.isfinite, point))] for points in runs]
+    drawn = {
+        number: moving_average(points) if smooth else points
+        for number, points in enumerate(kept)
+        if len(points) > 1
+    }
+    if not drawn:
+        return ""
+    every = [point for points in drawn.values() for point in points]
+    frame = _frame(sorted(every), every if smooth else ())
+    lines = [_path(thinned(p), frame, f"line run-{n % COLOURS}") for n, p in drawn.items()]
+    ends = ", ".join(spell(points[-1][1]) for points in drawn.values())
+    return _figure(title, note, f"{title} at last: {ends}", [*_grid(frame, spell), *lines])
+
+
+def _figure(title: str, note: str, label: str, drawn: Sequence[str]) -> str:
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> '
         f"<span>{escape(note)}</span></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{body}</svg></figure>"
+        f"{''.join(drawn)}</svg></figure>"
     )
 
 
@@ -114,6 +147,13 @@ def _path(points: Sequence[Point], frame: tuple[Point, Point], name: str) -> str
     places = (_place(point, frame) for point in points)
     drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     return f'<polyline class="{name}" points="{drawn}"/>'
+
+
+def _mark(step: float, frame: tuple[Point, Point]) -> str:
+    """A small triangle at the foot of a chart."""
+    x, _ = _place((step, frame[1][0]), frame)
+    y = HEIGHT - BOTTOM
+    return f'<polygon class="mark" points="{x - 3:.1f},{y} {x + 3:.1f},{y} {x:.1f},{y - 7}"/>'
 
 
 def _grid(frame: tuple[Point, Point], spell: Callable[[float], str]) -> list[str]:

@@ -312,6 +312,118 @@ def report(
     return rewrite_report(run_folder)
 
 
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+]
+CheckpointOption = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint", metavar="STEP", help="Of this step; else the result.", show_default=False
+    ),
+]
+EmaOption = Annotated[
+    bool | None,
+    typer.Option("--ema/--no-ema", help="The moving average, if there is one.", show_default=False),
+]
+
+
+@app.command()
+def status(run_folder: RunArgument, json: JsonOption = False) -> int:
+    """Say what a run is doing, or how it ended."""
+    from tuner.status import show_status
+
+    return show_status(run_folder, as_json=json)
+
+
+@app.command()
+def sample(
+    run_folder: RunArgument,
+    prompt: Annotated[
+        list[str], typer.Option(help="What to draw; may be given often.", show_default=False)
+    ],
+    negative: Annotated[
+        str | None, typer.Option(help="Negative prompt; else the run's.", show_default=False)
+    ] = None,
+    size: Annotated[
+        str, typer.Option(metavar="WxH", help="Pixels; else the run's.", show_default=False)
+    ] = "",
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance; else the run's.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; else the run's.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="First seed; else the run's.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    checkpoint: CheckpointOption = None,
+    ema: EmaOption = None,
+    device: Annotated[
+        str, typer.Option(help='"cpu", "cuda"; else the run\'s.', show_default=False)
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Else RUN/drawn.", show_default=False),
+    ] = None,
+) -> int:
+    """Draw pictures by a run's weights, as its validation draws them."""
+    from tuner.sample import sample_run
+
+    return sample_run(
+        run_folder,
+        prompt,
+        negative=negative,
+        size=size,
+        guidance=guidance,
+        steps=steps,
+        seed=seed,
+        count=count,
+        step=checkpoint,
+        ema=ema,
+        device=device,
+        place=out,
+    )
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    format: Annotated[
+        str, typer.Option("--format", metavar="diffusers|kohya|comfyui", help="A LoRA's keys.")
+    ] = "diffusers",
+    checkpoint: CheckpointOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The LoRA into its base.")] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="A whole model in one file.")
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="fp32|bf16|fp16", help="Else that of the weights.", show_default=False
+        ),
+    ] = "",
+    ema: EmaOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="PATH", help="Else in RUN/export.", show_default=False),
+    ] = None,
+) -> int:
+    """Write a run's weights for other programs."""
+    from tuner.export import export_run
+
+    return export_run(
+        run_folder,
+        format=format,
+        step=checkpoint,
+        merge=merge,
+        single_file=single_file,
+        precision=precision,
+        ema=ema,
+        place=out,
+    )
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code and lets no traceback reach the screen."""
     prepare()

@@ -1,4 +1,8 @@
-"""Validation pictures for the report: rows of one prompt over the steps, embedded as data."""
+"""Validation pictures for the report: a slider over the steps beside the untrained model's.
+
+A slider is a row of radio buttons (an arrow key moves on) that a style sheet turns into one: a page
+without a script can't do harm, and works where scripts are not let in.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +13,57 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from attrs import frozen
+
 from tuner.run_data import Drawn, RunData
 
-MAX_COLUMNS = 9  # steps shown for one prompt; the first and the last always are
+MAX_STEPS = 16  # shown for one prompt; the last always is. report.css has a rule for each
 MAX_EDGE = 448  # pixels of an embedded picture
 WHOLE_BYTES = 40_000  # a PNG up to this size is embedded as it is
 TINY = 160  # pixels; smaller pictures are enlarged without blur
-WIDE_EDGE = 256  # pixels; from here on a picture gets a wider column
+WIDE_EDGE = 256  # pixels; from here on a picture gets more room
 
 
-def strips(run: RunData) -> list[str]:
-    """One block of HTML for each prompt and size, the untrained model's pictures first."""
-    steps = chosen({drawn.step for drawn in run.pictures})
-    groups: dict[tuple[str, int, int], dict[int, list[Drawn]]] = {}
+@frozen
+class Subject:
+    """What is drawn again and again while a run goes on."""
+
+    name: str  # of the prompt
+    width: int
+    height: int
+
+
+def sliders(run: RunData) -> list[str]:
+    """One block of HTML for each prompt and size."""
+    found = drawn_by(run)
+    return [_slider(run, number, key, found[key]) for number, key in enumerate(ordered(run, found))]
+
+
+def drawn_by(run: RunData) -> dict[Subject, dict[int, list[Drawn]]]:
+    """All pictures of a run by subject and step."""
+    found: dict[Subject, dict[int, list[Drawn]]] = {}
     for drawn in run.pictures:
-        if drawn.step in steps:
-            row = groups.setdefault((drawn.name, drawn.width, drawn.height), {})
-            row.setdefault(drawn.step, []).append(drawn)
-    order = {
-        prompt.name: n for n, prompt in enumerate(run.plan.validation.prompts if run.plan else ())
-    }
-    names = sorted(groups, key=lambda key: (order.get(key[0], len(order)), key))
-    return [_strip(run, name, groups[name]) for name in names]
+        row = found.setdefault(Subject(drawn.name, drawn.width, drawn.height), {})
+        row.setdefault(drawn.step, []).append(drawn)
+    return found
+
+
+def ordered(run: RunData, subjects: Iterable[Subject]) -> list[Subject]:
+    """The subjects in the order of the plan's prompts."""
+    prompts = run.plan.validation.prompts if run.plan else ()
+    order = {prompt.name: n for n, prompt in enumerate(prompts)}
+    return sorted(
+        subjects, key=lambda s: (order.get(s.name, len(order)), s.name, s.width, s.height)
+    )
 
 
 def chosen(steps: Iterable[int]) -> list[int]:
-    """At most `MAX_COLUMNS` of the steps, evenly spread, the first and the last among them."""
+    """At most `MAX_STEPS` of the steps, evenly spread, the first and the last among them."""
     every = sorted(steps)
-    if len(every) <= MAX_COLUMNS:
+    if len(every) <= MAX_STEPS:
         return every
     last = len(every) - 1
-    return [every[round(i * last / (MAX_COLUMNS - 1))] for i in range(MAX_COLUMNS)]
+    return [every[round(i * last / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]
 
 
 def embedded(path: Path) -> str:
@@ -64,40 +88,67 @@ def _address(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _strip(run: RunData, key: tuple[str, int, int], columns: Mapping[int, Sequence[Drawn]]) -> str:
-    name, width, height = key
-    prompts = (
-        {prompt.name: prompt.text for prompt in run.plan.validation.prompts} if run.plan else {}
-    )
-    figures = [_column(run, name, step, columns[step]) for step in sorted(columns)]
-    size = f" {width} x {height}" if _several_sizes(run, name) else ""
-    spoken = f" <span class='caption'>{escape(prompts[name])}</span>" if name in prompts else ""
-    wide = " wide" if max(width, height) >= WIDE_EDGE else ""
+def heading(runs: Sequence[RunData], subject: Subject) -> str:
+    """A subject's name, its size where the runs draw it in several, and its prompt."""
+    sizes = {
+        (drawn.width, drawn.height)
+        for run in runs
+        for drawn in run.pictures
+        if drawn.name == subject.name
+    }
+    size = f" {subject.width} x {subject.height}" if len(sizes) > 1 else ""
+    texts = [
+        p.text for r in runs if r.plan for p in r.plan.validation.prompts if p.name == subject.name
+    ]
+    spoken = f"<p class='small caption'>{escape(texts[0])}</p>" if texts else ""
+    return f"<h3>{escape(subject.name)}{size}</h3>{spoken}"
+
+
+def _slider(
+    run: RunData, number: int, subject: Subject, by_step: Mapping[int, Sequence[Drawn]]
+) -> str:
+    base = _frame(run, subject, 0, by_step[0], " class=base") if 0 in by_step else ""
+    steps = chosen(step for step in by_step if step)
+    frames = "".join(_frame(run, subject, step, by_step[step]) for step in steps)
+    buttons = ""
+    if len(steps) > 1:
+        buttons = "".join(
+            f'<input type="radio" name="slider-{number}" aria-label="Step {step:,}"'
+            f"{' checked' if step == steps[-1] else ''}>"
+            for step in steps
+        )
+    wide = " wide" if max(subject.width, subject.height) >= WIDE_EDGE else ""
     return (
-        f"<h3>{escape(name)}{size}</h3><p class='small'>{spoken}</p>"
-        f'<div class="strip{wide}">{"".join(figures)}</div>'
+        f'{heading([run], subject)}<div class="slider{wide}" '
+        f'style="grid-template-columns:repeat({max(len(steps), 1)},minmax(0,1fr))">{buttons}'
+        f'<div class="pair">{base}<div class="frames">{frames}</div></div></div>'
     )
 
 
-def _several_sizes(run: RunData, name: str) -> bool:
-    return len({(drawn.width, drawn.height) for drawn in run.pictures if drawn.name == name}) > 1
-
-
-def _column(run: RunData, name: str, step: int, pictures: Sequence[Drawn]) -> str:
+def _frame(
+    run: RunData, subject: Subject, step: int, pictures: Sequence[Drawn], kind: str = ""
+) -> str:
     title = "Untrained" if step == 0 else f"Step {step:,}"
     score = run.scores.get(step, {}).get("prompts", {})
-    points = score.get(name) if isinstance(score, Mapping) else None
+    points = score.get(subject.name) if isinstance(score, Mapping) else None
     caption = title + (f" &middot; {points:.0%}" if isinstance(points, int | float) else "")
+    return (
+        f"<figure{kind}>{mosaic(subject, title, pictures)}<figcaption>{caption}</figcaption>"
+        "</figure>"
+    )
+
+
+def mosaic(subject: Subject, title: str, pictures: Sequence[Drawn]) -> str:
+    """The pictures of one subject and step, by seed, in a square as far as they fill one."""
     images = []
     for drawn in sorted(pictures, key=lambda drawn: drawn.seed):
         address = embedded(drawn.path)
-        alt = escape(f"{name}, {title.lower()}, seed {drawn.seed}", quote=True)
+        alt = escape(f"{subject.name}, {title.lower()}, seed {drawn.seed}", quote=True)
         if address:
             images.append(f'<img src="{address}" alt="{alt}" loading="lazy">')
     across = math.ceil(math.sqrt(len(images)))
-    tiny = " tiny" if max(pictures[0].width, pictures[0].height) < TINY else ""
+    tiny = " tiny" if max(subject.width, subject.height) < TINY else ""
     return (
-        f"<figure{' class=base' if step == 0 else ''}>"
         f'<div class="mosaic{tiny}" style="grid-template-columns:repeat({max(across, 1)},1fr)">'
-        f"{''.join(images)}</div><figcaption>{caption}</figcaption></figure>"
+        f"{''.join(images)}</div>"
     )

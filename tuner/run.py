@@ -169,10 +169,11 @@ def _one_device(plan: Plan) -> MachineUnfit:
 def _execute(job: Job) -> Outcome:
     """Execute the plan; Ctrl-C anywhere in it ends in an outcome, not in an exception."""
     from runtime.execute import execute
+    from tuner.noting import Noted
     from tuner.progress import progress
 
     _keep_manifest(job)
-    events = progress(job.plan)
+    events = Noted(progress(job.plan), Path(job.plan.run_folder))
     try:
         return execute(job.plan, job.manifest, events, recipe=job.recipe)
     finally:

@@ -43,11 +43,28 @@ class RunData:
     measured: Mapping[str, Any]
     environment: Mapping[str, Any]
     recipe: str  # text of the recipe
+    events: Sequence[
+        Mapping[str, Any]
+    ] = ()  # what the run said, with "at", "step", "level", "text"
+
+    @property
+    def name(self) -> str:
+        """The plan's, else the folder's."""
+        return self.plan.name if self.plan else self.folder.resolve().name
 
     @property
     def step(self) -> int:
         """Steps done, as far as the metrics tell."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def skipped(self) -> list[Mapping[str, Any]]:
+        """Metrics of the steps that were passed over."""
+        return [row for row in self.metrics if isinstance(row.get("skipped"), int)]
+
+    def spikes(self, key: str) -> list[float]:
+        """Steps at which a metric stood out."""
+        return [float(row["step"]) for row in self.metrics if key in (row.get("spike") or ())]
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of one metric."""
@@ -71,6 +88,7 @@ def read_run(folder: Path) -> RunData:
         measured=_object(folder / "measured.json"),
         environment=_object(folder / "environment.json"),
         recipe=_text(folder / "recipe.toml"),
+        events=_events(folder / "events.jsonl"),
     )
 
 
@@ -89,6 +107,11 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row.get("step"), int):
             rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    rows = map(_parsed, _text(path).splitlines())
+    return [row for row in rows if isinstance(row.get("text"), str) and row["text"]]
 
 
 def _pictures(samples: Path) -> list[Drawn]:

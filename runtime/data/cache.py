@@ -39,8 +39,9 @@ from runtime.files import partial_file
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
 SHARD_SECONDS = 30.0
-RESIDENT_BYTES = 32 << 20
-"""After so much was copied out of shards, their pages leave this process (not the page cache)."""
+READS_HELD = 64
+"""After so many reads the pages of shards leave this process (not the page cache). It is reads that
+are counted, not bytes: to read 64 KiB the system may map as much as 2 MiB around them."""
 _TOGETHER = 20_000  # entries located at a time, so that what that takes stays small
 
 _DTYPES = {
@@ -88,7 +89,7 @@ class Cache:
         self._layouts: dict[int, Layout] = {}
         self._maps: dict[int, Tensor | None] = {}
         self._touched: set[int] = set()  # shards read since their pages were given back
-        self._copied = 0  # bytes
+        self._reads = 0  # since then
         self.folders: dict[tuple[Path, tuple[Stamp, ...]], str] = {}  # of `hashes.folder_hash`
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -174,7 +175,7 @@ class Cache:
                     start = int(located.offsets[number, part])
                     rows = made[name]
                     rows[place] = shard[start : start + rows.shape[1]]
-        self.let_go(sum(rows.nbytes for rows in made.values()))
+        self.let_go()
         return {
             name: torch.from_numpy(made[name]).view(dtype).view(len(numbers), *shape)
             for name, (dtype, shape) in wanted.items()
@@ -185,15 +186,15 @@ class Cache:
         shard = self._maps.get(number)
         assert shard is not None, "what was located was mapped"
         self._touched.add(number)
+        self._reads += 1
         return shard
 
-    def let_go(self, nbytes: int) -> None:
-        """Count what was copied out of entries; from time to time their pages are given back."""
+    def let_go(self) -> None:
+        """What was read so far has been copied: from time to time its pages are given back."""
         with self.store.lock:
-            self._copied += nbytes
-            if self._copied < RESIDENT_BYTES:
+            if self._reads < READS_HELD:
                 return
-            touched, self._touched, self._copied = self._touched, set(), 0
+            touched, self._touched, self._reads = self._touched, set(), 0
         for number in touched:
             if (shard := self._maps[number]) is not None:
                 not_resident(shard)

@@ -123,7 +123,7 @@ class Feed:
             self._text(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
         ]
         collated = self._family.collate_text(text)
-        self._cache.let_go(sum(tensor.nbytes for tensor in collated.values()))
+        self._cache.let_go()
         noise = self._normal("noise", latents.shape, step, slots)
         return Batch(
             latents=latents.float().to(self._device),

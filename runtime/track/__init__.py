@@ -1,143 +1,106 @@
-"""Where metrics go: `metrics.jsonl` always, trackers where the plan asks for them."""
+"""Where metrics go: `metrics.jsonl` always, trackers where the plan asks for them.
+
+metrics.jsonl            one object a line, one line a step
+tensorboard/             event files
+trackers/id              by which services know the run again when it goes on
+trackers/NAME.json       how far the service NAME was told
+"""
 
 from __future__ import annotations
 
-import io
-import json
+import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
-from PIL import Image
-
+from compiler.plan import Plan
+from compiler.trackers import TRACKERS, TrackerFacts
 from runtime import files
 from runtime.errors import MachineUnfit
+from runtime.events import Events
+from runtime.track.background import Background
+from runtime.track.base import OFFLINE, Opening, Tracker
+from runtime.track.comet import Comet
+from runtime.track.lines import METRICS, JsonLines, rows, truncate
+from runtime.track.mlflow import MlFlow
+from runtime.track.swanlab import SwanLab
+from runtime.track.tensorboard import Board
+from runtime.track.wandb import Wandb
 
-METRICS = "metrics.jsonl"
-NOT_PLOTTED = frozenset({"step", "names", "spike"})
+__all__ = ["METRICS", "JsonLines", "Tracker", "check_trackers", "open_trackers", "rows", "truncate"]
 
-
-class Tracker(Protocol):
-    """One destination. `step` is the number of updates done."""
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """One optimizer step's metrics."""
-        ...
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """One validation picture."""
-        ...
-
-    def close(self) -> None:
-        """No more will come."""
-        ...
-
-
-class JsonLines:
-    """`metrics.jsonl`: one object a line, one line a step, on disk when `metrics` returns."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        """Open for appending after `done` steps; lines of later steps are dropped first."""
-        truncate(path, done)
-        self._file = path.open("a", encoding="utf-8")
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """Pictures are files already."""
-
-    def close(self) -> None:
-        """Close the file, once all of it has reached the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `path` that are whole, in order; none if it is not there."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def truncate(path: Path, done: int) -> None:
-    """Keep the lines of steps up to `done`, so that going on from there repeats none.
-
-    A last line that was cut by a kill is dropped too.
-    """
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _keeps(line, done)]
-    files.write_whole(path, "".join(line + "\n" for line in kept))
-
-
-def _keeps(line: str, done: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= done
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-class TensorBoard:
-    """Event files below `tensorboard/`; a resumed run goes on in a new file from its step."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        """Raises MachineUnfit if TensorBoard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MachineUnfit(
-                "tracker `tensorboard` needs the package `tensorboard`",
-                help="pip install 'tuner[tensorboard]'",
-            ) from error
-        # purge_step: TensorBoard hides what an interrupted run wrote from this step on.
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1)
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """One scalar for each number."""
-        for name, value in values.items():
-            if name not in NOT_PLOTTED and isinstance(value, int | float):
-                self._writer.add_scalar(f"train/{name}", value, step)
-
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """The picture as PNG."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        buffer = io.BytesIO()
-        image.save(buffer, "png")
-        value = Summary.Value(
-            tag=f"samples/{name}",
-            image=Summary.Image(
-                height=image.height,
-                width=image.width,
-                colorspace=3,
-                encoded_image_string=buffer.getvalue(),
-            ),
-        )
-        writer: Any = self._writer
-        writer._get_file_writer().add_summary(Summary(value=[value]), step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-TRACKERS: Mapping[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": lambda run_folder, done: TensorBoard(run_folder / "tensorboard", done),
+OPENED_BY: Mapping[str, Callable[[Opening], Tracker]] = {
+    "tensorboard": Board,
+    "wandb": Wandb,
+    "comet": Comet,
+    "mlflow": MlFlow,
+    "swanlab": SwanLab,
 }
 
 
-def open_trackers(run_folder: Path, names: tuple[str, ...], done: int) -> list[Tracker]:
-    """`metrics.jsonl` and the plan's trackers, for a run that has done `done` steps."""
-    lines: list[Tracker] = [JsonLines(run_folder / METRICS, done)]
-    return lines + [TRACKERS[name](run_folder, done) for name in names]
+def check_trackers(plan: Plan) -> None:
+    """Raise MachineUnfit if the package of one of the plan's trackers is missing."""
+    for name in plan.track:
+        facts = TRACKERS[name]
+        try:
+            importlib.import_module(facts.module)
+        except ImportError as error:
+            raise MachineUnfit(
+                f"tracker `{name}` needs the package `{facts.package}`: {error}",
+                help=f"pip install 'tuner[{name}]', or take it out of [track] to",
+            ) from error
+
+
+def open_trackers(plan: Plan, run_folder: Path, done: int, events: Events) -> list[Tracker]:
+    """`metrics.jsonl` and the plan's trackers, for a run that has done `done` steps.
+
+    Raises MachineUnfit if one of them is not there or refuses.
+    """
+    check_trackers(plan)
+    found: list[Tracker] = [JsonLines(run_folder / METRICS, done)]
+    try:
+        for name in plan.track:
+            found.append(_opened(TRACKERS[name], plan, run_folder, done, events))
+    except BaseException:
+        for tracker in found:
+            tracker.close()
+        raise
+    return found
+
+
+def _opened(
+    facts: TrackerFacts, plan: Plan, run_folder: Path, done: int, events: Events
+) -> Tracker:
+    opening = Opening(
+        plan=plan,
+        run_folder=run_folder,
+        done=done,
+        id=_id(run_folder) if facts.service else "",
+        offline=os.environ.get(OFFLINE, "") not in ("", "0"),
+    )
+    try:
+        tracker = OPENED_BY[facts.name](opening)
+    except MachineUnfit:
+        raise
+    except Exception as error:  # each service has its own kinds
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise MachineUnfit(
+            f"tracker `{facts.name}` can't be opened: {first}",
+            help=f"{facts.login or 'see above'}; or take it out of [track] to",
+        ) from error
+    if not facts.service:
+        return Background(facts.name, tracker, events)
+    state = run_folder / "trackers" / f"{facts.name}.json"
+    return Background(
+        facts.name, tracker, events, state, missed=rows(run_folder / METRICS) if done else ()
+    )
+
+
+def _id(run_folder: Path) -> str:
+    """The id by which services know this run, made when the first of them is opened."""
+    place = run_folder / "trackers" / "id"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(place, uuid.uuid4().hex)
+    return place.read_text(encoding="utf-8")

@@ -129,6 +129,7 @@ def test_a_run_leaves_what_it_says_and_runs_once(make):
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock",
         "checkpoints",
+        "events.jsonl",
         "lora",
         "measured.json",
         "metrics.jsonl",

@@ -55,3 +55,27 @@ def test_in_another_thread_it_does_not_listen():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_files_ask_once_each(tmp_path):
+    """`save` for a checkpoint, `stop` for a stop that stays; left ones are of no effect."""
+    (tmp_path / "stop").touch()
+    (tmp_path / "save").touch()
+    events = Listener()
+    with Stop(events, tmp_path).listening() as stop:
+        assert list(tmp_path.iterdir()) == []
+        assert not stop.look() and not stop.requested
+        (tmp_path / "save").touch()
+        assert stop.look() and not stop.requested
+        assert not stop.look()
+        (tmp_path / "stop").touch()
+        assert not stop.look() and stop.requested
+        assert not stop.look() and stop.requested
+    assert len(events.texts) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_called_save_is_nobody_s_wish(tmp_path):
+    (tmp_path / "save").mkdir()
+    assert not Stop(Silent(), tmp_path).look()
+    assert (tmp_path / "save").is_dir()

@@ -8,11 +8,13 @@ import random
 import resource
 import signal
 import sqlite3
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -389,3 +391,32 @@ def test_reading_is_quick_and_flat(tmp_path: Path) -> None:
     for number in range(4000):
         cache.read(located, number % 400)
     assert 4000 / (time.perf_counter() - start) > 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system decides")
+def test_what_was_read_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 MiB are read; a cache that never gives pages back shows that the count would tell."""
+    cache = Cache(tmp_path)
+    for number in range(128):
+        cache.put(key(number), {"mean": torch.full((64, 32, 64), float(number)).half()})
+    cache.close()
+
+    def grown() -> int:
+        reader = Cache(tmp_path)
+        located = reader.locate([key(n) for n in range(128)])
+        reader.stack(located, np.arange(1), ["mean"])
+        before = resident_files()
+        for start in range(0, 128, 16):
+            found = reader.stack(located, np.arange(start, start + 16), ["mean", "std"])
+            assert found.keys() == {"mean"} and found["mean"][3, 0, 0, 0] == start + 3
+        return resident_files() - before
+
+    assert grown() < 8 << 20
+    monkeypatch.setattr(caching, "READS_HELD", 10**9)
+    assert grown() > 24 << 20
+
+
+def resident_files() -> int:
+    """Bytes of mapped files that are in this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))

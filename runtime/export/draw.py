@@ -1,0 +1,126 @@
+"""Pictures by a run's weights: what `tuner sample` draws, equal to the run's own validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import evolve
+from torch import nn
+
+from compiler.data.prompts import Prompt
+from compiler.plan import Device, Layout, Plan
+from runtime import files
+from runtime.build import build, load_state
+from runtime.data.encoders import Encoders
+from runtime.errors import RunFailed
+from runtime.execute import device_of
+from runtime.export.pictures import Drawing, Wanted
+from runtime.export.request import Weights
+from runtime.export.weights import trained_weights
+from runtime.families import family_of
+from runtime.families.base import Family, TextEmbedding
+from runtime.families.common import DTYPES, component_of, sample
+
+Told = Callable[[Path], None]
+Words = dict[Prompt, TextEmbedding]
+
+
+def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> list[Path]:
+    """Draw the pictures that `wanted` lists; returns their files. `told` hears of each.
+
+    The encoders are on the device one after the other, before the model is loaded. Raises
+    MachineUnfit if the device can't be used, and RunFailed.
+    """
+    plan = _on(weights.plan, wanted.device)
+    device = device_of(plan)
+    torch.set_num_threads(plan.threads)  # sums are split by threads
+    family = family_of(plan.model.family)
+    try:
+        words = _embedded(plan, family, wanted)
+        parts = _parts(plan, family, evolve(weights, plan=plan), device)
+        for drawing in wanted.drawings:
+            _draw(family, parts, words, wanted, drawing)
+            told(drawing.path)
+    except OSError as error:
+        raise RunFailed(str(error)) from error
+    return [drawing.path for drawing in wanted.drawings]
+
+
+def _on(plan: Plan, device: Device | Literal[""]) -> Plan:
+    """The plan on `device`; where that is another one, with nothing waiting elsewhere."""
+    if not device or device == plan.device:
+        return plan
+    memory = evolve(plan.memory, layout=Layout())
+    return evolve(plan, device=device, memory=memory)
+
+
+def _embedded(plan: Plan, family: Family, wanted: Wanted) -> Words:
+    """Embeddings of all prompts, rounded as the run's cache rounds them."""
+    prompts = [*(Prompt(drawing.prompt, False) for drawing in wanted.drawings)]
+    prompts = list(dict.fromkeys([*prompts, Prompt(wanted.negative, True)]))
+    encoders = Encoders(plan, family, lambda name: nullcontext(), waiting=False)
+    try:
+        found = encoders(prompts, lambda done: None)
+    finally:
+        encoders.free()
+    dtype = DTYPES[plan.precision.cache]
+    return {
+        prompt: {k: v.to(dtype) if v.is_floating_point() else v for k, v in embedding.items()}
+        for prompt, embedding in zip(prompts, found, strict=True)
+    }
+
+
+def _parts(plan: Plan, family: Family, weights: Weights, device: torch.device) -> dict[str, Any]:
+    """The trained component with its weights, the VAE and the scheduler."""
+    vae = DTYPES[component_of(plan.model, "vae").dtype]
+    return {
+        plan.model.trained_component: _model(plan, family, weights, device),
+        "vae": family.load(plan.model, "vae", vae, device),
+        "scheduler": family.load(plan.model, "scheduler", torch.float32, torch.device("cpu")),
+    }
+
+
+def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -> nn.Module:
+    precision = plan.precision
+    if precision.trained == "float32":  # masters round to the same copies: none are needed
+        precision = evolve(precision, trained=precision.compute)
+    built = build(
+        plan.model,
+        plan.adapter,
+        precision,
+        plan.memory.layout,
+        family,
+        device,
+        empty=False,
+        seed=plan.seed,
+    )
+    trained = trained_weights(weights)
+    found = {name: trained[name].read() for name in built.trainable if name in trained}
+    try:
+        load_state(built, found)
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
+    return built.model
+
+
+def _draw(
+    family: Family, parts: dict[str, Any], words: Words, wanted: Wanted, drawing: Drawing
+) -> None:
+    image = sample(
+        family,
+        parts,
+        words[Prompt(drawing.prompt, False)],
+        words[Prompt(wanted.negative, True)],
+        width=wanted.width,
+        height=wanted.height,
+        guidance=wanted.guidance,
+        steps=wanted.steps,
+        seed=drawing.seed,
+    )
+    drawing.path.parent.mkdir(parents=True, exist_ok=True)
+    with files.partial_file(drawing.path) as partial:
+        image.save(partial, "png")

@@ -1,0 +1,108 @@
+"""Writes a run's weights as another program wants them: `tuner export`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from runtime import files
+from runtime.errors import RunFailed
+from runtime.export import lora_keys, mmdit
+from runtime.export.base import STEM, base_tensors
+from runtime.export.lazy import Tensors, held, write
+from runtime.export.lora_keys import Layer
+from runtime.export.metadata import described
+from runtime.export.request import Request, config_of
+from runtime.export.weights import layers_of, merged, trained_weights
+from runtime.families.common import DTYPES, base_folder
+
+Kohya = Callable[[Mapping[str, Layer], int], dict[str, Tensor]]
+KOHYA: Mapping[str, Kohya] = {"sd3": lora_keys.kohya_sd3}
+SINGLE: Mapping[str, Callable[[Tensors, int], Tensors]] = {"sd3": mmdit.laid_out}
+
+
+def export(request: Request) -> Path:
+    """Write what `request` says, whole or not at all; returns where it is.
+
+    Raises RunFailed if the base is not there, or the place can't be written.
+    """
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        if request.weights.plan.adapter is not None and not request.merge:
+            _lora(request)
+        elif request.single_file:
+            _single(request)
+        else:
+            _pipeline(request)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"`{request.out}` can't be written: {error}") from error
+    return request.out
+
+
+def _lora(request: Request) -> None:
+    plan = request.weights.plan
+    adapter, component = plan.adapter, plan.model.trained_component
+    assert adapter is not None
+    layers = layers_of(plan, trained_weights(request.weights))
+    metadata = described(request)
+    if request.format == "kohya":
+        tensors = KOHYA[plan.model.family](layers, _blocks(request))
+    elif request.format == "comfyui":
+        tensors = lora_keys.folded(layers, component)
+    else:
+        tensors = lora_keys.diffusers(layers, component)
+        metadata |= lora_keys.settings(layers, component, adapter.rank, adapter.alpha)
+    dtype = _dtype(request)
+    found = held(tensors)
+    # Alpha is a number, not a weight: it keeps its digits.
+    kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
+    write(request.out, kept, metadata)
+
+
+def _single(request: Request) -> None:
+    layout = SINGLE[request.weights.plan.model.family]
+    tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
+    write(request.out, layout(tensors, _blocks(request)), described(request))
+
+
+def _pipeline(request: Request) -> None:
+    """A folder in the Diffusers layout: the base's, with the trained component's new weights."""
+    model = request.weights.plan.model
+    component = model.trained_component
+    source = base_folder(model, [c.name for c in model.components])
+    tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
+    with files.partial_folder(request.out) as folder:
+        for part in model.components:
+            if part.name != component and (source / part.name).is_dir():
+                shutil.copytree(source / part.name, folder / part.name)
+        shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+        (folder / component).mkdir()
+        config = model.configs[component]
+        (folder / component / "config.json").write_text(config, encoding="utf-8")
+        write(folder / component / f"{STEM}.safetensors", tensors, described(request))
+
+
+def _whole(request: Request) -> Tensors:
+    """Every tensor of the trained component, with what was trained in its place."""
+    plan = request.weights.plan
+    trained = trained_weights(request.weights)
+    base = base_tensors(plan.model, plan.seed)
+    if plan.adapter is not None:
+        return merged(base, layers_of(plan, trained))
+    strange = trained.keys() - base.keys()
+    if strange:
+        raise RunFailed(f"the base has no `{min(strange)}`: it is another one than was trained")
+    return base | trained
+
+
+def _dtype(request: Request) -> torch.dtype | None:
+    return None if request.dtype is None else DTYPES[request.dtype]
+
+
+def _blocks(request: Request) -> int:
+    return int(config_of(request.weights.plan)["num_layers"])

@@ -1,0 +1,174 @@
+"""What is to be exported, checked against the run folder. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from compiler import lock
+from compiler.plan import Dtype, Plan, lock_path
+from runtime import saved
+from runtime.errors import RunFailed
+from runtime.export.conventions import FORMATS, SINGLE_FILE, Format, refusal
+
+PRECISIONS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Refused(RunFailed):
+    """It can't be exported or drawn as asked; nothing was begun (exit code 2)."""
+
+
+@frozen(kw_only=True)
+class Weights:
+    """Which weights of a run: those of its result, or of a checkpoint."""
+
+    plan: Plan
+    folder: Path  # of the run, where it is now
+    checkpoint: Path | None  # None: the result
+    step: int  # updates done
+    averaged: bool  # the moving average (EMA)
+
+    @property
+    def result(self) -> Path:
+        """The folder of the result."""
+        return _result(self.folder, self.plan)
+
+
+@frozen(kw_only=True)
+class Request:
+    """What to write, and where to."""
+
+    weights: Weights
+    format: Format
+    merge: bool  # the adapter into the base
+    single_file: bool  # a whole model
+    dtype: Dtype | None  # None: as trained; of a merged model, as the base's files
+    out: Path
+
+
+def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) -> Weights:
+    """The weights of the run in `folder` that `step` and `ema` name.
+
+    By default the result's; where there is none yet, the latest checkpoint's. With an average it is
+    taken unless `ema` is False. Raises Refused.
+    """
+    plan = read_plan(folder)
+    if ema and plan.ema is None:
+        raise Refused(f"{folder} keeps no moving average", help="leave out `--ema`")
+    averaged = plan.ema is not None and ema is not False
+    checkpoint = _checkpoint(folder, plan, step, averaged)
+    done = plan.steps.total if checkpoint is None else saved.read_state(checkpoint)["step"]
+    return Weights(plan=plan, folder=folder, checkpoint=checkpoint, step=done, averaged=averaged)
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of the run in `folder`. Raises Refused."""
+    if not folder.is_dir():
+        raise Refused(f"there is no folder `{folder}`", help="name the folder of a run")
+    try:
+        return lock.read(lock_path(folder))
+    except lock.LockError as error:
+        raise Refused(
+            f"`{folder}` is no run that this version can read: {error}",
+            help="name the folder of a run, which holds plan.lock.toml",
+        ) from error
+
+
+def _result(folder: Path, plan: Plan) -> Path:
+    return folder / ("model" if plan.adapter is None else plan.adapter.kind)
+
+
+def _checkpoint(folder: Path, plan: Plan, step: int | None, averaged: bool) -> Path | None:
+    root = folder / "checkpoints"
+    there = saved.complete(root)
+    plain = plan.ema is not None and not averaged  # the result is the average
+    if step is None and not plain and _result(folder, plan).is_dir():
+        return None
+    if not there:
+        raise Refused(
+            f"{folder} holds no checkpoint"
+            + ("" if plain or step is not None else " and no result"),
+            help="`tuner status` says how far the run is",
+        )
+    if step is None:
+        return there[-1]
+    if saved.folder_of(root, step) not in there:
+        steps = ", ".join(str(saved.read_state(path)["step"]) for path in there)
+        raise Refused(f"{folder} holds no checkpoint of step {step}", help=f"it holds: {steps}")
+    return saved.folder_of(root, step)
+
+
+def requested(
+    weights: Weights,
+    *,
+    format: str = "diffusers",
+    merge: bool = False,
+    single_file: bool = False,
+    precision: str = "",
+    out: Path | None = None,
+) -> Request:
+    """The request in these words. Raises Refused if there is no such layout, or if `out` is taken.
+
+    `precision` is "fp32", "bf16", "fp16", or "" for that of the weights.
+    """
+    if format not in FORMATS:
+        raise Refused(f"unknown format `{format}`", help=f"one of: {', '.join(FORMATS)}")
+    if precision and precision not in PRECISIONS:
+        raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
+    plan = weights.plan
+    _check_form(plan, format, merge=merge, single_file=single_file)
+    whole = merge or plan.adapter is None
+    place = out or _place(weights, format, whole=whole, single_file=single_file)
+    if place.exists() or place.is_symlink():
+        raise Refused(f"`{place}` is there already", help="name another place with `--out`")
+    return Request(
+        weights=weights,
+        format=format,
+        merge=merge,
+        single_file=single_file,
+        dtype=PRECISIONS[precision] if precision else None,
+        out=place,
+    )
+
+
+def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -> None:
+    family = plan.model.family
+    if plan.adapter is None and merge:
+        raise Refused(
+            "there is nothing to merge: the run trained the whole model", help="leave out `--merge`"
+        )
+    if plan.adapter is not None and single_file and not merge:
+        raise Refused(
+            "`--single-file` is for whole models, and a LoRA is one file anyway",
+            help="add `--merge` for the model with the LoRA in it, or leave out `--single-file`",
+        )
+    if single_file and family not in SINGLE_FILE:
+        raise Refused(
+            f"there is no published single-file layout that a model of {family} can be written in",
+            help="leave out `--single-file` for a Diffusers folder",
+        )
+    if (merge or plan.adapter is None) and format != "diffusers" and not single_file:
+        raise Refused(
+            f"`--format {format}` names the keys of a LoRA; this is a whole model",
+            help="use `--single-file` for what other programs read, or leave out `--format`",
+        )
+    if plan.adapter is not None and not merge and (why := refusal(format, family)):
+        raise Refused(why, help="use `--format diffusers`, or `--merge` for a whole model")
+
+
+def _place(weights: Weights, format: Format, *, whole: bool, single_file: bool) -> Path:
+    """`export/NAME-step-000400[-FORMAT][.safetensors]` in the run folder."""
+    name = f"{weights.plan.name}-step-{weights.step:06d}"
+    if not whole:
+        name += "" if format == "diffusers" else f"-{format}"
+    ending = ".safetensors" if single_file or not whole else ""
+    return weights.folder / "export" / (name + ending)
+
+
+def config_of(plan: Plan) -> dict[str, Any]:
+    """The configuration of the trained component."""
+    found: dict[str, Any] = json.loads(plan.model.configs[plan.model.trained_component])
+    return found
