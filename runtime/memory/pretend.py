@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def remembering(tracker: Tracker, known: dict[Any, Dequantised]) -> Iterator[Non
             return stock(given, scales, kind, shape, dtype, *rest)
         key = (given.shape, scales.shape, kind, shape, dtype)
         if key not in known:
-            known[key] = _seen(tracker, lambda: stock(given, scales, kind, shape, dtype, *rest))
+            inputs = [t for t in (given, scales, *rest) if isinstance(t, Tensor)]
+            run = partial(stock, given, scales, kind, shape, dtype, *rest)
+            known[key] = _seen(tracker, inputs, run)
         seen = known[key]
         tracker.workspace(seen.most, tracker.category)
         whole = torch.empty(seen.elements, dtype=dtype, device="meta")
@@ -71,12 +74,15 @@ def remembering(tracker: Tracker, known: dict[Any, Dequantised]) -> Iterator[Non
         yield
 
 
-def _seen(tracker: Tracker, run: Callable[[], Tensor]) -> Dequantised:
-    """What `run` makes, under a tracker of its own like `tracker`."""
+def _seen(tracker: Tracker, inputs: list[Tensor], run: Callable[[], Tensor]) -> Dequantised:
+    """What `run` makes of `inputs`, under a tracker of its own like `tracker`."""
     with _disable_current_modes(), Tracker(tracker.devices, tracker.kernels) as own:
+        own.register(inputs, "inputs")
+        before = own.current
+        own.reset_peak()
         made = run()
         elements = made.untyped_storage().nbytes() // made.element_size()
-        return Dequantised(own.peak, elements, tuple(made.shape), made.stride())
+        return Dequantised(own.peak - before, elements, tuple(made.shape), made.stride())
 
 
 @frozen
