@@ -302,14 +302,27 @@ def doctor(
 
 @app.command()
 def report(
-    run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    run_folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Of several runs: else comparison.html.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
-    """Write report.html of a run anew."""
+    """Write report.html of a run anew, or a page that compares several."""
     from tuner.report import rewrite_report
+    from tuner.report_compare import compare
 
-    return rewrite_report(run_folder)
+    if len(run_folders) == 1 and out is None:
+        return rewrite_report(run_folders[0])
+    return compare(run_folders, out)
 
 
 RunArgument = Annotated[

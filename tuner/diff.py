@@ -93,10 +93,11 @@ def _values(difference: Difference) -> str:
         return "only in the second"
     if new is None and isinstance(old, dict):
         return "only in the first"
-    return f"{_short(old)} -> {_short(new)}"
+    return f"{value_text(old)} -> {value_text(new)}"
 
 
-def _short(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of a plan in few characters."""
     from compiler.diagnostics import shown
     from compiler.draft import spelt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,15 +60,6 @@ def gone_down(plan: Plan | None) -> list[str]:
         return [str(each) for each in kept["overrides"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def let_go() -> None:
-    """Give back what the run that failed had on the device."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _keep(plan: Plan, overrides: Sequence[str]) -> None:

@@ -14,7 +14,9 @@ from tuner.exits import DONE, REFUSED
 from tuner.formats import amount, counted, duration, number, size
 from tuner.html import document, table
 from tuner.plan_view import text as plan_text
-from tuner.report_pictures import strips
+from tuner.report_data import contact_sheet
+from tuner.report_events import events
+from tuner.report_pictures import sliders
 from tuner.run_data import RunData, read_run
 from tuner.screen import err, out
 
@@ -24,14 +26,21 @@ KINDS = {"lora": "LoRA"}
 
 def rewrite_report(folder: Path) -> int:
     """`tuner report RUN`: write the report anew and say where it is."""
-    if not folder.is_dir():
-        err(f"error: there is no folder `{folder}`")
-        return REFUSED
-    if not any((folder / name).exists() for name in ("plan.lock.toml", "metrics.jsonl")):
-        err(f"error: `{folder}` is no run folder: it has no plan.lock.toml")
+    if not is_run(folder):
         return REFUSED
     out(str(write_report(folder)))
     return DONE
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is one of a run; says so where it is not."""
+    if not folder.is_dir():
+        err(f"error: there is no folder `{folder}`")
+        return False
+    if not any((folder / name).exists() for name in ("plan.lock.toml", "metrics.jsonl")):
+        err(f"error: `{folder}` is no run folder: it has no plan.lock.toml")
+        return False
+    return True
 
 
 def write_report(run_folder: Path) -> Path:
@@ -48,7 +57,7 @@ def write_report(run_folder: Path) -> Path:
 
 def page(run: RunData) -> str:
     """The whole document."""
-    name = run.plan.name if run.plan else run.folder.resolve().name
+    name = run.name
     sections: Sequence[Callable[[RunData], str]] = (
         _score,
         _pictures,
@@ -56,6 +65,7 @@ def page(run: RunData) -> str:
         _memory,
         _time,
         _data,
+        events,
         _settings,
         _details,
     )
@@ -97,6 +107,8 @@ def _facts(run: RunData, plan: Plan) -> str:
     if trainable:
         whole = plan.memory.counts["parameters"] + (trainable if plan.adapter else 0)
         facts.append(("Trained", amount(trainable), f"of {amount(whole)} parameters"))
+    if run.skipped:
+        facts.append(("Passed over", counted(len(run.skipped), "step"), "with bad numbers"))
     if run.scores:
         first, last = _first_and_last(run)
         facts.append((f"{_measure(run).capitalize()} score", f"{last:.0%}", f"from {first:.0%}"))
@@ -170,24 +182,40 @@ def _share(value: Any) -> str:
 
 
 def _pictures(run: RunData) -> str:
-    blocks = strips(run)
+    blocks = sliders(run)
     if not blocks:
         return ""
     return (
-        "<h2>Pictures</h2><p class='soft'>The same prompt and seed from the untrained model to the "
-        f"last step.</p>{''.join(blocks)}"
+        "<h2>Pictures</h2><p class='soft'>The same prompts and seeds, untrained and after so many "
+        f"steps: move the slider.</p>{''.join(blocks)}"
     )
 
 
 def _curves(run: RunData) -> str:
     charts = [
-        chart("Loss", run.series("loss"), note="each step, and smoothed", smooth=True),
+        chart(
+            "Loss",
+            run.series("loss"),
+            note="each step, and smoothed",
+            smooth=True,
+            marks=run.spikes("loss"),
+        ),
         chart("Learning rate", run.series("lr"), spell=number),
-        chart("Gradient norm", run.series("grad_norm"), note="before clipping", smooth=True),
+        chart(
+            "Gradient norm",
+            run.series("grad_norm"),
+            note="before clipping",
+            smooth=True,
+            marks=run.spikes("grad_norm"),
+        ),
         chart("Seconds a step", run.series("seconds"), smooth=True),
     ]
     drawn = "".join(charts)
-    return f"<h2>Curves</h2><div class='charts'>{drawn}</div>" if drawn else ""
+    if not drawn:
+        return ""
+    marked = any(run.spikes(key) for key in ("loss", "grad_norm"))
+    key = "<p class='soft small'>Triangles mark values that stand out.</p>" if marked else ""
+    return f"<h2>Curves</h2>{key}<div class='charts'>{drawn}</div>"
 
 
 def _memory(run: RunData) -> str:
@@ -276,7 +304,7 @@ def _data(run: RunData) -> str:
     )
     steps = run.plan.steps
     words = f"{counted(steps.per_epoch, 'step')} an epoch, {counted(steps.total, 'step')} in all"
-    return f"<h2>Data</h2><p class='soft'>{words}</p>{table(titles, rows)}"
+    return f"<h2>Data</h2><p class='soft'>{words}</p>{table(titles, rows)}{contact_sheet(run)}"
 
 
 def _settings(run: RunData) -> str:

@@ -123,7 +123,7 @@ def _refused(message: str, help: str) -> int:
 
 def _run(job: Job, accepted: Sequence[str]) -> int:
     from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
-    from tuner.next_rung import let_go, next_rung
+    from tuner.next_rung import next_rung
     from tuner.plan_view import summary
 
     err(summary(job.plan, job.outlook))
@@ -148,6 +148,8 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
         _report(job.plan)
         return _failed(error, FAILED)
     if below is not None:  # out of the exception, which holds what the run had on the device
+        from runtime.out_of_memory import let_go
+
         let_go()
         return _run(below, ())
     assert outcome is not None

@@ -9,14 +9,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from attrs import frozen
+from attrs import asdict, frozen
 
 from compiler.plan import Plan
+from runtime.folder import is_held
+from runtime.saved import latest, read_state
 from tuner.eta import RECENT, Eta
 from tuner.exits import DONE, REFUSED
 from tuner.formats import counted, duration, rate, size
 from tuner.layout import columns
-from tuner.lines import TITLES
+from tuner.lines import TITLES, pace
 from tuner.noting import NOTE
 from tuner.run_data import RunData, read_run
 from tuner.screen import err, out
@@ -68,8 +70,6 @@ def show_status(folder: Path, *, as_json: bool) -> int:
         return _refused(f"`{folder}` is no run folder: {run.plan_fault}")
     found = status(run, run.plan)
     if as_json:
-        from attrs import asdict
-
         out(json.dumps({"format_version": 1, **asdict(found)}, indent=2))
     else:
         out("\n".join(_lines(found)))
@@ -122,8 +122,6 @@ def status(run: RunData, plan: Plan, now: float | None = None) -> Status:
 
 
 def _state(run: RunData, note: Mapping[str, Any]) -> str:
-    from runtime.folder import is_held
-
     if is_held(run.folder):
         return "running"
     if run.measured:
@@ -142,8 +140,6 @@ def _note(folder: Path) -> Mapping[str, Any]:
 
 
 def _checkpoint(folder: Path) -> int | None:
-    from runtime.saved import latest, read_state
-
     saved = latest(folder / "checkpoints")
     return None if saved is None else _whole(read_state(saved).get("step"))
 
@@ -236,8 +232,6 @@ def _loss(found: Status) -> str:
 
 
 def _rate(found: Status) -> str:
-    from tuner.lines import pace
-
     parts = [pace(found.seconds_per_step)]
     if found.lr is not None:
         parts.append(f"learning rate {rate(found.lr)}")

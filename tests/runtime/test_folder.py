@@ -120,3 +120,14 @@ def test_space(tmp_path):
     folder.check_space(tmp_path, 1)
     with pytest.raises(RunFailed, match="GiB are free"):
         folder.check_space(tmp_path, 1 << 60)
+
+
+def test_whether_it_is_held_is_seen_without_holding_it(plan):
+    place = Path(plan.run_folder)
+    assert not folder.is_held(place)
+    with folder.opened(plan, ""):
+        assert folder.is_held(place)
+        assert folder.is_held(place)
+    assert not folder.is_held(place)
+    with folder.opened(plan, ""):  # asking has not taken it
+        pass

@@ -15,9 +15,12 @@ PROMPTS = '[validation]\nprompts = { beach = "a beach" }\n'
 def recipe_here(folder: Path, patch: pytest.MonkeyPatch, text: str = RECIPE + PROMPTS) -> Path:
     """The recipe's path; commands compile for a machine of no interest, without torch."""
 
-    def compile_here(path: Path, overrides: list[str], *, simulate: bool = True) -> Compiled:
+    def compile_here(
+        path: Path, overrides: list[str], *, simulate: bool = True, device: str = ""
+    ) -> Compiled:
         return compiled(path, *overrides, machine=MACHINE)
 
-    patch.setattr("tuner.compiling.compile_here", compile_here)
+    # The importing one first, or it would keep the other for good.
     patch.setattr("tuner.plan.compile_here", compile_here)
+    patch.setattr("tuner.compiling.compile_here", compile_here)
     return project(folder, text)

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve
+from PIL import Image
 
+from compiler.data.counts import bucket_rows
+from compiler.data.manifest import Manifest
 from compiler.plan import Prompt
+from tests.runtime.plans import manifest_of, source_of
 from tests.tuner.examples import fake_run, quickstart
-from tuner.charts import MAX_POINTS, chart, envelope, moving_average, thinned, ticks
+from tuner.charts import COLOURS, MAX_POINTS, chart, envelope, moving_average, thinned, ticks
 from tuner.exits import DONE, REFUSED
 from tuner.report import rewrite_report, write_report
-from tuner.report_pictures import MAX_COLUMNS, chosen, embedded
+from tuner.report_compare import compare, titles
+from tuner.report_pictures import MAX_STEPS, chosen, embedded
+from tuner.run_data import read_run
 
 HOSTILE = "</title><script>alert(1)</script>\"'&"
 
@@ -21,7 +27,7 @@ HOSTILE = "</title><script>alert(1)</script>\"'&"
 class Page(HTMLParser):
     """Tags, attributes and text of a document; fails if tags do not close as they opened."""
 
-    VOID = frozenset({"meta", "img", "line", "polyline"})
+    VOID = frozenset({"meta", "img", "line", "polyline", "polygon", "input"})
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -95,6 +101,113 @@ def test_the_untrained_picture_stands_first(tmp_path: Path) -> None:
         a.get("class") for tag, a in page.tags if tag == "figure" and a.get("class") != "chart"
     ]
     assert columns == (["base"] + [None] * 5) * 2
+    buttons = [a for tag, a in page.tags if tag == "input"]
+    assert [a["aria-label"] for a in buttons[:5]] == [f"Step {n}" for n in (50, 100, 150, 200, 250)]
+    assert ["checked" in a for a in buttons] == [False, False, False, False, True] * 2
+    assert len({a["name"] for a in buttons}) == 2 and page.count("script") == 0
+
+
+def test_the_style_sheet_has_a_rule_for_each_place_of_the_slider() -> None:
+    css = (Path(__file__).parents[2] / "tuner" / "report.css").read_text()
+    rule = re.compile(r":nth-child\((\d+)\):checked ~ \.pair \.frames > :nth-child\((\d+)\)")
+    assert rule.findall(css) == [(str(n), str(n)) for n in range(1, MAX_STEPS + 1)]
+    for place in range(COLOURS):
+        assert css.count(f"--run-{place}:") == 2 and f"svg .run-{place} {{" in css
+
+
+def test_what_happened_is_told(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[59]["spike"] = ["grad_norm"]
+    rows[99] = {k: v for k, v in rows[99].items() if k not in ("loss", "grad_norm")}
+    rows[99] |= {"skipped": 1, "names": ["zorps/1.png"]}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    happened = [
+        {"at": 1.8e9, "step": 100, "level": "warning", "text": f"a bad step {HOSTILE}"},
+        {"at": "x", "step": None, "level": "<b>", "text": "odd"},
+        {"at": 1.8e9, "text": 5},
+    ]
+    lines = [*map(json.dumps, happened), '{"at": 1', ""]
+    (folder / "events.jsonl").write_text("\n".join(lines))
+    page = page_of(folder)
+    for words in (
+        "The gradient norm stood far above its running median at step 60;",
+        "1 step changed no weight, because the loss or a gradient was not finite: step 100.",
+        "Passed over 1 step with bad numbers",
+        "a bad step",
+        "- - odd",
+    ):
+        assert words in page.text, words
+    assert page.count("polygon") == 1 and page.count("script") == 0
+
+
+def test_a_contact_sheet_of_the_data(tmp_path: Path) -> None:
+    folder, manifest = _run_with_data(tmp_path)
+    page = page_of(folder)
+    shown = [str(a["alt"]) for tag, a in page.tags if tag == "img" and "zorps/" in str(a["alt"])]
+    assert len(shown) == 6 + 2  # six of the ten squares, both wide ones
+    assert set(shown) <= {manifest.name(row) for row in range(len(manifest))}
+    assert "zorps 64 x 64 \u00b7 10 images" in page.text
+    for path in (tmp_path / "zorps").iterdir():
+        path.unlink()
+    assert not any("zorps/" in str(a.get("alt")) for _, a in page_of(folder).tags)
+
+
+def _run_with_data(folder: Path) -> tuple[Path, Manifest]:
+    (folder / "zorps").mkdir()
+    for number in range(12):
+        size = (70, 70) if number < 10 else (140, 70)
+        Image.new("RGB", size, (20 * number, 90, 200)).save(folder / "zorps" / f"{number:02}.png")
+    source = source_of(folder / "zorps")
+    manifest = manifest_of([source])
+    buckets = bucket_rows(manifest, (source,), [4])
+    plan = evolve(quickstart(), sources=(source,), buckets=buckets, manifest=manifest.digest)
+    manifest.save(fake_run(folder / "run", plan) / "manifest.jsonl")
+    return folder / "run", manifest
+
+
+def test_several_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = quickstart()
+    assert plan.adapter is not None
+    other = evolve(
+        plan,
+        name=HOSTILE,
+        adapter=evolve(plan.adapter, rank=4),
+        checkpoints=evolve(plan.checkpoints, keep=7),
+    )
+    folders = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", other, done=120)]
+    folders.append(fake_run(tmp_path / "c"))
+    assert titles([read_run(f) for f in folders]) == [
+        f"quickstart ({tmp_path / 'a'})",
+        HOSTILE,
+        f"quickstart ({tmp_path / 'c'})",
+    ]
+    assert compare(folders, tmp_path / "page.html") == DONE
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
+    source = (tmp_path / "page.html").read_text()
+    page = Page(source)
+    assert page.count("script") == 0 and not re.search(r"https?:|url\(|<link", source)
+    assert "! adapter.rank 16 4 16" in page.text
+    assert re.search(r"(?<!! )checkpoints\.keep 2 7 2", page.text)
+    assert "run_folder" not in page.text
+    # four charts, a line for each run; the last pictures of two prompts with two seeds each
+    assert page.count("svg") == 4
+    lines = [str(a["class"]) for tag, a in page.tags if tag == "polyline"]
+    assert lines == ["line run-0", "line run-1", "line run-2"] * 4
+    assert page.count("img") == 3 * 2 * 2
+    assert "step 250" in page.text and "step 100" in page.text
+
+
+def test_a_comparison_says_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fake_run(tmp_path / "a")
+    assert compare([run, tmp_path / "nothing", tmp_path], tmp_path / "x") == REFUSED
+    told = capsys.readouterr().err
+    assert "no folder" in told and "is no run folder" in told
+    assert compare([run, run], tmp_path / "x") == REFUSED
+    assert "given twice" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -161,8 +274,6 @@ def test_damage_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
-    from tuner.run_data import read_run
-
     folder = fake_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 250, "loss": 7.0}\n')
@@ -183,8 +294,6 @@ def test_large_pictures_are_embedded_small(tmp_path: Path) -> None:
     import base64
     import io
 
-    from PIL import Image
-
     noise = Image.effect_noise((1280, 768), 90.0)
     noise.save(tmp_path / "x.png")
     kind, _, content = embedded(tmp_path / "x.png").partition(",")
@@ -194,7 +303,7 @@ def test_large_pictures_are_embedded_small(tmp_path: Path) -> None:
 
 def test_of_many_steps_the_first_and_the_last_are_shown() -> None:
     found = chosen(range(0, 3001, 100))
-    assert len(found) == MAX_COLUMNS and found[0] == 0 and found[-1] == 3000
+    assert len(found) == MAX_STEPS and found[0] == 0 and found[-1] == 3000
     assert chosen({5, 0}) == [0, 5]
 
 
