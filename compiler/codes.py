@@ -23,6 +23,13 @@ class Code(NamedTuple):
 
 
 CODES: Mapping[str, Code] = {
+    "bad-address": Code(
+        "text that is no repository or address",
+        "A repository of the hub is an owner and a name with a slash between. A webhook is told over "
+        "https, because what it is told says what you train.",
+        '[publish]\nhub = "my-model"',
+        '[publish]\nhub = "me/my-model"',
+    ),
     "bad-multiple": Code(
         "bucket edges that the model can't take",
         "The model works on patches of several pixels, so both edges of every bucket must be a "
@@ -302,6 +309,13 @@ CODES: Mapping[str, Code] = {
         "Paths are relative to the recipe, not to where the command is run.",
         '[[data.source]]\npath = "no-such-folder"',
         '[[data.source]]\npath = "pictures"',
+    ),
+    "missing-token": Code(
+        "a result to publish, and no token to do so",
+        "The hub takes uploads from those it knows. Log in once with `hf auth login`, or set "
+        "HF_TOKEN; a token never stands in a recipe.",
+        '[publish]\nhub = "me/my-model"  # without a token on this machine',
+        '[publish]\nhub = ""',
     ),
     "model-refused": Code(
         "a model that can't be built or trained this way",

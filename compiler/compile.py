@@ -207,6 +207,7 @@ def _plan(draft: Draft) -> Plan:
         memory=draft.memory,
         track=draft.recipe.track.to,
         track_project=draft.recipe.track.project if draft.recipe.track.to else "",
+        publish=draft.publish,
         workers=draft.workers,
         threads=draft.threads,
         decisions=completed(draft),

@@ -86,6 +86,7 @@ class Draft:
     ema: plan.Ema | None = None
     checkpoints: plan.Checkpoints | None = None
     validation: plan.Validation | None = None
+    publish: plan.Publish | None = None
     memory: plan.Memory | None = None
     run_folder: str = ""
     cache_folder: str = ""

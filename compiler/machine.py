@@ -8,6 +8,7 @@ from compiler.plan import Device
 
 OPENCV = "opencv-contrib-python-headless"  # finds faces and what is salient
 COMPILER = "c++"  # how a C++ compiler is called in `Machine.missing`
+HUB_TOKEN = "a token of the hub"  # in `Machine.missing`
 
 
 @frozen(kw_only=True)
@@ -24,4 +25,4 @@ class Machine:
     bf16: bool  # the device multiplies bfloat16 natively
     capability: str = ""  # CUDA compute capability, "9.0"
     processor_flops: float = 0.0  # a second and core in float32, nominal; 0: not known
-    missing: tuple[str, ...] = ()  # optional packages, or `COMPILER`, that are not there
+    missing: tuple[str, ...] = ()  # optional packages, `COMPILER` or `HUB_TOKEN`: what is not there

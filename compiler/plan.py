@@ -258,6 +258,16 @@ class Checkpoints:
 
 
 @frozen(kw_only=True)
+class Publish:
+    """Who is told of a run's end, and what they get; "": nobody."""
+
+    hub: str  # a repository, "owner/name"
+    private: bool  # if it is made for this
+    checkpoints: bool  # they are uploaded too
+    webhook: str  # an address
+
+
+@frozen(kw_only=True)
 class Prompt:
     """One validation picture is drawn per prompt, size and seed; scores are told per `group`."""
 
@@ -365,6 +375,7 @@ class Plan:
     memory: Memory
     track: tuple[str, ...]
     track_project: str = ""  # what services group runs by
+    publish: Publish | None = None
     workers: int  # threads that decode and resize
     threads: int  # of one operation on the CPU; sums are split by it, so results depend on it
     decisions: tuple[Decision, ...]
@@ -386,6 +397,7 @@ NOT_TRAJECTORY = {
     "guard": "a run that met more bad steps than it allows has ended",
     "track": "who else is told of the metrics",
     "track_project": "what they group runs by",
+    "publish": "where results are sent",
     "workers": "threads that decode; the order of samples does not depend on them",
 }
 """Entries of a plan that alter no trained weight, and why not. All others do: a run can't go on

@@ -516,6 +516,21 @@ class TrackRecipe:
 
 
 @frozen(kw_only=True)
+class PublishRecipe:
+    """Where the result goes besides the run folder. Whatever fails here never ends a run."""
+
+    hub: str = ""
+    """A repository of the hub, "me/my-model". Gets the result with a model card that carries the
+    recipe, the pictures and the base's licence. Needs a token: `hf auth login`, or `HF_TOKEN`."""
+    private: bool = True
+    """Of a repository that is made: only its owner sees it."""
+    checkpoints: bool = False
+    """Upload each checkpoint too, so that the run can be gone on with elsewhere."""
+    webhook: str = ""
+    """An address (https) that is told as JSON when the run begins, ends or fails."""
+
+
+@frozen(kw_only=True)
 class CacheRecipe:
     """Cached latents and text embeddings."""
 
@@ -574,6 +589,8 @@ class Recipe:
     """Pictures drawn while training."""
     track: TrackRecipe = field(factory=TrackRecipe)
     """Where metrics go."""
+    publish: PublishRecipe = field(factory=PublishRecipe)
+    """Where the result goes."""
     cache: CacheRecipe = field(factory=CacheRecipe)
     """Cached latents and text embeddings."""
     launch: LaunchRecipe = field(factory=LaunchRecipe)

@@ -114,6 +114,11 @@ SYNONYMS = {
     "validation_seed": "validation.seed",
     "validation_resolution": "validation.sizes",
     "report_to": "track.to",
+    "tracker_project_name": "track.project",
+    "hub_model_id": "publish.hub",
+    "push_to_hub": "publish.hub",
+    "push_checkpoints_to_hub": "publish.checkpoints",
+    "webhook_config": "publish.webhook",
     "output_dir": "output",
     "cache_dir": "cache.path",
 }

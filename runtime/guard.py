@@ -165,6 +165,8 @@ def refusal(
 
 def unfit_inputs(window: Window) -> str:
     """Samples of `window` whose latents or embeddings hold no numbers, in a sentence; "": none."""
+    if not window.batches:  # a rank whose share is empty
+        return ""
     flags = [
         torch.stack(
             [

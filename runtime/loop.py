@@ -27,6 +27,7 @@ from runtime.guard import SAMPLES, SKIPPED, Guard, half_done, named, refusal, un
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.pace import Pace, used_of
+from runtime.ranks import ALONE, Ranks, RanksLost
 from runtime.rng import seed_torch
 from runtime.step import gradient_norm, micro_step, update
 from runtime.stop import Stop
@@ -151,6 +152,7 @@ def train(
     actions: Actions,
     stop: Stop,
     history: Iterable[Mapping[str, Any]] = (),
+    ranks: Ranks = ALONE,
 ) -> int:
     """Train from `done` updates to the plan's total; returns the updates done.
 
@@ -170,10 +172,14 @@ def train(
     )
     for window in pace.waited(windows):
         try:
-            row = one_update(plan, trained, window)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error) and not is_torn(error) and done:
+            row = one_update(plan, trained, window, ranks)
+        except (RuntimeError, MemoryError, RanksLost) as error:
+            whole = isinstance(error, RanksLost) or (
+                is_out_of_memory(error) and not is_torn(error)
+            )
+            if whole and done and ranks.leads:
                 _let_go(trained, device)
+                ledger.flush()
                 actions.checkpoint(done, window.epoch)
             raise
         done += 1
@@ -181,7 +187,14 @@ def train(
             trained.ema.update(done)
         ledger.add(row)
         ended = done == plan.steps.total
-        if stop.look() or ended or due(done, plan.checkpoints.every):
+        try:
+            save = stop.look()
+        except RanksLost:
+            if ranks.leads:
+                ledger.flush()
+                actions.checkpoint(done, window.epoch)
+            raise
+        if save or ended or due(done, plan.checkpoints.every):
             ledger.flush()
             actions.checkpoint(done, window.epoch)
         if due(done, plan.validation.every) and not (ended or stop.requested):
@@ -209,14 +222,17 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
-    """One optimizer update over a window of micro-batches, each weighted by its samples."""
+def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALONE) -> Row:
+    """One optimizer update over a window of micro-batches, each weighted by its samples.
+
+    Each rank runs its own; from the sums on, all do and have the same.
+    """
     lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
     set_lr(trained.optimizer, lr)
     fused = trained.fused
     losses: list[Tensor] = []
     size = plan.steps.micro_batch
-    for index, batch in enumerate(part for b in window.batches for part in b.parts(size)):
+    for index, batch in ranks.parts(window, size):
         seed_torch(plan.seed, "model", window.step, index)
         with updating() if fused else nullcontext():
             losses.append(
@@ -230,27 +246,33 @@ def one_update(plan: Plan, trained: Trained, window: Window) -> Row:
                     fused.begin if fused else None,
                 )
             )
+    whole = ranks.losses(window, losses, torch.device(plan.device))
+    ranks.sum_gradients(trained.parameters.values())
     norm = fused.finish() if fused else gradient_norm(trained.parameters.values())
     row = Row(
         step=window.step + 1,
         epoch=window.epoch,
         samples=window.samples,
         lr=lr,
-        loss=torch.cat(losses).mean(),
+        loss=whole.mean(),
         grad_norm=norm.float(),
-        losses=torch.cat(losses),
-        names=window.names,
+        losses=whole,
+        names=ranks.names(window),
         fused=fused is not None,
     )
-    if not guard(plan, trained.optimizer, row, window):
+    if not guard(plan, trained.optimizer, row, window, ranks):
         trained.optimizer.zero_grad(set_to_none=True)
     elif not fused:
+        # Some optimizers round at random: alike in all ranks, whatever batches they had.
+        seed_torch(plan.seed, "update", window.step)
         with updating():
             update(trained.optimizer, norm, plan.max_grad_norm)
     return row
 
 
-def guard(plan: Plan, optimizer: torch.optim.Optimizer, row: Row, window: Window) -> bool:
+def guard(
+    plan: Plan, optimizer: torch.optim.Optimizer, row: Row, window: Window, ranks: Ranks = ALONE
+) -> bool:
     """Whether to update; False where the loss or the gradient is not finite and the plan passes
     over such steps, else RunFailed.
 
@@ -268,7 +290,8 @@ def guard(plan: Plan, optimizer: torch.optim.Optimizer, row: Row, window: Window
         return True
     loss, norm = row.loss.item(), row.grad_norm.item()
     if plan.guard.skip == 0 or half_done(row, loss):
-        raise refusal(plan, row, loss, norm, found=unfit_inputs(window))
+        found = " ".join(filter(None, ranks.words(unfit_inputs(window))))
+        raise refusal(plan, row, loss, norm, found=found)
     return False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import frozen
 
-from compiler.machine import COMPILER, OPENCV, Machine
+from compiler.machine import COMPILER, HUB_TOKEN, OPENCV, Machine
 from compiler.optimizers import packages
 from compiler.plan import Device
 from compiler.trackers import TRACKERS, TrackerFacts
@@ -87,6 +87,8 @@ def compiler() -> str:
 def _missing() -> Iterator[str]:
     yield from (name for name in packages() if not version(name))
     yield from (facts.package for facts in TRACKERS.values() if not tracker_is_here(facts))
+    if not hub_token_is_there():
+        yield HUB_TOKEN
     if importlib.util.find_spec("cv2") is None:  # several packages carry it
         yield OPENCV
     if not compiler():
@@ -96,6 +98,15 @@ def _missing() -> Iterator[str]:
 def tracker_is_here(facts: TrackerFacts) -> bool:
     """Whether its package is installed; MLflow comes as two."""
     return any(map(version, (facts.package, facts.package.removesuffix("-skinny"))))
+
+
+def hub_token_is_there() -> bool:
+    """Whether the hub's library would find a token, by its own rules; it is not read."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
+    return os.path.exists(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
 
 
 def version(package: str) -> str:

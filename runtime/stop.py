@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from runtime.events import Events
+from runtime.ranks import ALONE, Ranks
 
 SAVE, STOP = "save", "stop"  # files in the run folder
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM") if hasattr(signal, n))
@@ -25,12 +26,15 @@ class Stop:
     """Whether someone asked the run to stop.
 
     Inside `patient`, the first signal only sets `requested`; anywhere else, and at the second
-    signal, KeyboardInterrupt is raised on the spot (nothing is lost: files appear whole).
+    signal, KeyboardInterrupt is raised on the spot (nothing is lost: files appear whole). Several
+    ranks agree in `look`, so that `requested` is the same in all of them.
     """
 
-    def __init__(self, events: Events, folder: Path | None = None) -> None:
+    def __init__(self, events: Events, folder: Path | None = None, ranks: Ranks = ALONE) -> None:
         """`folder` is where to look for files; None: nowhere."""
         self.requested = False
+        self._asked = False  # this process was
+        self._ranks = ranks
         self._folder = folder
         self._patient = False
         self._events = events
@@ -50,14 +54,24 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop; the others may not know of it yet."""
+        return self._asked or self.requested
+
     def look(self) -> bool:
-        """Whether a checkpoint is asked for by a file. Notes what else is; costs two look-ups."""
-        if self._taken(STOP) and not self.requested:
-            self.requested = True
+        """Whether a checkpoint is asked for by a file. Notes what else is; costs two look-ups, and
+        a word with the other ranks."""
+        if self._taken(STOP) and not self.asked:
+            self._asked = True
             self._events.message(f"`{STOP}` is there: stopping after this step, with a checkpoint")
         save = self._taken(SAVE)
         if save:
             self._events.message(f"`{SAVE}` is there: saving a checkpoint")
+        asked = self.asked
+        self.requested, save = self._ranks.any(asked, save)
+        if self.requested and not asked:
+            self._events.message("another rank was asked to stop: stopping, with a checkpoint")
         return save
 
     def _taken(self, name: str) -> bool:
@@ -79,9 +93,10 @@ class Stop:
             self._patient = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
-        if self.requested or not self._patient:
+        if self.asked or not self._patient:
             raise KeyboardInterrupt
-        self.requested = True
+        self._asked = True
+        self.requested = self._ranks.count == 1
         name = signal.Signals(number).name
         again = "; once more stops at once" if name == "SIGINT" else ""
         self._events.message(f"{name}: stopping after this step, with a checkpoint{again}")

@@ -108,7 +108,7 @@ def validate(painter: Painter, step: int) -> None:
     painter.events.phase("validate", len(wanted), "pictures")
     with _drawing(painter):
         for index, picture in enumerate(wanted):
-            if painter.stop.requested:
+            if painter.stop.asked:
                 return
             if not (folder / picture.file).exists():
                 _draw(painter, picture, folder / picture.file)

@@ -96,15 +96,15 @@ def _ladder(plan: Plan, verbose: bool) -> list[str]:
 
 def _rung_words(rung: Rung, above: Sequence[Rung]) -> str:
     """What the rung adds to the one above it."""
-    before: Mapping[str, str] = above[-1].settings if above else {}
+    if not above:
+        return "nothing more than the recipe says"
+    before: Mapping[str, str] = above[-1].settings
     told = [
-        f"{_short(key)} = {value}"
-        for key, value in rung.settings.items()
-        if (value != before[key] if before else value not in ("off", "false", "none", "0"))
+        f"{_short(key)} = {value}" for key, value in rung.settings.items() if value != before[key]
     ]
-    if above and rung.alters and not above[-1].alters:
+    if rung.alters and not above[-1].alters:
         told.append("alters the result a little from here on")
-    return ", ".join(told) or "as stated"
+    return ", ".join(told)
 
 
 def _short(key: str) -> str:

@@ -23,6 +23,7 @@ MATTERS = (  # what is filled in and shown without -v, the most telling first
     "text.max_length",
     "validation.sizes",
 )
+ALTERS = "alters the result"
 EMPTY = '""'
 PASS = "pass "  # sources of decisions that need nobody's name, only their reason
 QUIET = ("default", "inherited")  # sources of what only -v shows
@@ -56,7 +57,8 @@ def filled_in(plan: Plan, recipe: str, verbose: bool) -> list[str]:
         return _rows("every setting", list(plan.decisions), recipe)
     chosen = [d for d in plan.decisions if not (_given(d) or d.source in QUIET)]
     telling = sorted((d for d in chosen if d.key in MATTERS), key=lambda d: MATTERS.index(d.key))
-    shown = telling[:MAX_FILLED]
+    loud = [d for d in chosen if ALTERS in d.why]  # never folded away
+    shown = loud + [d for d in telling if d not in loud][:MAX_FILLED]
     more = len(chosen) - len(shown)
     head = "filled in" + (f", {more} more with -v" if more else "")
     return _rows(head, shown, recipe)

@@ -16,6 +16,7 @@ from compiler.passes.memory import resolve_memory
 from compiler.passes.model import resolve_model
 from compiler.passes.outputs import resolve_outputs
 from compiler.passes.precision import resolve_precision
+from compiler.passes.publish import resolve_publish
 from compiler.passes.storage import resolve_storage
 from compiler.passes.training import resolve_training
 
@@ -30,5 +31,6 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("batches", resolve_batches),
     ("training", resolve_training),
     ("outputs", resolve_outputs),
+    ("publish", resolve_publish),
     ("memory", resolve_memory),
 )

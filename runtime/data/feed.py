@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
 from runtime.families.base import Family
 from runtime.objective import draw_uniform, place_weights, sigmas_from_uniform
+from runtime.ranks import Place
 
 MOMENTS = ("mean", "std")
 """What of a picture's entry its latents are made of."""
@@ -43,6 +45,8 @@ class Window:
     batches: tuple[Batch, ...]  # this rank's
     samples: int  # of the whole window, over all ranks
     names: tuple[str, ...]  # of the samples in `batches`, in order: source/key
+    all_names: tuple[str, ...] = ()  # of the whole window's
+    places: tuple[Place, ...] = ()  # of `batches` in the whole window
 
 
 class Feed:
@@ -67,7 +71,8 @@ class Feed:
         self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
         keys = text_keys(plan, family, cache)
         self._captions = cache.locate([keys.key(text) for text in manifest.captions])
-        cache.used_by(plan.run_folder, self._latents, self._captions)
+        if rank == 0:
+            cache.used_by(plan.run_folder, self._latents, self._captions)
         unconditional = [keys.key("", negative=True)] if any(self._dropout) else []
         self._unconditional = [cache.get(key) for key in unconditional]
 
@@ -91,13 +96,16 @@ class Feed:
     def window(self, step: int) -> Window:
         """The window of one step, made here and now."""
         rows = self._order.window(step)
-        mine = rows[self._rank :: self._plan.steps.ranks]
+        mine = slice(self._rank, None, self._plan.steps.ranks)
+        names = [[self._manifest.name(int(row)) for row in batch.rows] for batch in rows]
         return Window(
             step=step,
             epoch=self._order.epoch_of(step) + 1,
-            batches=tuple(self._batch(step, batch) for batch in mine),
+            batches=tuple(self._batch(step, batch) for batch in rows[mine]),
             samples=sum(len(batch.rows) for batch in rows),
-            names=tuple(self._manifest.name(int(row)) for batch in mine for row in batch.rows),
+            names=tuple(name for batch in names[mine] for name in batch),
+            all_names=tuple(name for batch in names for name in batch),
+            places=_places(rows, self._plan.steps.micro_batch)[mine],
         )
 
     def _produce(
@@ -174,6 +182,16 @@ class Feed:
         if len(numbers) > 1:
             which = int(rng.uniform(self._plan.seed, "caption", step, slot) * len(numbers))
         return self._cache.read(self._captions, numbers[which])
+
+
+def _places(window: Sequence[BatchRows], size: int) -> tuple[Place, ...]:
+    """Of each batch of a whole window, where micro-batches have at most `size` samples (0: all)."""
+    counts = (-(-len(batch.rows) // (size or len(batch.rows))) for batch in window)
+    befores = accumulate(counts, initial=0)
+    return tuple(
+        Place(part=before, slot=batch.first_slot)
+        for before, batch in zip(befores, window, strict=False)
+    )
 
 
 def _hand_over(

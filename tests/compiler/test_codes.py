@@ -15,6 +15,7 @@ from attrs import evolve
 from compiler.codes import CODES
 from compiler.compile import Compiled, compile_file
 from compiler.data.manifest import Manifest
+from compiler.machine import HUB_TOKEN
 from compiler.memory import Candidate, Simulation
 from compiler.migrate import migrated
 from compiler.plan import Plan
@@ -223,11 +224,17 @@ def _without_package(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
     return compiled(path, "train.optimizer.name=lion", machine=machine)
 
 
+def _without_token(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
+    machine = evolve(MACHINE, missing=(HUB_TOKEN,))
+    return compiled(folder / "recipe.toml", "publish.hub=me/my-model", machine=machine)
+
+
 STAGED: dict[str, Callable[[Path, pytest.MonkeyPatch], Compiled]] = {
     "broken-images": _damaged,
     "disk-full": _full_disk,
     "missing-captions": _without_captions,
     "missing-package": _without_package,
+    "missing-token": _without_token,
     "old-key": _old_key,
     "too-many": _many,
     "unreadable-file": _no_file_has_this_name,
