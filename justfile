@@ -21,6 +21,7 @@ test *arguments:
 # Start-up times, the scan of 100,000 pictures, a plan of a million, feeding: some minutes.
 bench:
     {{python}} benchmarks/startup.py
+    {{python}} benchmarks/first_plan.py
     {{python}} benchmarks/scan.py
     {{python}} benchmarks/million.py
     {{python}} benchmarks/feed.py

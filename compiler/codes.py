@@ -25,8 +25,8 @@ class Code(NamedTuple):
 CODES: Mapping[str, Code] = {
     "bad-address": Code(
         "text that is no repository or address",
-        "A repository of the hub is an owner and a name with a slash between. A webhook is told over "
-        "https, because what it is told says what you train.",
+        "A repository of the hub is an owner and a name with a slash between. A webhook is told "
+        "over https, because what it is told says what you train.",
         '[publish]\nhub = "my-model"',
         '[publish]\nhub = "me/my-model"',
     ),
@@ -401,6 +401,13 @@ CODES: Mapping[str, Code] = {
         "folder, once, and makes the plan from the copy.",
         '[[data.source]]\npath = "hub:owner/name"',
         '[[data.source]]\npath = "captioned"',
+    ),
+    "not-in-family": Code(
+        "something that the base's family does not have",
+        "The setting is right for other models. What it stands for is not defined for this one, or "
+        "its pipeline draws pictures without it, so that training with it would miss them.",
+        '[train]\nloss = { weighting = "min-snr" }  # of a base that predicts a velocity',
+        '[train]\nloss = { weighting = "none" }',
     ),
     "old-key": Code(
         "a key of an older recipe language",

@@ -204,6 +204,7 @@ def _plan(draft: Draft) -> Plan:
         guard=Guard(skip=draft.recipe.train.guard.skip),
         checkpoints=draft.checkpoints,
         validation=draft.validation,
+        evaluation=draft.evaluation,
         memory=draft.memory,
         track=draft.recipe.track.to,
         track_project=draft.recipe.track.project if draft.recipe.track.to else "",

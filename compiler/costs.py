@@ -16,9 +16,9 @@ from compiler.data.stages import stages, steps_in
 from compiler.devices import peak_flops
 from compiler.families import FAMILIES
 from compiler.machine import Machine
-from compiler.occasions import checkpoint_steps, validation_steps
+from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
 from compiler.optimizers import saved_bytes
-from compiler.plan import Dtype, Plan, digest_of, plain
+from compiler.plan import Bucket, Dtype, HeldOut, Plan, digest_of, plain
 from compiler.site import Present, Site, Space
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,7 +68,7 @@ class Duration:
     """Seconds of training and of drawing; caching and loading are not in it."""
 
     train_seconds: float
-    validate_seconds: float
+    validate_seconds: float  # pictures and evaluation losses
     seconds_per_step: float  # mean over all buckets
     flops_per_second: float
     basis: Basis
@@ -149,12 +149,15 @@ def disk(plan: Plan, manifest: Manifest, run: Space | None, cache: Space | None)
 
 
 def latents_bytes(plan: Plan) -> int:
-    """Cached latents of all pictures: channels x height x width of each moment, and the entry."""
+    """Cached latents of all pictures, held-out ones too: channels x height x width of each moment,
+    and the entry."""
     card = FAMILIES[plan.model.family]
     vae = _config(plan, "vae")
     factor, channels = card.vae_factor(vae), int(vae[card.latent_channels_key])
-    values = sum(b.images * (b.width // factor) * (b.height // factor) for b in plan.buckets)
-    images = sum(bucket.images for bucket in plan.buckets)
+    groups: list[Bucket | HeldOut] = [*plan.buckets]
+    groups += plan.evaluation.groups if plan.evaluation else ()
+    values = sum(b.images * (b.width // factor) * (b.height // factor) for b in groups)
+    images = sum(each.images for each in groups)
     return values * channels * len(card.moments) * BYTES[plan.precision.cache] + images * ENTRY
 
 
@@ -195,12 +198,14 @@ def one_checkpoint_bytes(plan: Plan) -> int | None:
 
 
 def result_bytes(plan: Plan) -> int | None:
-    """The adapter's file, or the whole pipeline; with an average, that is what is saved."""
+    """The adapter's file, or the whole pipeline; with an average, that is saved, or both are."""
     trainable = trained_parameters(plan)
     if trainable is None:
         return None
     size = BYTES[plan.precision.trained]
     trained = trainable * (max(4, size) if plan.ema else size)
+    if plan.ema and plan.ema.save == "both":
+        trained += trainable * size
     if plan.adapter is not None:
         return trained
     return trained + sum(
@@ -276,10 +281,19 @@ def forward_share(plan: Plan) -> float:
 
 def validate_flops(plan: Plan) -> float:
     """Floating-point operations of all validation pictures, without decoding: each sampling step
-    is a forward pass, two with guidance."""
+    is a forward pass, two with guidance; and of all evaluation losses."""
     passes = plan.validation.steps * (2 if plan.validation.guidance > 1 else 1)
     pixels = len(validation_steps(plan)) * _pixels_drawn(plan)
-    return _flops_per_pixel(plan) * forward_share(plan) * passes * pixels
+    drawn = passes * pixels
+    return _flops_per_pixel(plan) * forward_share(plan) * (drawn + _pixels_judged(plan))
+
+
+def _pixels_judged(plan: Plan) -> int:
+    """Pixels of all forward passes for evaluation losses."""
+    if plan.evaluation is None:
+        return 0
+    pixels = sum(each.images * each.width * each.height for each in plan.evaluation.groups)
+    return len(evaluation_steps(plan)) * len(plan.evaluation.timesteps) * pixels
 
 
 def step_key(plan: Plan, device_name: str) -> str:

@@ -76,6 +76,7 @@ class Draft:
     absent: list[str] = Factory(list)  # URLs of pictures that are not
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
+    evaluation: plan.Evaluation | None = None
     skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
     hidden: list[tuple[str, int, tuple[str, ...]]] = Factory(list)  # (source, count, some names)
     buckets: tuple[plan.Bucket, ...] = ()

@@ -55,6 +55,13 @@ def validation_steps(plan: Plan) -> Occasions:
     return Occasions(plan.validation.every, plan.steps.total, start=plan.validation.at_start)
 
 
+def evaluation_steps(plan: Plan) -> Occasions:
+    """Steps after which the loss of what is held out is measured; 0 is the untrained model."""
+    if plan.evaluation is None:
+        return Occasions(1, 0)
+    return Occasions(plan.evaluation.every, plan.steps.total, start=True)
+
+
 def checkpoint_steps(plan: Plan) -> Occasions:
     """Steps after which a checkpoint is written; the last step always is one."""
     return Occasions(plan.checkpoints.every, plan.steps.total)

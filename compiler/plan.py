@@ -18,6 +18,7 @@ PLAN_FORMAT = 1
 
 Device = Literal["cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Judged = Literal["average", "trained"]
 Quantisation = Literal["none", "int8", "int4", "nf4", "fp8"]
 
 
@@ -220,16 +221,36 @@ class Schedule:
 
 
 @frozen(kw_only=True)
+class ShiftRule:
+    """A shift that follows from a picture's tokens, see `compiler.noise`."""
+
+    patch: int  # latents along the edge of a token
+    base_tokens: int
+    max_tokens: int
+    base_shift: float  # mu at `base_tokens`
+    max_shift: float  # mu at `max_tokens`
+    kind: Literal["exponential", "linear"]
+
+
+@frozen(kw_only=True)
 class Objective:
     """What the loss compares, and at which noise levels."""
 
     prediction: Literal["flow"]
-    sampling: Literal["uniform", "logit-normal", "mode", "cosmap"]
+    sampling: Literal["uniform", "logit-normal", "mode", "cosmap", "beta"]
     logit_mean: float
     logit_std: float
     mode_scale: float
-    shift: float
-    loss: Literal["mse"]
+    alpha: float = 2.0  # of sampling "beta"
+    beta: float = 2.0
+    shift: float  # 0: `shift_by_size` says it
+    shift_by_size: ShiftRule | None = None
+    min_sigma: float = 0.0  # noise levels, after the shift, that are trained
+    max_sigma: float = 1.0
+    stratified: bool = False  # the samples of one step share the density out among them
+    loss: Literal["mse", "huber", "smooth-l1"]
+    delta: float = 0.1  # of both others than "mse"
+    delta_schedule: Literal["constant", "snr", "exponential"] = "constant"
     weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap"]
 
 
@@ -240,6 +261,8 @@ class Ema:
     decay: float
     device: Literal["cpu", "same"]
     every: int  # steps
+    warmup: bool = False  # of the decay, see `runtime.ema`
+    save: Literal["average", "both"] = "average"  # what the result holds
 
 
 @frozen(kw_only=True)
@@ -289,6 +312,32 @@ class Validation:
     steps: int
     seeds: tuple[int, ...]
     score: str  # "" or a name in `runtime.scores`
+
+
+EVALUATION = "evaluation/"
+"""Begins the names of the metrics of held-out images."""
+
+
+@frozen(kw_only=True)
+class HeldOut:
+    """Held-out images of one source and one size."""
+
+    source: str
+    width: int  # pixels
+    height: int
+    images: int
+    batch_size: int
+
+
+@frozen(kw_only=True)
+class Evaluation:
+    """The loss of what is held out, at fixed noise levels with fixed noise."""
+
+    every: int  # steps; besides, at the start and at the end
+    timesteps: tuple[float, ...]  # quantiles of the density of noise levels
+    weights: Judged
+    manifest: str  # digest of the list of held-out images
+    groups: tuple[HeldOut, ...]
 
 
 @frozen(kw_only=True)
@@ -372,6 +421,7 @@ class Plan:
     guard: Guard = field(factory=Guard)
     checkpoints: Checkpoints
     validation: Validation
+    evaluation: Evaluation | None = None
     memory: Memory
     track: tuple[str, ...]
     track_project: str = ""  # what services group runs by
@@ -394,6 +444,7 @@ NOT_TRAJECTORY = {
     "cache_folder": "where latents and embeddings are kept; they are found by content",
     "checkpoints": "when the state is written, and how much of it is kept",
     "validation": "pictures are drawn from random numbers of their own",
+    "evaluation": "losses are measured with random numbers of their own",
     "guard": "a run that met more bad steps than it allows has ended",
     "track": "who else is told of the metrics",
     "track_project": "what they group runs by",

@@ -397,26 +397,46 @@ class ScheduleRecipe:
 class TimestepsRecipe:
     """At which noise levels the model is trained."""
 
-    sampling: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = "auto"
-    """Density of u in [0, 1) before the shift."""
-    shift: PositiveFloat | Auto = "auto"
-    """sigma = shift u / (1 + (shift - 1) u). "auto": the family's."""
+    sampling: Literal["auto", "uniform", "logit-normal", "mode", "cosmap", "beta"] = "auto"
+    """Density of u in [0, 1) before the shift; u near 0 is pure noise."""
+    shift: PositiveFloat | Literal["auto", "resolution"] = "auto"
+    """sigma = shift s / (1 + (shift - 1) s) with s = 1 - u. "auto": as the base's scheduler.
+    "resolution": from the number of a picture's tokens, by the family's own rule."""
     mean: float = 0.0
     """Of "logit-normal": positive means less noise."""
     std: PositiveFloat = 1.0
     """Of "logit-normal"."""
-    mode_scale: PositiveFloat = 1.29
+    mode_scale: Annotated[float, Range(gt=0, le=1.75)] = 1.29
     """Of "mode"."""
+    alpha: Annotated[float, Range(ge=0.05, le=1000)] = 2.0
+    """Of "beta", whose density is u^(alpha - 1) (1 - u)^(beta - 1): more means less noise."""
+    beta: Annotated[float, Range(ge=0.05, le=1000)] = 2.0
+    """Of "beta": more means more noise."""
+    min: Probability = 0.0
+    """Least noise that is trained, as sigma after the shift. Inside `min` and `max` the density
+    keeps its shape."""
+    max: Probability = 1.0
+    """Most noise that is trained, as sigma after the shift."""
+    stratified: bool = False
+    """Share the density out among the samples of a step: each draws from a part of its own, in
+    random order. Steps then differ less in how noisy their samples are."""
 
 
 @frozen(kw_only=True)
 class LossRecipe:
     """The loss."""
 
-    kind: Literal["mse"] = "mse"
-    """Mean squared error."""
-    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap"] = "none"
-    """Weight by noise level; "diffusers-compat" is sigma^2, what the SD3 example scripts do."""
+    kind: Literal["mse", "huber", "smooth-l1"] = "mse"
+    """Of each error e: "mse" e^2, "huber" 2 delta (sqrt(e^2 + delta^2) - delta), "smooth-l1" the
+    same divided by delta. The latter two grow like |e| beyond delta, so outliers count less."""
+    delta: PositiveFloat = 0.1
+    """Of "huber" and "smooth-l1": where the square ends."""
+    schedule: Literal["constant", "snr", "exponential"] = "constant"
+    """How delta follows the noise level, from 1 without noise to `delta` in pure noise: "snr" is
+    delta + (1 - delta) (1 - sigma)^2, "exponential" is delta^sigma."""
+    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap", "min-snr"] = "none"
+    """Weight by noise level; "diffusers-compat" is sigma^2, what the SD3 example scripts do.
+    "min-snr" is for models that predict the noise, and refused for flow matching."""
 
 
 @frozen(kw_only=True)
@@ -429,6 +449,12 @@ class EmaRecipe:
     """Where the average lives."""
     every: Interval = field(factory=lambda: Interval.parse("1 steps"))
     """How often it is updated."""
+    warmup: bool = False
+    """Begin with less: at its k-th update the decay is min((1 + k) / (10 + k), decay), so that the
+    weights of the start do not stay in it for long."""
+    save: Literal["average", "both"] = "average"
+    """What the result holds. "both": the trained weights, and the average beside them, in a folder
+    of the same name with `_ema` (`lora_ema`, or `transformer_ema` in the pipeline)."""
 
 
 @frozen(kw_only=True)
@@ -505,12 +531,31 @@ class ValidationRecipe:
 
 
 @frozen(kw_only=True)
+class EvaluationRecipe:
+    """The loss of held-out images (`holdout` of a source), at fixed noise levels with fixed noise,
+    so that it can be compared from step to step."""
+
+    every: Interval = field(factory=lambda: Interval.parse("1 epoch"))
+    """How often, besides at the start and at the end; "off": never."""
+    timesteps: Annotated[tuple[Annotated[float, Range(gt=0, lt=1)], ...], Length(ge=1)] = (
+        0.1,
+        0.3,
+        0.5,
+        0.7,
+        0.9,
+    )
+    """Quantiles of the noise levels that are trained: 0.5 is their median, 0.9 is noisier."""
+    weights: Literal["auto", "average", "trained"] = "auto"
+    """Which weights are judged. "auto": the average ([train.ema]) if there is one."""
+
+
+@frozen(kw_only=True)
 class TrackRecipe:
     """Where metrics go besides `metrics.jsonl` and the report."""
 
     to: tuple[Literal["tensorboard", "wandb", "comet", "mlflow", "swanlab"], ...] = ()
-    """Trackers. Keys and addresses of services are taken from their own environment variables
-    (`WANDB_API_KEY` and so on), never from a recipe. Each is an extra: `pip install tuner[wandb]`."""
+    """Trackers. Keys and addresses of services are taken from their own environment variables, such
+    as `WANDB_API_KEY`, never from a recipe. Each is an extra: `pip install tuner[wandb]`."""
     project: Annotated[str, Length(ge=1)] = "tuner"
     """What services group runs by."""
 
@@ -587,6 +632,8 @@ class Recipe:
     """What is kept to go on from."""
     validation: ValidationRecipe = field(factory=ValidationRecipe)
     """Pictures drawn while training."""
+    evaluation: EvaluationRecipe = field(factory=EvaluationRecipe)
+    """The loss of what is held out."""
     track: TrackRecipe = field(factory=TrackRecipe)
     """Where metrics go."""
     publish: PublishRecipe = field(factory=PublishRecipe)

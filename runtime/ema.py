@@ -1,7 +1,8 @@
 """Exponential moving average of the trained weights.
 
 At every n-th update: average <- decay * average + (1 - decay) * weights. The average starts at the
-weights and is kept in float32 or wider: in bfloat16 a share of 0.001 would round away.
+weights and is kept in float32 or wider: in bfloat16 a share of 0.001 would round away. With a
+warm-up, the decay at the average's k-th update (from 1) is min((1 + k) / (10 + k), decay).
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ class Ema:
     """The average of `named_parameters`, on the host or beside them (`device` "cpu" or "same")."""
 
     def __init__(self, facts: plan.Ema, named_parameters: Iterable[tuple[str, nn.Parameter]]):
-        self.decay = facts.decay
-        self.every = facts.every
+        self.facts = facts
         self.parameters = dict(named_parameters)
         self.average = {
             name: p.detach().to(
@@ -31,17 +31,25 @@ class Ema:
             for name, p in self.parameters.items()
         }
 
+    def decay(self, done: int) -> float:
+        """The share kept at the update of the average after `done` updates of the weights. A
+        function of `done` alone, so that a run may go on from any step."""
+        if not self.facts.warmup:
+            return self.facts.decay
+        count = done // self.facts.every
+        return min((1 + count) / (10 + count), self.facts.decay)
+
     @torch.no_grad()
     def update(self, done: int) -> None:
         """Take in the weights after `done` updates, if their turn has come."""
-        if done % self.every:
+        if done % self.facts.every:
             return
         averages = list(self.average.values())
         weights = [
             p.detach().to(a.device, a.dtype)
             for p, a in zip(self.parameters.values(), averages, strict=True)
         ]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1.0 - self.decay(done))
 
     def state(self) -> dict[str, Tensor]:
         """The average by parameter name, copied to host memory."""

@@ -7,8 +7,9 @@ so that a run which is killed anywhere and started again ends with the same weig
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from runtime.data.feed import Feed, Window
 from runtime.data.fill import fill_latents, fill_text, prompt_embeddings
 from runtime.ema import Ema
 from runtime.errors import MachineUnfit, RunFailed
+from runtime.evaluate import Judge
 from runtime.events import Events
 from runtime.families import family_of
 from runtime.families.base import Family
@@ -40,12 +42,15 @@ from runtime.methods import full, lora
 from runtime.optimizers import check_usable, host_state, kept_weights, make_optimizer, to_host
 from runtime.optimizers import load_state as load_optimizer
 from runtime.out_of_memory import is_out_of_memory, refusal
-from runtime.quiet import quiet
+from runtime.publish.publisher import Publisher, catch_up
+from runtime.quiet import native_output, quiet
+from runtime.ranks import ALONE, Ranks
 from runtime.stop import Stop
 from runtime.track import METRICS, Tracker, open_trackers, rows
 from runtime.validate import Painter, is_complete, measure, validate
 
 LOG = "run.log"
+_FINISHED = "finished"
 
 
 @frozen(kw_only=True)
@@ -72,26 +77,35 @@ class Context:
     events: Events
     stop: Stop
     clock: Clock
+    ranks: Ranks
+    publisher: Publisher
 
 
-def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") -> Outcome:
+def execute(
+    plan: Plan, manifest: Manifest, events: Events, recipe: str = "", ranks: Ranks = ALONE
+) -> Outcome:
     """Do what `plan` says; `recipe` is the text it was compiled from, kept in the run folder.
 
-    Returns early, with a checkpoint saved, if Ctrl-C or SIGTERM asks for it.
+    With several ranks each of them calls this with the same plan, and rank 0's outcome is what
+    counts. Returns early, with a checkpoint saved, if Ctrl-C or SIGTERM asks for it.
 
     Raises:
         PlanChanged: the run folder was begun with a plan that trains otherwise.
         MachineUnfit: a device or package that the plan needs is not here.
         RunFailed: the run can't go on; what was saved before is whole.
     """
-    with folder.opened(plan, recipe) as run_folder:
+    with _opened(plan, recipe, ranks) as run_folder:
         found = folder.read_measured(run_folder)
-        if found is not None and result_folder(plan).is_dir():
+        finished = found is not None and result_folder(plan).is_dir()
+        if ranks.told(_FINISHED if finished else "") == _FINISHED:
             events.message(f"{run_folder} is finished ({plan.steps.total} steps); nothing to do")
+            if ranks.leads:
+                _publish(plan, run_folder, events)
             return _outcome(plan, "already", plan.steps.total, found)
-        events = journal = Journal(run_folder / EVENTS, events)
-        with quiet(run_folder / LOG), Stop(events, run_folder).listening() as stop:
-            device = device_of(plan)
+        looked_at = run_folder if ranks.leads else None
+        events = journal = Journal(run_folder / EVENTS if ranks.leads else Path(os.devnull), events)
+        with quiet(run_folder / LOG), Stop(events, looked_at, ranks).listening() as stop:
+            device = device_of(plan, ranks)
             context = Context(
                 plan=plan,
                 manifest=manifest,
@@ -102,24 +116,54 @@ def execute(plan: Plan, manifest: Manifest, events: Events, recipe: str = "") ->
                 events=events,
                 stop=stop,
                 clock=Clock(device),
+                ranks=ranks,
+                publisher=Publisher(plan, run_folder, events, leads=ranks.leads),
             )
             return _noted(context, journal)
 
 
+def _opened(plan: Plan, recipe: str, ranks: Ranks) -> AbstractContextManager[Path]:
+    """The run folder; it is rank 0's to lock and to write."""
+    return folder.opened(plan, recipe) if ranks.leads else nullcontext(Path(plan.run_folder))
+
+
 def _noted(context: Context, journal: Journal) -> Outcome:
-    """Run, with beginning and end written down."""
-    begun = _saved_step(context.folder)
+    """Run, with beginning and end written down and told."""
+    publisher = context.publisher
+    publisher.check()
+    begun = saved_step(context.folder)
     journal.note(f"plan {context.plan.digest[:12]} on {context.device}", step=begun)
+    publisher.tell("began", begun)
+    finished = False
     try:
         outcome = _guarded(context)
-    except RunFailed as error:
-        journal.note(error.message, "error")
-        raise
+        finished = outcome.status == "finished"
+        journal.note(outcome.status, step=outcome.step)
+        if finished and outcome.result:
+            publisher.result(outcome.result, _recipe_in(context.folder), outcome.step)
+        publisher.tell(outcome.status, outcome.step)
     except BaseException as error:
-        journal.note(f"{type(error).__name__}: {error}", "error")
+        text = error.message if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        journal.note(text, "error")
+        publisher.tell("failed", saved_step(context.folder), text)
         raise
-    journal.note(outcome.status, step=outcome.step)
+    finally:
+        publisher.close(finished=finished)
     return outcome
+
+
+def _publish(plan: Plan, run_folder: Path, events: Events) -> None:
+    """What a finished run could not publish when it ended."""
+    publisher = Publisher(plan, run_folder, events)
+    publisher.check()
+    catch_up(publisher, run_folder)
+    publisher.result(result_folder(plan), _recipe_in(run_folder), plan.steps.total)
+    publisher.close(finished=True)
+
+
+def _recipe_in(run_folder: Path) -> str:
+    path = run_folder / "recipe.toml"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _guarded(context: Context) -> Outcome:
@@ -127,7 +171,7 @@ def _guarded(context: Context) -> Outcome:
     try:
         return _run(context)
     except KeyboardInterrupt:
-        return _outcome(context.plan, "stopped", _saved_step(context.folder), {})
+        return _outcome(context.plan, "stopped", saved_step(context.folder), {})
     except RunFailed:
         raise
     except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
@@ -138,7 +182,7 @@ def _guarded(context: Context) -> Outcome:
         raise refusal(context.plan, context.clock.failed, error, context.device) from error
 
 
-def _saved_step(run_folder: Path) -> int:
+def saved_step(run_folder: Path) -> int:
     """Updates done in the latest checkpoint; 0 without one."""
     saved = checkpoints.latest(run_folder / "checkpoints")
     return int(checkpoints.read_state(saved)["step"]) if saved else 0
@@ -161,8 +205,9 @@ def result_folder(plan: Plan) -> Path:
     return Path(plan.run_folder) / ("model" if plan.adapter is None else plan.adapter.kind)
 
 
-def device_of(plan: Plan) -> torch.device:
-    """The plan's device. Raises MachineUnfit if torch can't use it here."""
+def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
+    """The plan's device, of several CUDA devices the one of this rank, which becomes the current
+    one. Raises MachineUnfit if torch can't use it here."""
     usable: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
         "cuda": torch.cuda.is_available,
@@ -174,32 +219,68 @@ def device_of(plan: Plan) -> torch.device:
             f"the plan runs on {plan.device}, which torch {torch.__version__} can't use here",
             help="`tuner doctor` shows what it finds",
         )
+    if plan.device == "cuda" and ranks.count > 1:
+        count = torch.cuda.device_count()
+        if ranks.local >= count:
+            raise MachineUnfit(
+                f"rank {ranks.rank} is to train on cuda:{ranks.local}, and this machine has "
+                f"{count} CUDA device{'s' * (count != 1)}",
+                help="set launch.devices to how many there are",
+            )
+        torch.cuda.set_device(ranks.local)
+        return torch.device("cuda", ranks.local)
     return torch.device(plan.device)
 
 
 def _run(context: Context) -> Outcome:
-    plan = context.plan
+    plan, ranks = context.plan, context.ranks
     check_usable(plan.optimizer, plan.device)
     torch.set_num_threads(plan.threads)  # sums are split by threads: part of the trajectory
-    trackers = open_trackers(plan, context.folder, _saved_step(context.folder), context.events)
+    trackers = _trackers(context)
     try:
-        _fill(context)
+        ranks.led(lambda: _fill(context))
         with context.clock.phase("load"):
             context.events.phase("load", 0, "")
+            with native_output(context.folder / LOG):
+                ranks.form(context.device)
             built, trained, done = _prepare(context)
+            _agree(context, done)
         painter = _painter(context, trained, trackers)
-        reached = _train(context, built, trained, painter, trackers, done)
+        judge = _judge(context, done)
+        reached = _train(context, built, trained, painter, judge, trackers, done)
+        ranks.leave()
         if reached < plan.steps.total:
             return _outcome(plan, "stopped", reached, {})
+        if not ranks.leads:
+            return _outcome(plan, "finished", reached, {})
         with _kept(trained):
             _export(context, built, trained)
         _validate(context, trained, painter, reached)
+        _evaluate(context, trained, judge, trackers, reached)
     finally:
         for tracker in trackers:
             tracker.close()
     found = measured(plan, trained, context.clock, context.device)
     files.write_whole(context.folder / folder.MEASURED, json.dumps(found, indent=2) + "\n")
     return _outcome(plan, "finished", reached, found)
+
+
+def _trackers(context: Context) -> Sequence[Tracker]:
+    """Rank 0's; the others tell nobody."""
+    if not context.ranks.leads:
+        return ()
+    saved = saved_step(context.folder)
+    return open_trackers(context.plan, context.folder, saved, context.events)
+
+
+def _agree(context: Context, done: int) -> None:
+    """Raises RunFailed if the ranks don't go on from the same step."""
+    steps = context.ranks.words(str(done))
+    if len(set(steps)) > 1:
+        raise RunFailed(
+            f"the ranks found checkpoints of different steps: {', '.join(steps)}",
+            help=f"all machines must see the same files in {context.folder}",
+        )
 
 
 def _fill(context: Context) -> None:
@@ -210,6 +291,8 @@ def _fill(context: Context) -> None:
         fill_text(*given, phase=clock.phase)
     with clock.phase("latents"):
         fill_latents(*given)
+        if (judged := context.manifest.held_out) is not None:
+            fill_latents(plan, judged, context.family, context.cache, context.events)
 
 
 def _prepare(context: Context) -> tuple[Built, Trained, int]:
@@ -264,22 +347,40 @@ def _train(
     built: Built,
     trained: Trained,
     painter: Painter | None,
+    judge: Judge | None,
     trackers: Sequence[Tracker],
     done: int,
 ) -> int:
     """Train from `done` updates on; returns those reached."""
-    plan = context.plan
-    actions = Actions(
-        checkpoint=lambda step, epoch: _save(context, built, trained, step, epoch),
-        validate=lambda step: _validate(context, trained, painter, step),
-    )
+    plan, ranks = context.plan, context.ranks
+
+    def save(step: int, epoch: int) -> None:
+        ranks.led(lambda: _save(context, built, trained, step, epoch))
+
+    def draw(step: int) -> None:
+        ranks.led(lambda: _validate(context, trained, painter, step))
+
+    def evaluate(step: int) -> None:
+        ranks.led(lambda: _evaluate(context, trained, judge, trackers, step))
+
+    actions = Actions(checkpoint=save, validate=draw, evaluate=evaluate)
     with context.stop.patient():
         if (done == 0 and plan.validation.at_start) or due(done, plan.validation.every):
-            _validate(context, trained, painter, done)
+            draw(done)
+        if plan.evaluation is not None and due(done, plan.evaluation.every):  # also at the start
+            evaluate(done)
         if context.stop.requested or done == plan.steps.total:
             return done
-        _check_space(context, trained)
-        feed = Feed(plan, context.manifest, context.family, context.cache, context.device)
+        if ranks.leads:
+            _check_space(context, trained)
+        feed = Feed(
+            plan,
+            context.manifest,
+            context.family,
+            context.cache,
+            context.device,
+            rank=ranks.rank,
+        )
         with context.clock.phase("train"), closing(_windows(feed, done)) as windows:
             _announce(context, done)
             return train(
@@ -291,7 +392,8 @@ def _train(
                 trackers=trackers,
                 actions=actions,
                 stop=context.stop,
-                history=rows(context.folder / METRICS),
+                history=rows(context.folder / METRICS, done),
+                ranks=ranks,
             )
 
 
@@ -320,7 +422,8 @@ def _save(context: Context, built: Built, trained: Trained, step: int, epoch: in
             ema=trained.ema.state() if trained.ema else None,
             versions=versions(),
         )
-        checkpoints.save(root, snapshot)
+        saved = checkpoints.save(root, snapshot)
+        context.publisher.checkpoint(saved, step)
         checkpoints.prune(root, context.plan.checkpoints.keep)
     _announce(context, step)
 
@@ -339,22 +442,56 @@ def _validate(context: Context, trained: Trained, painter: Painter | None, step:
         _announce(context, step)
 
 
+def _evaluate(
+    context: Context,
+    trained: Trained,
+    judge: Judge | None,
+    trackers: Sequence[Tracker],
+    step: int,
+) -> None:
+    if judge is None or step in judge.measured:
+        return
+    with context.clock.phase("evaluate"), _kept(trained):
+        judge.judge(trained.model, trained.ema, step, context.events, trackers, context.stop)
+    if step < context.plan.steps.total:
+        _announce(context, step)
+
+
+def _judge(context: Context, done: int) -> Judge | None:
+    """What measures the evaluation loss; None where nothing is held out to measure it on."""
+    plan, leads = context.plan, context.ranks.leads
+    if plan.evaluation is None or not leads:
+        return None
+    given = (context.manifest, context.family, context.cache, context.device)
+    return Judge(plan, *given, done=done)
+
+
 def _export(context: Context, built: Built, trained: Trained) -> None:
-    """Write the result, whole. With an average it is the average, as in the pictures."""
+    """Write the result, whole. With an average it is the average, as in the pictures, or, where the
+    plan saves both, the trained weights with the average beside them."""
     plan = context.plan
     method = full if plan.adapter is None else lora
     target = result_folder(plan)
     if target.is_dir():
         return
-    with context.clock.phase("export"), files.partial_folder(target) as place:
-        weights = trained.ema.average if trained.ema else None
-        method.export(built, plan.model, context.family, place, weights=weights)
+    average = trained.ema.average if trained.ema else None
+    both = plan.ema is not None and plan.ema.save == "both"
+    with context.clock.phase("export"):
+        if both and plan.adapter is not None:  # first: the result's own folder says it is finished
+            with files.partial_folder(target.with_name(f"{target.name}_ema")) as place:
+                method.export(built, plan.model, context.family, place, weights=average)
+        with files.partial_folder(target) as place:
+            weights = None if both else average
+            method.export(built, plan.model, context.family, place, weights=weights)
+            if both and plan.adapter is None and average is not None:
+                component = f"{plan.model.trained_component}_ema"
+                full.save_component(built.model, average, None, place / component)
 
 
 def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) -> Painter | None:
     """What draws the plan's pictures; None where it has no prompts. The VAE waits on the host."""
     plan, family = context.plan, context.family
-    if not plan.validation.prompts:
+    if not (plan.validation.prompts and context.ranks.leads):
         return None
     if plan.validation.score:
         measure(plan.validation.score)  # a name that is not there should fail now

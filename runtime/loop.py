@@ -1,8 +1,8 @@
 """The training loop: one for all families and methods.
 
 Steps are counted as updates done. After update number k (from 1) the order is: average, metrics,
-checkpoint, validation. Everything random in an update is a function of (seed, step, sample), so a
-loop that starts at any step does what an uninterrupted one does from there.
+checkpoint, validation, evaluation. Everything random in an update is a function of (seed, step,
+sample), so a loop that starts at any step does what an uninterrupted one does from there.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class Trained:
 
 @frozen(kw_only=True)
 class Actions:
-    """What happens between steps. Both are given the updates done.
+    """What happens between steps. All are given the updates done.
 
     `checkpoint` may be called twice for one step and saves once.
     """
 
     checkpoint: Callable[[int, int], None]  # (done, epoch)
     validate: Callable[[int], None]
+    evaluate: Callable[[int], None] = lambda done: None
 
 
 @frozen(kw_only=True)
@@ -174,9 +175,7 @@ def train(
         try:
             row = one_update(plan, trained, window, ranks)
         except (RuntimeError, MemoryError, RanksLost) as error:
-            whole = isinstance(error, RanksLost) or (
-                is_out_of_memory(error) and not is_torn(error)
-            )
+            whole = isinstance(error, RanksLost) or (is_out_of_memory(error) and not is_torn(error))
             if whole and done and ranks.leads:
                 _let_go(trained, device)
                 ledger.flush()
@@ -200,6 +199,10 @@ def train(
         if due(done, plan.validation.every) and not (ended or stop.requested):
             ledger.flush()
             actions.validate(done)
+        judged = plan.evaluation is not None and due(done, plan.evaluation.every)
+        if judged and not (ended or stop.requested):
+            ledger.flush()
+            actions.evaluate(done)
         if stop.requested:
             ledger.flush()
             actions.checkpoint(done, window.epoch)

@@ -26,12 +26,13 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from runtime.batch import Batch
 from runtime.errors import MachineUnfit, RunFailed
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
     from runtime.data.feed import Window
 
 JOINING = timedelta(minutes=30)  # until the first rank is there: it may compile the recipe first
@@ -116,7 +117,7 @@ class Group(Ranks):
     """One of several processes that train together. Any method raises RanksLost where another one
     is no more."""
 
-    def __init__(self, store: dist.Store, rank: int, count: int, local: int) -> None:
+    def __init__(self, store: Store, rank: int, count: int, local: int) -> None:
         self.rank, self.count, self.local = rank, count, local
         self._store = store
         self._met = 0  # how often `told` and `words` were called
@@ -124,12 +125,15 @@ class Group(Ranks):
 
     def form(self, device: torch.device) -> None:
         """Connect: gloo between processors, NCCL between CUDA devices."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
         if device.type == "cuda" and not dist.is_nccl_available():
             raise MachineUnfit("this torch has no NCCL, which several CUDA devices need")
+        self._trained = None
         with _peers():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", self._store),
+                store=PrefixStore(f"group-{self._met}", self._store),
                 rank=self.rank,
                 world_size=self.count,
                 timeout=REDUCING,
@@ -143,6 +147,15 @@ class Group(Ranks):
         """Let those that wait know that they wait in vain."""
         with suppress(RuntimeError):
             self._store.set(OVER, "")
+
+    def blame(self) -> bool:
+        """Whether this rank is the first that failed, and so the one to say why."""
+        try:
+            return self._store.add("blame", 1) == 1
+        except RuntimeError:
+            return False
+        finally:
+            self.fail()
 
     def offer(self, key: str, word: str) -> None:
         """Lay down `word`, for whoever waits for `key`."""
@@ -218,9 +231,6 @@ class Group(Ranks):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-            # A fused optimizer changes weights uncounted, and where no backward pass was run nobody
-            # else would notice that copies of them are old.
-            increment_version(parameter)
         with _peers():
             for bucket in buckets(gradients):
                 _sum(bucket)
@@ -258,7 +268,7 @@ def _sum(bucket: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
     dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in bucket])
+    parts = torch.split(flat, [tensor.numel() for tensor in bucket])
     for tensor, part in zip(bucket, parts, strict=True):
         tensor.copy_(part.view(tensor.shape))
 
@@ -280,11 +290,15 @@ def join() -> Group:
 
     Rank 0 holds the store, unless torchrun's agent does.
     """
+    if not dist.is_available():
+        raise MachineUnfit("this torch is built without what several processes need")
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
     rank, count, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             address,
             port,
             is_master=rank == 0 and not by_agent,
@@ -297,4 +311,4 @@ def join() -> Group:
             help="MASTER_ADDR and MASTER_PORT must be those of the machine of rank 0",
         ) from error
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Group(dist.PrefixStore(f"tuner-{again}", store), rank, count, local)
+    return Group(PrefixStore(f"tuner-{again}", store), rank, count, local)

@@ -35,15 +35,22 @@ def micro_step(
     weighs the same however the window is cut into batches. `before_backward` is given the losses
     (B,) when the forward pass is done.
     """
-    compute = DTYPES[precision.compute]
-    noisy = add_noise(batch.latents, batch.noise, batch.sigmas).to(compute)
-    text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
-    prediction = family.predict(model, noisy, batch.sigmas, text)
-    losses = per_sample_loss(prediction, batch, objective)
+    losses = forward_losses(family, model, batch, objective, precision)
     if before_backward is not None:
         before_backward(losses.detach())
     (losses.sum() / window_samples).backward()  # type: ignore[no-untyped-call]
     return losses.detach()
+
+
+def forward_losses(
+    family: Family, model: nn.Module, batch: Batch, objective: Objective, precision: Precision
+) -> Tensor:
+    """The loss of each sample, (B,) float32."""
+    compute = DTYPES[precision.compute]
+    noisy = add_noise(batch.latents, batch.noise, batch.sigmas).to(compute)
+    text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
+    prediction = family.predict(model, noisy, batch.sigmas, text)
+    return per_sample_loss(prediction, batch, objective)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
-from compiler.occasions import checkpoint_steps, validation_steps
+from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
 from compiler.plan import Plan
 
 RECENT = 100  # steps: long enough for every bucket to take part, short enough to follow a change
@@ -25,7 +25,11 @@ class Eta:
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._total = plan.steps.total
-        self._due = {"validate": validation_steps(plan), "save": checkpoint_steps(plan)}
+        self._due = {
+            "validate": validation_steps(plan),
+            "evaluate": evaluation_steps(plan),
+            "save": checkpoint_steps(plan),
+        }
         self._steps: deque[float] = deque(maxlen=RECENT)
         self._seen: dict[str, float] = {}  # phase -> seconds that it took last
         self._phase, self._began = "", clock()

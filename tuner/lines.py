@@ -18,6 +18,7 @@ TITLES: Mapping[str, str] = {
     "load": "load model",
     "train": "train",
     "validate": "validate",
+    "evaluate": "evaluate",
     "save": "save",
 }
 LINES = 20  # progress lines that a short run gets

@@ -10,7 +10,7 @@ from typing import Any
 
 from compiler.costs import Disk, Outlook
 from compiler.diagnostics import Diagnostic, to_json
-from compiler.occasions import checkpoint_steps, validation_steps
+from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
 from compiler.plan import Plan, plain
 from compiler.schedules import multiplier
 from compiler.site import Counted, Present
@@ -44,20 +44,27 @@ def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
         "name seed run_folder cache_folder device adapter precision text sources buckets "
-        "optimizer objective max_grad_norm ema decisions track"
+        "optimizer objective max_grad_norm ema guard decisions track track_project publish"
     )
     return {
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
         "model": tree["model"] | {"parameters": _parameters(plan)},
+        "objective": {"shift_by_size": None} | tree["objective"],
         "sources": [{"mask": None} | source for source in tree["sources"]],
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},
         "checkpoints": tree["checkpoints"] | _times(checkpoint_steps(plan)),
         "validation": tree["validation"] | _times(validation_steps(plan)),
+        "evaluation": _evaluation(plan, tree),
         "memory": _memory(plan),
         "result": result_folder(plan),
     }
+
+
+def _evaluation(plan: Plan, tree: dict[str, Any]) -> dict[str, Any] | None:
+    found = tree.get("evaluation")
+    return None if found is None else found | _times(evaluation_steps(plan))
 
 
 def _times(steps: Sequence[int]) -> dict[str, Any]:

@@ -63,14 +63,14 @@ def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
     hints = typing.get_type_hints(plan.Plan)
     names = (
         "name seed run_folder cache_folder device model adapter precision text sources buckets "
-        "optimizer objective max_grad_norm ema decisions track steps schedule checkpoints "
-        "validation memory"
+        "optimizer objective max_grad_norm ema guard decisions track track_project publish steps "
+        "schedule checkpoints validation evaluation memory"
     )
     found = {name: _of(hints[name], definitions) for name in names.split()}
     _add(definitions, "Model", parameters=_object(total=MAYBE_INT, trainable=MAYBE_INT))
     point = _object(step=INT, lr={"type": "number"})
     _add(definitions, "Schedule", points={"type": "array", "items": point})
-    for name in ("Checkpoints", "Validation"):
+    for name in ("Checkpoints", "Validation", "Evaluation"):
         at = {"type": "array", "items": INT}
         at["description"] = f"Steps after which it happens, the first {LISTED:,}."
         _add(definitions, name, at=at, times=INT)

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
-from compiler.plan import Bucket, Component, DataSource, Geometry, Plan
+from compiler.plan import Bucket, Component, DataSource, Evaluation, Geometry, Objective, Plan
+from compiler.trackers import TRACKERS
 from tuner.curve import draw
 from tuner.formats import amount, counted, number
 from tuner.layout import columns, section, wrapped
@@ -42,7 +44,11 @@ def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | N
         _data(plan, verbose, outlook),
         _training(plan, recipe, verbose),
         _steps(plan, verbose, outlook),
-        [*memory_lines(plan, verbose), *cost_lines(outlook, verbose=verbose)],
+        [
+            *memory_lines(plan, verbose),
+            *cost_lines(outlook, verbose=verbose),
+            *_told(plan, recipe),
+        ],
         _closing(plan),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
@@ -278,16 +284,40 @@ def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     lines = section("train", words, where(plan, "train.optimizer.lr", recipe))
     weighting = "" if objective.weighting == "none" else f", weighted by {objective.weighting}"
     lines += wrapped(
-        f"{objective.prediction} matching, timesteps {objective.sampling}, "
-        f"shift {number(objective.shift)}, {objective.loss}{weighting}",
+        f"{objective.prediction} matching, timesteps {_levels(objective)}, "
+        f"{_loss(objective)}{weighting}",
         "  ",
         "    ",
     )
     if plan.ema:
         every = "step" if plan.ema.every == 1 else f"{plan.ema.every} steps"
         place = "the processor" if plan.ema.device == "cpu" else "the device"
-        lines.append(f"  ema, decay {number(plan.ema.decay)}, every {every}, on {place}")
+        rise = " (warmed up)" if plan.ema.warmup else ""
+        saved = ", saved beside the weights" if plan.ema.save == "both" else ""
+        lines.append(
+            f"  ema, decay {number(plan.ema.decay)}{rise}, every {every}, on {place}{saved}"
+        )
     return lines + _schedule(plan, verbose)
+
+
+def _levels(objective: Objective) -> str:
+    """Density, shift and range of the noise levels."""
+    words: str = objective.sampling
+    if objective.sampling == "beta":
+        words += f" ({number(objective.alpha)}, {number(objective.beta)})"
+    by_size = objective.shift_by_size is not None
+    words += ", shift by resolution" if by_size else f", shift {number(objective.shift)}"
+    if (objective.min_sigma, objective.max_sigma) != (0.0, 1.0):
+        words += f", sigma {number(objective.min_sigma)} to {number(objective.max_sigma)}"
+    return words + (", stratified" if objective.stratified else "")
+
+
+def _loss(objective: Objective) -> str:
+    if objective.loss == "mse":
+        return "mse"
+    words = f"{objective.loss} with delta {number(objective.delta)}"
+    schedule = objective.delta_schedule
+    return words if schedule == "constant" else f"{words} ({schedule} schedule)"
 
 
 def _schedule(plan: Plan, verbose: bool) -> list[str]:
@@ -324,6 +354,8 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     ]
     if prompts:
         rows.append(("+", "validate", _validation_words(plan)))
+    if plan.evaluation:
+        rows.append(("+", "evaluate", _evaluation_words(plan.evaluation)))
     rows += [("+", "checkpoint", _checkpoint_words(plan)), ("+", "export", result_folder(plan))]
     lines = columns(
         [(f"{n} {mark} {name}", words) for n, (mark, name, words) in enumerate(rows, 1)]
@@ -348,12 +380,38 @@ def _validation_words(plan: Plan) -> str:
     return f"{' x '.join(parts)}, {start}{every}"
 
 
+def _evaluation_words(evaluation: Evaluation) -> str:
+    images = counted(sum(group.images for group in evaluation.groups), "held-out image")
+    levels = counted(len(evaluation.timesteps), "noise level")
+    return f"{images} x {levels}, at 0 and every {counted(evaluation.every, 'step')}"
+
+
 def _checkpoint_words(plan: Plan) -> str:
     checkpoints = plan.checkpoints
     if not checkpoints.every:
         return "at the end and when stopped"
     kept = f"the newest {checkpoints.keep} stay" if checkpoints.keep else "all stay"
     return f"every {counted(checkpoints.every, 'step')}, {kept}"
+
+
+def _told(plan: Plan, recipe: str) -> list[str]:
+    """Who is told of the run, and what is published."""
+    lines = []
+    if plan.track:
+        services = any(TRACKERS[name].service for name in plan.track)
+        words = ", ".join(plan.track) + (f" (project {plan.track_project})" if services else "")
+        lines += section("track", words, where(plan, "track.to", recipe))
+    rules = plan.publish
+    if rules and rules.hub:
+        what = "the result and each checkpoint" if rules.checkpoints else "the result"
+        kind = "private" if rules.private else "public"
+        words = f"{what}, to {rules.hub} on the hub ({kind} if it is new)"
+        lines += section("publish", words, where(plan, "publish.hub", recipe))
+    if rules and rules.webhook:
+        host = urlsplit(rules.webhook).hostname or ""
+        words = f"{host} is told of beginning and end"
+        lines += section("webhook", words, where(plan, "publish.webhook", recipe))
+    return lines
 
 
 def _closing(plan: Plan) -> list[str]:
@@ -364,6 +422,8 @@ def _closing(plan: Plan) -> list[str]:
         f"train {counted(plan.steps.total, 'step')}",
         f"draw {counted(pictures * len(validation_steps(plan)), 'picture')}",
     ]
+    if plan.publish and plan.publish.hub:
+        parts.append(f"publish to {plan.publish.hub}")
     return wrapped(f"Plan: {', '.join(parts)} ({plan.digest[:12]})", "", "  ")
 
 

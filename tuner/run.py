@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from compiler import lock
 from compiler.data.manifest import Manifest, ManifestDamaged
 from compiler.plan import Plan, lock_path
 from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
 from tuner.screen import err, out
+from tuner.worker import BadEnvironment, follow, seat
 
 if TYPE_CHECKING:
     from compiler.costs import Outlook
-    from runtime.errors import MachineUnfit, PlanChanged, RunFailed
+    from runtime.errors import PlanChanged, RunFailed
     from runtime.execute import Outcome
+    from tuner.worker import Seat
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # read when the libraries are imported
 MANIFEST = "manifest.jsonl"  # beside plan.lock.toml: the list of samples that it was made for
@@ -45,6 +47,7 @@ class Job:
     outlook: Outlook | None = None  # its cost; None where a saved plan is run
     path: Path | None = None  # of the recipe, with its overrides; None where a saved plan is run
     overrides: Sequence[str] = ()
+    seat: Seat | None = None  # where another launcher started this process among others
 
 
 def run_recipe(
@@ -61,11 +64,17 @@ def run_recipe(
     """
     if offline:
         os.environ |= dict.fromkeys(OFFLINE, "1")
+    try:
+        place = seat()
+    except BadEnvironment as error:
+        return _refused(f"{error}", "`torchrun` sets them all; without a launcher unset them")
+    if place is not None and place.rank > 0:
+        return follow()
     if path.name.endswith(LOCK_SUFFIX):
         job = _from_lock(path, overrides)
     else:
         job = _from_recipe(path, overrides, strict=strict, offline=offline)
-    return job if isinstance(job, int) else _run(job, accepted)
+    return job if isinstance(job, int) else _run(evolve(job, seat=place), accepted)
 
 
 def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool, offline: bool) -> Job | int:
@@ -127,8 +136,8 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     from tuner.plan_view import summary
 
     err(summary(job.plan, job.outlook))
-    if job.plan.steps.ranks > 1:
-        return _failed(_one_device(job.plan), UNFIT)
+    if job.seat is not None and job.seat.count != job.plan.steps.ranks:
+        return _wrong_count(job.plan, job.seat.count)
     below: Job | None = None
     outcome: Outcome | None = None
     try:
@@ -138,7 +147,7 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
             return _changed(error)
         return _run(job, ())
     except OutOfMemory as error:
-        below = next_rung(job, error)
+        below = next_rung(job, error) if job.seat is None else None
         if below is None:
             _report(job.plan)
             return _failed(error, FAILED)
@@ -158,28 +167,30 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     return _ended(outcome, _report(job.plan))
 
 
-def _one_device(plan: Plan) -> MachineUnfit:
-    from runtime.errors import MachineUnfit
-
-    window = plan.steps.ranks * plan.steps.accumulate
-    return MachineUnfit(
-        f"this version trains on one device; the plan is for {plan.steps.ranks}",
-        f"the same steps on one: --set launch.devices=1 --set train.accumulate={window}",
+def _wrong_count(plan: Plan, count: int) -> int:
+    return _refused(
+        f"{count} processes were started (WORLD_SIZE), and the plan is for {plan.steps.ranks}",
+        f"set launch.devices={count}, start {plan.steps.ranks} of them, or run `tuner run` without "
+        "a launcher: it starts them itself",
     )
 
 
 def _execute(job: Job) -> Outcome:
-    """Execute the plan; Ctrl-C anywhere in it ends in an outcome, not in an exception."""
-    from runtime.execute import execute
-    from tuner.noting import Noted
-    from tuner.progress import progress
-
+    """Execute the plan, in a process for each of several devices; Ctrl-C anywhere in it ends in an
+    outcome, not in an exception."""
     _keep_manifest(job)
-    events = Noted(progress(job.plan), Path(job.plan.run_folder))
-    try:
-        return execute(job.plan, job.manifest, events, recipe=job.recipe)
-    finally:
-        events.close()
+    if job.seat is not None:
+        from tuner.worker import lead
+
+        return lead(job.plan, job.manifest, job.recipe)
+    if job.plan.steps.ranks > 1:
+        from tuner.launch import launch
+
+        return launch(job.plan, job.manifest, job.recipe)
+    from runtime.ranks import ALONE
+    from tuner.worker import shown
+
+    return shown(job.plan, job.manifest, job.recipe, ALONE)
 
 
 def _keep_manifest(job: Job) -> None:

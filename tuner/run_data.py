@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from attrs import frozen
 
 from compiler.lock import LockError, read
-from compiler.plan import Plan, lock_path
+from compiler.plan import EVALUATION, Plan, lock_path
 
 STEP = re.compile(r"step-(\d{6,})")
 PICTURE = re.compile(r"(?P<name>.+)-(?P<width>\d+)x(?P<height>\d+)-(?P<seed>\d+)\.png")
@@ -105,7 +105,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     for line in _text(path).splitlines():
         row = _parsed(line)
         if isinstance(row.get("step"), int):
-            rows[row["step"]] = row
+            judged = any(key.startswith(EVALUATION) for key in row)  # a line of its own
+            rows[row["step"]] = rows.get(row["step"], {}) | row if judged else row
     return [rows[step] for step in sorted(rows)]
 
 

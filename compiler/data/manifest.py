@@ -87,10 +87,18 @@ class Members:
 class Manifest:
     """Rows of samples; `len`, index and iteration give `Sample`s. Immutable once built."""
 
-    def __init__(self, folders: Sequence[Folder], samples: Iterable[Sample]) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Folder],
+        samples: Iterable[Sample],
+        held_out: Iterable[Sample] | None = None,
+    ) -> None:
         """Sorts `samples`. Raises ValueError if a source holds one key twice, other than as a
         picture and its mirror image."""
         self.folders = tuple(folders)
+        self.held_out = None if held_out is None else Manifest(folders, held_out)
+        """What the model is judged by and not trained on, as a list of its own with the same
+        folders; None where nothing is judged. It does not enter the digest."""
         self._columns = _Columns()
         last: tuple[int, str, bool] | None = None
         for sample in sorted(samples, key=_place):
@@ -245,6 +253,7 @@ class Manifest:
             "files": len(columns.files),
             "masks": len(columns.masks),
             "samples": len(self),
+            "held_out": self.held_out is not None,
         }
         yield from (astuple(folder) for folder in self.folders)
         yield from (astuple(placement) for placement in columns.placements)
@@ -263,6 +272,8 @@ class Manifest:
                 columns.file[row],
                 columns.at[row],
             ]
+        if self.held_out is not None:
+            yield from self.held_out._lines()
 
     @classmethod
     def _read(cls, lines: Iterator[Any]) -> Manifest:
@@ -304,6 +315,8 @@ class Manifest:
             raise ValueError("the rows do not have the digest that the head states")
         if manifest._places() != head["places"]:
             raise ValueError("the places are not those that the head states")
+        if head.get("held_out", False):
+            manifest.held_out = cls._read(lines)
         return manifest
 
 

@@ -18,7 +18,8 @@ class Prompt:
 
 def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
     """Each distinct prompt that a run needs: captions, dropout, validation."""
-    wanted = [Prompt(text, False) for text in manifest.captions]
+    held_out = manifest.held_out.captions if manifest.held_out else ()
+    wanted = [Prompt(text, False) for text in (*manifest.captions, *held_out)]
     if any(source.captions.dropout > 0 for source in plan.sources):
         wanted.append(Prompt("", True))
     if plan.validation.prompts:

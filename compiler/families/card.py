@@ -22,6 +22,16 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 
 @frozen(kw_only=True)
+class TokenShift:
+    """What the pipeline takes for a shift by resolution where the scheduler doesn't say."""
+
+    base_tokens: int
+    max_tokens: int
+    base_shift: float
+    max_shift: float
+
+
+@frozen(kw_only=True)
 class FamilyCard:
     """Facts of one family. Sources stand beside the values in the family's module."""
 
@@ -48,6 +58,7 @@ class FamilyCard:
     default_resolution: int
     sampling: str  # default timestep density
     default_shift: float  # used where the scheduler's configuration states none
+    token_shift: TokenShift | None  # None: the pipeline knows no shift by resolution
     prediction: Literal["flow"]
     guidance: float  # the pipeline's own default
     inference_steps: int

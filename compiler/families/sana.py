@@ -164,6 +164,7 @@ CARD = FamilyCard(
     default_resolution=1024,
     sampling="logit-normal",  # NVlabs' own training: logit-normal(0, 1), flow shift 3
     default_shift=3.0,
+    token_shift=None,  # SanaPipeline hands no mu to its scheduler
     prediction="flow",
     guidance=4.5,
     inference_steps=20,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.families.card import Configs, FamilyCard, KnownModel
+from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift
 
 CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -183,6 +183,8 @@ CARD = FamilyCard(
     default_resolution=1024,
     sampling="logit-normal",
     default_shift=3.0,
+    # The defaults in StableDiffusion3Pipeline.__call__.
+    token_shift=TokenShift(base_tokens=256, max_tokens=4096, base_shift=0.5, max_shift=1.16),
     prediction="flow",
     guidance=7.0,
     inference_steps=28,

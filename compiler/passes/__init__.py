@@ -12,6 +12,7 @@ from compiler.draft import Draft
 from compiler.passes.batches import resolve_batches
 from compiler.passes.components import resolve_components
 from compiler.passes.data import resolve_data
+from compiler.passes.evaluation import resolve_evaluation
 from compiler.passes.memory import resolve_memory
 from compiler.passes.model import resolve_model
 from compiler.passes.outputs import resolve_outputs
@@ -31,6 +32,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("batches", resolve_batches),
     ("training", resolve_training),
     ("outputs", resolve_outputs),
+    ("evaluation", resolve_evaluation),
     ("publish", resolve_publish),
     ("memory", resolve_memory),
 )

@@ -21,7 +21,7 @@ from compiler.passes.geometry import resolve_geometries
 from compiler.passes.inherited import Effects, own_or_data
 from compiler.passes.masks import judge_masks, resolve_masks
 from compiler.passes.places import resolve_spot, scanned
-from compiler.passes.placing import Skip, placed, usable
+from compiler.passes.placing import Skip, held_out, placed, usable
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
 
@@ -32,6 +32,7 @@ class Found:
 
     trained: set[str]  # pictures, by where they lie
     held_out: set[str]
+    judged: list[Sample] = Factory(list)  # of those held out
     sources: list[plan.DataSource] = Factory(list)
     samples: list[Sample] = Factory(list)
     skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
@@ -73,7 +74,14 @@ def resolve_data(draft: Draft) -> None:
             for source in draft.sources
         ],
         (sample for each in found for sample in each.samples),
+        _judged(draft, found),
     )
+
+
+def _judged(draft: Draft, found: Sequence[Found]) -> list[Sample] | None:
+    """What of the held-out pictures is judged; None if nothing is."""
+    samples = [sample for each in found for sample in each.judged]
+    return None if draft.recipe.evaluation.every.is_off or not samples else samples
 
 
 def _differ(draft: Draft, sources: Sequence[plan.DataSource]) -> bool:
@@ -171,7 +179,8 @@ def _source(
         held_out={_identity(spot, picture) for picture, _ in told.pictures} - seen,
     )
     for geometry in geometries:
-        samples, left = placed(draft, where, recipe, kept, geometry, first + len(made.sources))
+        source = first + len(made.sources)
+        samples, left = placed(draft, where, recipe, kept, geometry, source)
         if not samples:
             _report_none(draft, where, recipe, found, [*skips, *left])
             return None
@@ -186,6 +195,7 @@ def _source(
             )
         )
         made.samples += masks.given(samples)
+        made.judged += masks.given(held_out(draft, told.pictures, kept, geometry, source))
         number = first + len(made.sources) - 1
         made.skips += [(number, skip.images, skip.why) for skip in (*skips, *left)]
     return made

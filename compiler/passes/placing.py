@@ -108,21 +108,49 @@ def placed(
     else:
         _warn_enlarged(draft, where, recipe, pairs)
     samples = [
-        Sample(
-            source=source,
-            key=picture.key,
-            bytes=picture.bytes,
-            width=picture.width,
-            height=picture.height,
-            placement=one,
-            captions=texts,
-            file=picture.file,
-            at=picture.at,
-        )
-        for (picture, texts), placement in pairs
-        for one in _ways(placement, geometry.flip)
+        _sample(source, one, placed)
+        for one, placement in pairs
+        for placed in _ways(placement, geometry.flip)
     ]
     return samples, skips
+
+
+def held_out(
+    draft: Draft,
+    told: Sequence[Told],
+    kept: Sequence[Told],
+    geometry: plan.Geometry,
+    source: int,
+) -> list[Sample]:
+    """What of `told` is not among those `kept` for training, placed as these are, but never
+    mirrored. What could not be trained for its size is not judged either."""
+    trained, found = {picture.key for picture, _ in kept}, []
+    for one in told:
+        picture, _ = one
+        if picture.key in trained:
+            continue
+        placement = place(
+            picture.width, picture.height, geometry, seed=draft.recipe.seed, key=picture.key
+        )
+        fits = geometry.upscale and geometry.resize != "none"
+        if fits or not enlarged(picture.width, picture.height, placement):
+            found.append(_sample(source, one, placement))
+    return found
+
+
+def _sample(source: int, told: Told, placement: Placement) -> Sample:
+    picture, texts = told
+    return Sample(
+        source=source,
+        key=picture.key,
+        bytes=picture.bytes,
+        width=picture.width,
+        height=picture.height,
+        placement=placement,
+        captions=texts,
+        file=picture.file,
+        at=picture.at,
+    )
 
 
 def _ways(placement: Placement, flip: bool) -> list[Placement]:

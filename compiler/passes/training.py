@@ -5,6 +5,7 @@ from __future__ import annotations
 from compiler import plan
 from compiler.draft import Draft
 from compiler.passes.fused import refuse_fused_backward
+from compiler.passes.objective import resolve_objective
 from compiler.passes.optimizer import averages, optimizer_name, resolve_optimizer
 from compiler.spans import KeyPath
 from compiler.units import Interval
@@ -15,59 +16,11 @@ def resolve_training(draft: Draft) -> None:
     name = optimizer_name(draft)
     draft.optimizer = resolve_optimizer(draft, name) if name else None
     refuse_fused_backward(draft)
-    draft.objective = _objective(draft)
+    draft.objective = resolve_objective(draft)
     if draft.steps is not None:
         draft.schedule = _schedule(draft, draft.steps.total)
         draft.ema = _ema(draft, draft.steps)
     draft.decide(("train", "max_grad_norm"), draft.recipe.train.max_grad_norm)
-
-
-def _objective(draft: Draft) -> plan.Objective | None:
-    if draft.model is None:
-        return None
-    family, recipe = draft.model.family, draft.recipe.train.timesteps
-    by = f"family {family.name}"
-    sampling = family.sampling if recipe.sampling == "auto" else recipe.sampling
-    draft.decide(("train", "timesteps", "sampling"), sampling, by=by)
-    found, key = family.shift(draft.model.configs.get("scheduler", {}))
-    shift = found if recipe.shift == "auto" else float(recipe.shift)
-    draft.decide(
-        ("train", "timesteps", "shift"),
-        shift,
-        by="the base's scheduler" if key else by,
-        why=f"its configuration says {key}" if key else "its scheduler states none",
-    )
-    if recipe.shift != "auto" and shift != found:
-        draft.warn(
-            "shift-differs",
-            ("train", "timesteps", "shift"),
-            f"trained at shift {shift:g}, but the base's scheduler samples at {found:g}",
-        )
-    _unused_timestep_keys(draft, sampling)
-    loss = draft.recipe.train.loss
-    draft.decide(("train", "loss", "weighting"), loss.weighting)
-    return plan.Objective(
-        prediction=family.prediction,
-        sampling=sampling,  # type: ignore[arg-type]  # cards name only what the plan knows
-        logit_mean=recipe.mean,
-        logit_std=recipe.std,
-        mode_scale=recipe.mode_scale,
-        shift=shift,
-        loss=loss.kind,
-        weighting=loss.weighting,
-    )
-
-
-def _unused_timestep_keys(draft: Draft, sampling: str) -> None:
-    for key, needs in (("mean", "logit-normal"), ("std", "logit-normal"), ("mode_scale", "mode")):
-        where = ("train", "timesteps", key)
-        if draft.given(where) and sampling != needs:
-            draft.error(
-                "no-effect",
-                where,
-                f"`{key}` belongs to `{needs}` sampling; this recipe samples `{sampling}`",
-                of="key",
-            )
 
 
 def _schedule(draft: Draft, total: int) -> plan.Schedule:
@@ -153,7 +106,13 @@ def _ema(draft: Draft, steps: plan.Steps) -> plan.Ema | None:
     every = in_steps(draft, ("train", "ema", "every"), recipe.every, steps)
     draft.decide(("train", "ema", "decay"), recipe.decay)
     draft.decide(("train", "ema", "every"), f"{every} steps")
-    return plan.Ema(decay=recipe.decay, device=recipe.device, every=max(every, 1))
+    return plan.Ema(
+        decay=recipe.decay,
+        device=recipe.device,
+        every=max(every, 1),
+        warmup=recipe.warmup,
+        save=recipe.save,
+    )
 
 
 def in_steps(draft: Draft, path: KeyPath, interval: Interval, steps: plan.Steps) -> int:

@@ -28,7 +28,8 @@ from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
 from runtime.families.base import Family
-from runtime.objective import draw_uniform, place_weights, sigmas_from_uniform
+from runtime.noise_levels import noise_levels, timestep_uniforms
+from runtime.objective import place_weights
 from runtime.ranks import Place
 
 MOMENTS = ("mean", "std")
@@ -96,13 +97,14 @@ class Feed:
     def window(self, step: int) -> Window:
         """The window of one step, made here and now."""
         rows = self._order.window(step)
+        count = sum(len(batch.rows) for batch in rows)
         mine = slice(self._rank, None, self._plan.steps.ranks)
         names = [[self._manifest.name(int(row)) for row in batch.rows] for batch in rows]
         return Window(
             step=step,
             epoch=self._order.epoch_of(step) + 1,
-            batches=tuple(self._batch(step, batch) for batch in rows[mine]),
-            samples=sum(len(batch.rows) for batch in rows),
+            batches=tuple(self._batch(step, batch, count) for batch in rows[mine]),
+            samples=count,
             names=tuple(name for batch in names[mine] for name in batch),
             all_names=tuple(name for batch in names for name in batch),
             places=_places(rows, self._plan.steps.micro_batch)[mine],
@@ -122,7 +124,8 @@ class Feed:
         except BaseException as error:
             _hand_over(error, ahead, closed)
 
-    def _batch(self, step: int, batch: BatchRows) -> Batch:
+    def _batch(self, step: int, batch: BatchRows, count: int) -> Batch:
+        """One batch of a step of `count` samples."""
         slots = range(batch.first_slot, batch.first_slot + len(batch.rows))
         cached = self._cache.stack(self._latents, batch.rows, MOMENTS)
         cached = {name: tensor.float() for name, tensor in cached.items()}
@@ -136,7 +139,7 @@ class Feed:
         return Batch(
             latents=latents.float().to(self._device),
             noise=noise.to(self._device),
-            sigmas=self._sigmas(step, slots).to(self._device),
+            sigmas=self._sigmas(latents, step, slots, count).to(self._device),
             text={name: tensor.to(self._device) for name, tensor in collated.items()},
             weights=self._weights(batch.rows),
             mask=self._mask(batch.rows),
@@ -166,10 +169,11 @@ class Feed:
     def _normal(self, purpose: str, shape: torch.Size, step: int, slots: range) -> Tensor:
         return rng.normals(tuple(shape[1:]), self._plan.seed, purpose, step, slots)
 
-    def _sigmas(self, step: int, slots: range) -> Tensor:
+    def _sigmas(self, latents: Tensor, step: int, slots: range, count: int) -> Tensor:
         objective = self._plan.objective
-        drawn = rng.uniforms(self._plan.seed, "timestep", step, slots)
-        return sigmas_from_uniform(draw_uniform(objective, drawn), objective)
+        drawn = timestep_uniforms(objective, self._plan.seed, step, slots, count)
+        height, width = latents.shape[-2:]
+        return noise_levels(objective, drawn, height, width)
 
     def _text(self, step: int, slot: int, row: int) -> Entry:
         """The embedding of one of the row's captions, or the unconditional one where it is

@@ -24,7 +24,9 @@ MOST = 50_000
 
 def cached(plan: Plan, manifest: Manifest) -> tuple[Counted, Counted]:
     """(embeddings, latents): how many there are to be, are cached, and are not known of."""
-    texts, latents = len(prompts_of(plan, manifest)), len(manifest)
+    judged = manifest.held_out
+    texts = len(prompts_of(plan, manifest))
+    latents = len(manifest) + (len(judged) if judged else 0)
     path = Path(plan.cache_folder) / INDEX
     if not path.exists():
         return _none(texts), _none(latents)
@@ -33,13 +35,24 @@ def cached(plan: Plan, manifest: Manifest) -> tuple[Counted, Counted]:
         return _unknown(texts), _unknown(latents)
     try:
         with closing(Store(path, traceless=True)) as store:
-            return _texts(plan, manifest, folder, store), _latents(plan, manifest, folder, store)
+            pictures = _latents(plan, manifest, folder, store)
+            if judged is not None:
+                pictures = _sum(pictures, _latents(plan, judged, folder, store))
+            return _texts(plan, manifest, folder, store), pictures
     except (CacheDamaged, OSError):
         return _unknown(texts), _unknown(latents)
 
 
 def _none(total: int) -> Counted:
     return Counted(total=total, cached=0, unknown=0)
+
+
+def _sum(one: Counted, other: Counted) -> Counted:
+    return Counted(
+        total=one.total + other.total,
+        cached=one.cached + other.cached,
+        unknown=one.unknown + other.unknown,
+    )
 
 
 def _unknown(total: int) -> Counted:

@@ -48,7 +48,7 @@ def export(
     for name in _present(source, names):
         shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     shutil.copyfile(source / "model_index.json", folder / "model_index.json")
-    _save(built.model, values, dtype, folder / model.trained_component)
+    save_component(built.model, values, dtype, folder / model.trained_component)
 
 
 def _present(source: Path, names: list[str]) -> list[str]:
@@ -58,7 +58,7 @@ def _present(source: Path, names: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _save(
+def save_component(
     model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None, folder: Path
 ) -> None:
     """Save `values` as a component of the class and configuration of `model`."""

@@ -92,9 +92,7 @@ def _opened(
     if not facts.service:
         return Background(facts.name, tracker, events)
     state = run_folder / "trackers" / f"{facts.name}.json"
-    return Background(
-        facts.name, tracker, events, state, missed=rows(run_folder / METRICS) if done else ()
-    )
+    return Background(facts.name, tracker, events, state, missed=rows(run_folder / METRICS, done))
 
 
 def _id(run_folder: Path) -> str:

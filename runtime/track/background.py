@@ -58,7 +58,7 @@ class Background:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Told later; a step that was told before is left out."""
-        if step > self._sent:
+        if step > self._sent or self._sent == 0:
             self._put((step, lambda: self._tracker.metrics(step, values)))
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from attrs import frozen
 from PIL import Image
 
-from compiler.plan import Plan
+from compiler.plan import EVALUATION, Plan
 
 OFFLINE = "HF_HUB_OFFLINE"  # set by `--offline`, and by people who want the same
 
@@ -44,7 +44,7 @@ class Opening:
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """What of a step's metrics can be plotted, under the names that all trackers show."""
     return {
-        f"train/{name}": value
+        name if name.startswith(EVALUATION) else f"train/{name}": value
         for name, value in values.items()
         if name != "step" and isinstance(value, int | float)
     }

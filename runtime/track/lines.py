@@ -37,18 +37,14 @@ class JsonLines:
         self._file.close()
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `path` that are whole, in order; none if it is not there."""
+def rows(path: Path, done: int) -> Iterator[dict[str, Any]]:
+    """The lines of the steps up to `done`, in order; none if the file is not there."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+            if _keeps(line, done):
+                yield json.loads(line)
 
 
 def truncate(path: Path, done: int) -> None:

@@ -27,7 +27,8 @@ from runtime.batch import Batch
 from runtime.build import Built, build, load_state
 from runtime.families import family_of
 from runtime.families.base import Family
-from runtime.objective import add_noise, loss_weights, sigmas_from_uniform
+from runtime.noise_levels import sigmas_from_uniform
+from runtime.objective import add_noise, loss_weights
 from runtime.optimizers import make_optimizer, set_lr
 from runtime.step import gradient_norm, micro_step, update
 from tests.runtime.tiny import tiny_model

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from compiler import plan
+from runtime import checkpoints
 from runtime.ema import Ema
+from runtime.execute import execute
+from tests.runtime.plans import LORA, draw_data, tiny_plan
+from tests.runtime.run_plan import Interrupting
 
 
 def facts(decay=0.9, every=1, device="cpu") -> plan.Ema:
@@ -80,3 +85,57 @@ def test_state_goes_on_exactly():
     assert torch.equal(trained(None), trained(5))
     with pytest.raises(KeyError):
         Ema(facts(), [("p", nn.Parameter(torch.zeros(1)))]).load_state({})
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_warm_up_formula(every):
+    p = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    ema = Ema(plan.Ema(decay=0.7, device="cpu", every=every, warmup=True), [("p", p)])
+    expected, kept = p.detach().clone(), []
+    for done in range(1, 30 * every + 1):
+        walk(p, done)
+        ema.update(done)
+        if done % every == 0:
+            k = done // every
+            kept.append(min((1 + k) / (10 + k), 0.7))
+            expected = kept[-1] * expected + (1 - kept[-1]) * p.detach()
+    assert kept[0] == 2 / 11 and kept[-1] == 0.7
+    torch.testing.assert_close(ema.average["p"], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_warm_up_goes_on_where_it_was():
+    """Nothing but the average itself is carried over."""
+    facts_ = plan.Ema(decay=0.99, device="cpu", every=2, warmup=True)
+    p = nn.Parameter(torch.zeros(8))
+    whole = Ema(facts_, [("p", p)])
+    for done in range(1, 11):
+        if done == 6:
+            other = Ema(facts_, [("p", p)])
+            other.load_state(whole.state())
+        walk(p, done)
+        whole.update(done)
+        if done >= 6:
+            other.update(done)
+    assert torch.equal(whole.average["p"], other.average["p"])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_both_are_saved_beside_each_other(method, tiny_sana, tmp_path):
+    """The files hold the last checkpoint's weights and its average."""
+    facts_ = plan.Ema(decay=0.9, device="cpu", every=1, save="both")
+    settings = {"steps": 2, "ema": facts_, "adapter": LORA if method == "lora" else None}
+    data = draw_data(tmp_path / "dog")
+    made, manifest = tiny_plan("sana", tiny_sana, data, tmp_path / "run", **settings)
+    result = execute(made, manifest, Interrupting("", 0, 0)).result
+    saved = checkpoints.latest(tmp_path / "run" / "checkpoints")
+    snapshot = checkpoints.load(saved)
+    if method == "lora":
+        places = (result, result.with_name("lora_ema"))
+    else:
+        places = (result / "transformer", result / "transformer_ema")
+    for place, values in zip(places, (snapshot.weights, snapshot.ema), strict=True):
+        (file,) = place.glob("*.safetensors")
+        found = list(load_file(file).values())
+        assert len(found) >= len(values)
+        for value in values.values():
+            assert any(each.shape == value.shape and torch.equal(each, value) for each in found)

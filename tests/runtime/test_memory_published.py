@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from attrs import evolve
 
-from compiler.memory import Simulation
+from compiler.families import FAMILIES
+from compiler.memory import Candidate, Simulation
 from compiler.plan import Phase
 from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel, worst
 from runtime.memory.tracker import rounded
@@ -152,3 +154,49 @@ def test_worst_keeps_what_no_other_exceeds() -> None:
 def test_model_that_cannot_be_built_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="nothing_like_it"):
         MODEL.simulate(small("sana", rank=4, targets=("nothing_like_it",)))
+
+
+def kept_as(kind: str, family: str, **options: Any) -> Candidate:
+    """A small step on a base that is quantised."""
+    step = small(family, rank=4, device="cuda", compute="bfloat16", **options)
+    parts = tuple(
+        evolve(part, quantize=kind) if part.name == "transformer" else part
+        for part in step.model.components
+    )
+    return evolve(step, model=evolve(step.model, components=parts))
+
+
+def bytes_of(step: Candidate, phase: str) -> int:
+    return phases_of(MODEL.simulate(step))[phase].device_bytes
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_saving_never_needs_more(family: str) -> None:
+    kinds = [bytes_of(kept_as(kind, family), "train") for kind in ("none", "int8", "nf4")]
+    assert kinds == sorted(kinds, reverse=True) and kinds[0] > kinds[-1]
+    four = {"shapes": ((256, 256, 4),)}
+    parts = [bytes_of(evolve(kept_as("none", family, **four), micro_batch=n), "train")
+             for n in (0, 3, 2, 1)]  # fmt: skip
+    assert parts == sorted(parts, reverse=True) and parts[0] > parts[-1]
+    states = [
+        bytes_of(small(family, optimizer=name, device="cuda", compute="bfloat16"), "train")
+        for name in ("adamw", "adamw-8bit")
+    ]
+    assert states[0] > states[1]
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_larger_pictures_and_guidance_never_need_less(family: str) -> None:
+    def drawn(size: tuple[int, int], guidance: float) -> int:
+        return bytes_of(kept_as("none", family, pictures=(size,), guidance=guidance), "validate")
+
+    sizes = [drawn(size, 4.5) for size in ((128, 128), (192, 128), (192, 192), (256, 256))]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert drawn((128, 128), 1.0) <= drawn((128, 128), 4.5)
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_longer_prompts_never_need_less(family: str) -> None:
+    encoder = FAMILIES[family].text_encoders[-1]
+    found = [bytes_of(small(family, tokens=n, device="cuda"), encoder) for n in (8, 32, 128)]
+    assert found == sorted(found) and found[0] < found[-1]

@@ -5,30 +5,25 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from attrs import evolve
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import (
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-)
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from compiler.plan import Objective
 from runtime.batch import Batch
+from runtime.noise_levels import sigmas_from_uniform
 from runtime.objective import (
     add_noise,
-    draw_uniform,
+    deltas,
+    error_loss,
     loss_weights,
     per_sample_loss,
-    sigmas_from_uniform,
     velocity_target,
 )
-from runtime.rng import generator
 
-Sampling = Literal["uniform", "logit-normal", "mode", "cosmap"]
 BASE = Objective(
     prediction="flow",
     sampling="uniform",
@@ -46,79 +41,6 @@ def batch(weights: Tensor | None = None) -> Batch:
     latents, noise = torch.randn(3, 4, 6, 5), torch.randn(3, 4, 6, 5)
     sigmas = torch.tensor([0.001, 0.6, 1.0])
     return Batch(latents=latents, noise=noise, sigmas=sigmas, text={}, weights=weights)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_noise_levels_are_the_scheduler_s_table(shift: float) -> None:
-    """u in the middle of entry i gives entry i, as the training scripts index it, bit for bit."""
-    u = (torch.arange(1000) + 0.5) / 1000
-    sigmas = sigmas_from_uniform(u, evolve(BASE, shift=shift))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    assert torch.equal(1000 * sigmas, scheduler.timesteps)
-    s = (1000 - np.arange(1000)) / 1000
-    np.testing.assert_allclose(sigmas, shift * s / (1 + (shift - 1) * s), rtol=3e-7)
-
-
-def test_the_ends_of_u() -> None:
-    sigmas = sigmas_from_uniform(torch.tensor([0.0, 0.9999999, 1.0]), BASE)
-    assert sigmas[0] == 1.0  # u near 0 is pure noise
-    assert sigmas[1] == sigmas[2] > 0  # 1 would be behind the table's end
-
-
-@pytest.mark.parametrize(
-    ("sampling", "mean", "std", "median"),
-    [
-        ("uniform", 0.0, 1.0, 0.5),
-        ("logit-normal", 0.0, 1.0, 0.5),
-        ("logit-normal", 0.5, 1.0, 1 / (1 + math.exp(-0.5))),
-        ("mode", 0.0, 1.0, 0.5),
-        ("cosmap", 0.0, 1.0, 0.5),
-    ],
-)
-def test_densities_have_their_quantiles(
-    sampling: Sampling, mean: float, std: float, median: float
-) -> None:
-    objective = evolve(BASE, sampling=sampling, logit_mean=mean, logit_std=std)
-    u = draw_uniform(objective, generator(0, "test").random(40_000))
-    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1
-    assert u.median().item() == pytest.approx(median, abs=0.012)
-    if sampling == "cosmap":  # P(u < a) = 2 / pi atan(a / (1 - a))
-        share = (u < 0.2).double().mean().item()
-        assert share == pytest.approx(2 / math.pi * math.atan(0.25), abs=0.008)
-
-
-@pytest.mark.parametrize("sampling", ["logit-normal", "mode"])
-def test_densities_are_the_scripts(sampling: Sampling) -> None:
-    """The same quantiles as Diffusers' own function draws."""
-    objective = evolve(BASE, sampling=sampling, logit_mean=0.3, logit_std=0.8)
-    u = draw_uniform(objective, generator(1, "test").random(40_000))
-    theirs = compute_density_for_timestep_sampling(
-        sampling.replace("-", "_"),
-        40_000,
-        logit_mean=0.3,
-        logit_std=0.8,
-        mode_scale=1.29,
-        generator=torch.Generator().manual_seed(0),
-    )
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    torch.testing.assert_close(u.quantile(levels), theirs.quantile(levels), rtol=0, atol=0.015)
-
-
-def test_u_stays_below_one_where_it_saturates() -> None:
-    wide = evolve(BASE, sampling="logit-normal", logit_std=100.0)
-    u = draw_uniform(wide, generator(0, "test").random(1000))
-    assert u.max() < 1 and u.isfinite().all()
-    assert (sigmas_from_uniform(u, wide) > 0).all()
-
-
-def test_shifted_noise_levels_have_the_stated_medians() -> None:
-    """Shift 3: median 0.75 with mean 0, 0.60 with mean ln 2... the logit falls by the mean."""
-    for mean, median in ((0.0, 0.75), (0.5, 3 / (3 + math.exp(0.5)))):
-        objective = evolve(BASE, sampling="logit-normal", logit_mean=mean)
-        sigmas = sigmas_from_uniform(
-            draw_uniform(objective, generator(2, "t").random(40_000)), objective
-        )
-        assert sigmas.median().item() == pytest.approx(median, abs=0.01)
 
 
 def test_noising_and_target_in_float64() -> None:
@@ -178,3 +100,63 @@ def test_a_low_precision_prediction_is_compared_in_float32() -> None:
     assert torch.equal(
         per_sample_loss(prediction, b, BASE), per_sample_loss(prediction.float(), b, BASE)
     )
+
+
+Kind = Literal["huber", "smooth-l1"]
+Schedule = Literal["constant", "snr", "exponential"]
+DELTAS = {
+    "constant": lambda s, c: torch.full_like(s, c),
+    "snr": lambda s, c: (1 - c) / (1 + s / (1 - s)) ** 2 + c,  # with noise / signal
+    "exponential": lambda s, c: torch.exp(s * math.log(c)),
+}
+
+
+@pytest.mark.parametrize("schedule", list(DELTAS))
+@pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
+def test_huber_losses_in_float64(kind: Kind, schedule: Schedule) -> None:
+    """Against the formulas as they are published, which cancel in float32."""
+    objective = evolve(BASE, loss=kind, delta=0.2, delta_schedule=schedule, weighting="cosmap")
+    b = batch(weights=torch.tensor([1.0, 0.5, 2.0]))
+    prediction = 3 * torch.randn(3, 4, 6, 5)
+    assert b.weights is not None
+    s = b.sigmas.double()
+    error = prediction.double() - (b.noise.double() - b.latents.double())
+    c = DELTAS[schedule](s, 0.2)
+    torch.testing.assert_close(deltas(b.sigmas, objective).double(), c, rtol=1e-6, atol=1e-7)
+    c = c[:, None, None, None]
+    scale = 2 * c if kind == "huber" else 2
+    values = scale * ((error**2 + c**2).sqrt() - c)
+    weights = b.weights.double() * WEIGHTS["cosmap"](s)
+    found = per_sample_loss(prediction, b, objective)
+    expected = weights * values.mean((1, 2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_huber_s_two_ends() -> None:
+    """A small error counts its square, a large one its size; both without cancellation."""
+    sigmas = torch.ones(1)
+    small, large = torch.full((1, 1, 1, 1), 1e-5), torch.full((1, 1, 1, 1), 1e4)
+    huber = evolve(BASE, loss="huber", delta=0.5)
+    assert error_loss(small, sigmas, huber).item() == pytest.approx(1e-10, rel=1e-5)
+    assert error_loss(large, sigmas, huber).item() == pytest.approx(1e4 - 0.5, rel=1e-4)
+    smooth = evolve(huber, loss="smooth-l1")
+    assert error_loss(small, sigmas, smooth).item() == pytest.approx(2e-10, rel=1e-5)
+    assert error_loss(large, sigmas, smooth).item() == pytest.approx(2e4 - 1, rel=1e-4)
+
+
+def test_masks_and_the_scripts_weight_hold_for_huber_too() -> None:
+    objective = evolve(BASE, loss="huber", weighting="diffusers-compat")
+    b = batch()
+    b = evolve(b, mask=torch.rand(3, 1, 6, 5) + 0.5)
+    prediction = torch.randn(3, 4, 6, 5)
+    values = error_loss(prediction - (b.noise - b.latents), b.sigmas, objective)
+    expected = (b.sigmas**2) * (b.mask * values).mean((1, 2, 3))
+    torch.testing.assert_close(per_sample_loss(prediction, b, objective), expected)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
+def test_the_gradient_at_no_error_is_nothing(kind: Kind) -> None:
+    """The square root must not make it NaN."""
+    error = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    error_loss(error, torch.ones(1), evolve(BASE, loss=kind)).sum().backward()
+    assert error.grad is not None and not error.grad.any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime import rng
-from runtime.objective import draw_uniform
+from runtime.noise_levels import draw_uniform
 from tests.runtime.test_objective import BASE
 
 TABLE = "8babbcaf96568f10165a1eab530c0e5c"

@@ -132,9 +132,7 @@ def sd35_large_lora() -> Plan:
             arguments={"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01},
             fused=True,
         ),
-        schedule=Schedule(
-            name="cosine", warmup=1191, length=11_910, end=0.0, power=1.0, cycles=1
-        ),
+        schedule=Schedule(name="cosine", warmup=1191, length=11_910, end=0.0, power=1.0, cycles=1),
         objective=Objective(
             prediction="flow",
             sampling="logit-normal",

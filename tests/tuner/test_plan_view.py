@@ -9,7 +9,7 @@ from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.plan import Schedule
+from compiler.plan import Publish, Schedule
 from compiler.schedules import multiplier
 from compiler.site import Resume
 from tests.tuner import examples
@@ -172,6 +172,22 @@ def test_defaults_are_those_of_the_recipe() -> None:
     for key in ("train.optimizer.lr", "model.base", "no.such.key", "validation.prompts.a.b"):
         assert default_of(key) is None
     assert not differs("1", "1.0") and differs("16", "768") and differs("a", "b")
+
+
+def test_who_is_told_is_said() -> None:
+    rules = Publish(
+        hub="me/k4s4", private=True, checkpoints=True, webhook="https://hooks.example/s3cret"
+    )
+    plan = evolve(examples.quickstart(), track=("wandb",), track_project="zorps", publish=rules)
+    words = text(plan, recipe="quickstart.toml")
+    for line in (
+        "track     wandb (project zorps)",
+        "publish   the result and each checkpoint, to me/k4s4 on the hub (private if it",
+        "webhook   hooks.example is told of beginning and end",
+        "publish to me/k4s4",
+    ):
+        assert line in words, line
+    assert "s3cret" not in words
 
 
 def test_a_run_begins_with_a_short_summary() -> None:

@@ -180,18 +180,6 @@ def test_offline_is_told_to_the_libraries_before_they_are_imported(
     assert all(os.environ[name] == "1" for name in run.OFFLINE)
 
 
-def test_several_devices_are_refused_with_the_same_steps_on_one(
-    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = ends(monkeypatch)
-    steps = evolve(job.plan.steps, ranks=4, accumulate=2)
-    assert run._run(evolve(job, plan=evolve(job.plan, steps=steps)), ()) == UNFIT
-    said = capsys.readouterr().err
-    assert "error: this version trains on one device; the plan is for 4" in said
-    assert "--set launch.devices=1 --set train.accumulate=8" in said
-    assert not seen
-
-
 def test_a_changed_plan_is_exit_2_with_the_keys_and_a_way_on(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

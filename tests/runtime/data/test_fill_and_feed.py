@@ -28,7 +28,8 @@ from runtime.data.feed import Feed, Window
 from runtime.data.fill import BrokenData, fill_latents, fill_text, prompt_embeddings, sample_keys
 from runtime.events import Silent
 from runtime.families import family_of
-from runtime.objective import draw_uniform, per_sample_loss, sigmas_from_uniform
+from runtime.noise_levels import draw_uniform, sigmas_from_uniform
+from runtime.objective import per_sample_loss
 from tests.compiler.data.pictures import encoded, picture
 from tests.runtime.data.fakes import FakeFamily, embedding_of, fake_base
 from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan

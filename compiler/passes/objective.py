@@ -1,0 +1,185 @@
+"""What the loss compares: noise levels, their shift and range, the loss and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compiler import plan
+from compiler.draft import Draft
+from compiler.noise import level, shift_of, trained_entries
+from compiler.spans import KeyPath
+
+WHERE: KeyPath = ("train", "timesteps")
+OWNERS = {
+    "mean": "logit-normal",
+    "std": "logit-normal",
+    "mode_scale": "mode",
+    "alpha": "beta",
+    "beta": "beta",
+}
+"""Which sampling a key belongs to."""
+
+
+def resolve_objective(draft: Draft) -> plan.Objective | None:
+    """The objective; None without a model."""
+    if draft.model is None:
+        return None
+    family, recipe, loss = draft.model.family, draft.recipe.train.timesteps, draft.recipe.train.loss
+    sampling = family.sampling if recipe.sampling == "auto" else recipe.sampling
+    draft.decide((*WHERE, "sampling"), sampling, by=f"family {family.name}")
+    shift, rule = _shift(draft)
+    _unused_timestep_keys(draft, sampling)
+    if not _judge_loss(draft):
+        return None
+    made = plan.Objective(
+        prediction=family.prediction,
+        sampling=sampling,  # type: ignore[arg-type]  # cards name only what the plan knows
+        logit_mean=recipe.mean,
+        logit_std=recipe.std,
+        mode_scale=recipe.mode_scale,
+        alpha=float(recipe.alpha),
+        beta=float(recipe.beta),
+        shift=shift,
+        shift_by_size=rule,
+        min_sigma=float(recipe.min),
+        max_sigma=float(recipe.max),
+        stratified=recipe.stratified,
+        loss=loss.kind,
+        delta=float(loss.delta),
+        delta_schedule=loss.schedule,
+        weighting=loss.weighting,  # type: ignore[arg-type]  # "min-snr" was refused
+    )
+    return made if _has_levels(draft, made) else None
+
+
+def _shift(draft: Draft) -> tuple[float, plan.ShiftRule | None]:
+    """The shift, or 0 and the rule that it follows from each picture's size by."""
+    assert draft.model is not None
+    recipe, where = draft.recipe.train.timesteps, (*WHERE, "shift")
+    family, scheduler = draft.model.family, draft.model.configs.get("scheduler", {})
+    found, key = family.shift(scheduler)
+    rule = _rule(draft, scheduler)
+    by_size = rule is not None and bool(scheduler.get("use_dynamic_shifting"))
+    asked = ("resolution" if by_size else found) if recipe.shift == "auto" else recipe.shift
+    key = "use_dynamic_shifting" if by_size else key
+    draft.decide(
+        where,
+        asked,
+        by="the base's scheduler" if key else f"family {family.name}",
+        why=f"its configuration says {key}" if key else "its scheduler states none",
+    )
+    if asked == "resolution" and rule is None:
+        draft.error(
+            "not-in-family",
+            where,
+            f"{family.title} has no shift by resolution: its pipeline samples all sizes alike, at "
+            f"{found:g}",
+            help=f"shift = {found:g}",
+        )
+        return found, None
+    if (asked == "resolution") != by_size or (not by_size and asked != found):
+        ours = "by resolution" if asked == "resolution" else f"at shift {asked:g}"
+        theirs = "by resolution" if by_size else f"at {found:g}"
+        text = f"trained {ours}, but the base's scheduler samples {theirs}"
+        draft.warn("shift-differs", where, text)
+    return (0.0, rule) if asked == "resolution" else (float(asked), None)
+
+
+def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
+    """The family's rule, with what the base's own scheduler says of it."""
+    assert draft.model is not None
+    facts = draft.model.family.token_shift
+    if facts is None:
+        return None
+    transformer = draft.model.configs[draft.model.family.trained_component]
+
+    def stated(key: str, otherwise: float) -> float:
+        value = scheduler.get(key)
+        return value if isinstance(value, int | float) else otherwise
+
+    base = int(stated("base_image_seq_len", facts.base_tokens))
+    return plan.ShiftRule(
+        patch=int(transformer.get("patch_size") or 1),
+        base_tokens=base,
+        max_tokens=max(int(stated("max_image_seq_len", facts.max_tokens)), base + 1),
+        base_shift=float(stated("base_shift", facts.base_shift)),
+        max_shift=float(stated("max_shift", facts.max_shift)),
+        kind="linear" if scheduler.get("time_shift_type") == "linear" else "exponential",
+    )
+
+
+def _unused_timestep_keys(draft: Draft, sampling: str) -> None:
+    for key, needs in OWNERS.items():
+        where = (*WHERE, key)
+        if draft.given(where) and sampling != needs:
+            draft.error(
+                "no-effect",
+                where,
+                f"`{key}` belongs to `{needs}` sampling; this recipe samples `{sampling}`",
+                of="key",
+            )
+
+
+def _has_levels(draft: Draft, objective: plan.Objective) -> bool:
+    """Whether each bucket has noise levels between `min` and `max`."""
+    key = "max" if draft.given((*WHERE, "max")) else "min"
+    if objective.min_sigma >= objective.max_sigma:
+        draft.error(
+            "out-of-range",
+            (*WHERE, key),
+            f"no noise level is above {objective.min_sigma:g} and below {objective.max_sigma:g}",
+            help="min = 0.2, max = 0.8",
+        )
+        return False
+    for height, width in _sizes(draft):
+        shift = shift_of(objective, height, width)
+        if trained_entries(objective, shift) is None:
+            draft.error(
+                "out-of-range",
+                (*WHERE, key),
+                f"none of the 1000 noise levels, {level(999, shift):.2g} to 1 at shift "
+                f"{shift:.3g}, is between {objective.min_sigma:g} and {objective.max_sigma:g}",
+            )
+            return False
+    return True
+
+
+def _sizes(draft: Draft) -> list[tuple[int, int]]:
+    """Height and width of the latents of all buckets."""
+    assert draft.model is not None
+    factor = draft.model.family.vae_factor(draft.model.configs["vae"])
+    return sorted({(b.height // factor, b.width // factor) for b in draft.buckets})
+
+
+def _judge_loss(draft: Draft) -> bool:
+    """Record the loss, and refuse what it doesn't have; False where there is none to go on with."""
+    recipe, where = draft.recipe.train.loss, ("train", "loss")
+    draft.decide((*where, "weighting"), recipe.weighting)
+    for key in ("delta", "schedule"):
+        if draft.given((*where, key)) and recipe.kind == "mse":
+            draft.error(
+                "no-effect",
+                (*where, key),
+                f"`{key}` has no effect: the squared error has none",
+                help='kind = "huber"',
+                of="key",
+            )
+    if recipe.schedule != "constant" and recipe.delta > 1:
+        draft.error(
+            "out-of-range",
+            (*where, "delta"),
+            f"a delta of {recipe.delta:g} under a schedule that begins at 1 would grow with noise",
+            label="must be at most 1",
+            help='schedule = "constant"',
+        )
+    if recipe.weighting == "min-snr":
+        draft.error(
+            "not-in-family",
+            (*where, "weighting"),
+            "min-SNR evens out how noise prediction weighs the noise levels; this base predicts a "
+            "velocity, whose error weighs them evenly",
+            help='weighting = "none"; less weight on little noise: "diffusers-compat"',
+        )
+        return False
+    return True

@@ -1,0 +1,164 @@
+"""The evaluation loss: what the plan's objective says of held-out images.
+
+Noise levels are quantiles of the density that is trained, and noise is a function of (seed,
+picture, noise level) alone. So the loss moves only because the weights do, and two runs of one
+seed and data can be compared. Nothing here touches what training depends on: no generator is
+drawn from, dropout is off, and with an average (EMA) the weights are put back bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compiler.data.manifest import Manifest
+from compiler.plan import EVALUATION, Plan
+from runtime import rng
+from runtime.batch import Batch
+from runtime.data import masks
+from runtime.data.cache import Cache
+from runtime.data.feed import MOMENTS
+from runtime.data.fill import sample_keys
+from runtime.data.keys import text_keys
+from runtime.data.order import Rows
+from runtime.ema import Ema
+from runtime.events import Events
+from runtime.families.base import Family
+from runtime.families.common import inference
+from runtime.noise_levels import levels_at
+from runtime.objective import place_weights
+from runtime.step import forward_losses
+from runtime.stop import Stop
+from runtime.track import METRICS, Tracker, rows
+
+LOSS = f"{EVALUATION}loss"
+"""The mean over all images and noise levels; behind a slash, that of one source."""
+
+
+class Judge:
+    """Measures the evaluation loss of a run, each step's once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        family: Family,
+        cache: Cache,
+        device: torch.device,
+        *,
+        done: int,
+    ) -> None:
+        """For a run that has done `done` updates. Raises CacheIncomplete, and FileGone where a
+        picture's content can't be told any more."""
+        assert plan.evaluation is not None and manifest.held_out is not None
+        self._plan, self._facts, self._manifest = plan, plan.evaluation, manifest.held_out
+        self._family, self._cache, self._device = family, cache, device
+        self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
+        keys = text_keys(plan, family, cache)
+        self._latents = cache.locate(sample_keys(plan, self._manifest, family, cache))
+        self._captions = cache.locate([keys.key(text) for text in self._manifest.captions])
+        cache.used_by(plan.run_folder, self._latents, self._captions)
+        told = rows(Path(plan.run_folder) / METRICS, done)
+        self.measured = {int(row["step"]) for row in told if LOSS in row}
+        """Steps whose loss is among the metrics already."""
+
+    def judge(
+        self,
+        model: nn.Module,
+        ema: Ema | None,
+        step: int,
+        events: Events,
+        trackers: Sequence[Tracker],
+        stop: Stop,
+    ) -> None:
+        """Measure after `step` updates and tell the trackers. Returns early, with nothing told, if
+        a stop is requested."""
+        if step in self.measured:
+            return
+        events.phase("evaluate", sum(group.images for group in self._facts.groups), "pictures")
+        averaged = ema if self._facts.weights == "average" else None
+        with averaged.swapped() if averaged else nullcontext(), inference(model):
+            found = self._losses(model, events, stop)
+        if found is None:
+            return
+        for tracker in trackers:
+            tracker.metrics(step, found)
+        self.measured.add(step)
+
+    def _losses(self, model: nn.Module, events: Events, stop: Stop) -> dict[str, float] | None:
+        by_source: dict[str, list[Tensor]] = {}
+        done = 0
+        for group, members in zip(self._facts.groups, self._manifest.buckets, strict=True):
+            found = by_source.setdefault(group.source, [])
+            for start in range(0, group.images, group.batch_size):
+                if stop.asked:
+                    return None
+                chosen = np.array(members.samples[start : start + group.batch_size], np.int64)
+                for batch in self._batches(chosen):
+                    found.append(
+                        forward_losses(
+                            self._family, model, batch, self._plan.objective, self._plan.precision
+                        )
+                    )
+                done += len(chosen)
+                events.advance(done)
+        whole = {name: torch.cat(each).double().cpu() for name, each in by_source.items()}
+        means = {LOSS: torch.cat(list(whole.values())).mean().item()}
+        if len(whole) > 1:
+            means |= {f"{LOSS}/{name}": each.mean().item() for name, each in whole.items()}
+        return means
+
+    def _batches(self, chosen: Rows) -> Iterator[Batch]:
+        """The batch of some rows of one bucket, at each noise level."""
+        cached = self._cache.stack(self._latents, chosen, MOMENTS)
+        cached = {name: tensor.float() for name, tensor in cached.items()}
+        numbers = [_number(self._manifest.name(int(row))) for row in chosen]
+        posterior = None
+        if "std" in cached:
+            posterior = self._normal("evaluation-posterior", cached["mean"], numbers)
+        latents = self._family.latents(cached, self._vae, posterior).float()
+        texts = [self._cache.read(self._captions, self._first_caption(int(row))) for row in chosen]
+        collated = self._family.collate_text(texts)
+        text = {name: tensor.to(self._device) for name, tensor in collated.items()}
+        mask = self._mask(chosen)
+        self._cache.let_go()
+        height, width = latents.shape[-2:]
+        levels = levels_at(self._plan.objective, self._facts.timesteps, height, width)
+        for quantile, level in zip(self._facts.timesteps, levels, strict=True):
+            noise = self._normal("evaluation-noise", latents, numbers, _number(repr(quantile)))
+            yield Batch(
+                latents=latents.to(self._device),
+                noise=noise.to(self._device),
+                sigmas=level.repeat(len(chosen)).to(self._device),
+                text=text,
+                mask=mask,
+            )
+
+    def _first_caption(self, row: int) -> int:
+        return self._manifest.caption_numbers(row)[0]
+
+    def _mask(self, chosen: Rows) -> Tensor | None:
+        rules = self._plan.sources[self._manifest.source(int(chosen[0]))].mask
+        if rules is None:
+            return None
+        shown = self._cache.stack(self._latents, chosen, (masks.NAME,))[masks.NAME].float()
+        return place_weights(shown, rules.floor).to(self._device)
+
+    def _normal(self, purpose: str, like: Tensor, numbers: Sequence[int], level: int = 0) -> Tensor:
+        """Noise of the shape of `like`, a function of each picture and the level."""
+        seed, shape = self._plan.seed, tuple(like.shape[1:])
+        return torch.stack([rng.normal(shape, seed, purpose, each, level) for each in numbers])
+
+
+def _number(name: str) -> int:
+    """A number that stands for `name`, in every run."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

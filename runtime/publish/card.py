@@ -1,0 +1,154 @@
+"""The model card: what a result is, where it came from, how it was made and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from compiler.families import FAMILIES
+from compiler.plan import Plan
+
+TORCH = {"float32": "torch.float32", "bfloat16": "torch.bfloat16", "float16": "torch.float16"}
+FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+
+
+def licence_in(readme: str) -> dict[str, str]:
+    """The licence fields at the head of a model card, as text."""
+    front = FRONT.match(readme.replace("\r\n", "\n"))
+    found = LICENCE.findall(front[1]) if front else []
+    return {key: value.strip("\"'") for key, value in found}
+
+
+def card(
+    plan: Plan,
+    *,
+    recipe: str,
+    licence: Mapping[str, str],
+    samples: Sequence[tuple[str, str]],
+    step: int,
+) -> str:
+    """`README.md` of the repository `plan.publish.hub`.
+
+    `samples` are (path in the repository, prompt). The webhook's address is not shown: who knows
+    it can write to it. A base in a local folder is called by the folder's name.
+    """
+    assert plan.publish is not None
+    shown = recipe
+    if plan.publish.webhook:
+        shown = shown.replace(plan.publish.webhook, "https://...")
+    parts = [
+        _front(plan, licence, samples),
+        f"# {plan.name}\n\n{_sentence(plan, step)}",
+        _pictures(samples),
+        f"## Use\n\n```python\n{_usage(plan)}```",
+        f"## How it was trained\n\n{_table(plan, step)}",
+    ]
+    if shown.strip():
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+        parts.append(f"## Recipe\n\n{fence}toml\n{shown.rstrip()}\n{fence}")
+    parts.append("Made with tuner.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def base_name(plan: Plan) -> str:
+    """The base's id, or its folder's name."""
+    return Path(plan.model.base).name if plan.model.local else plan.model.base
+
+
+def _front(plan: Plan, licence: Mapping[str, str], samples: Sequence[tuple[str, str]]) -> str:
+    """The fields that the hub reads (YAML; JSON strings are YAML strings)."""
+    lines = [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
+    if not plan.model.local:
+        relation = "adapter" if plan.adapter else "finetune"
+        lines += [f"base_model: {json.dumps(base_name(plan))}", f"base_model_relation: {relation}"]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
+    tags = ["text-to-image", "diffusers", plan.model.family, "tuner"]
+    lines += [f"- {tag}" for tag in (*tags, *([plan.adapter.kind] if plan.adapter else ()))]
+    triggers = sorted({s.captions.trigger for s in plan.sources if s.captions.trigger})
+    if triggers:
+        lines.append(f"instance_prompt: {json.dumps(', '.join(triggers), ensure_ascii=False)}")
+    if samples:
+        lines.append("widget:")
+        for path, prompt in samples:
+            lines.append(f"- text: {json.dumps(prompt, ensure_ascii=False)}")
+            lines.append(f"  output:\n    url: {json.dumps(path)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _sentence(plan: Plan, step: int) -> str:
+    method = "A full fine-tune of"
+    if plan.adapter:
+        method = f"A {plan.adapter.kind.upper()} of rank {plan.adapter.rank} for"
+    link = base_name(plan)
+    if not plan.model.local:
+        link = f"[{link}](https://huggingface.co/{link})"
+    is_average = plan.ema is not None and plan.ema.save == "average"
+    averaged = ", averaged over the run's last steps (EMA)" if is_average else ""
+    return f"{method} {link}, trained for {step:,} steps{averaged}."
+
+
+def _pictures(samples: Sequence[tuple[str, str]]) -> str:
+    if not samples:
+        return ""
+    drawn = "\n\n".join(f"![{_plain(prompt)}]({quote(path)})" for path, prompt in samples)
+    return f"## Pictures\n\n{drawn}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is in a picture's description."""
+    return re.sub(r"([\[\]\\`*_<>])", r"\\\1", " ".join(text.split()))
+
+
+def _usage(plan: Plan) -> str:
+    assert plan.publish is not None
+    pipeline = FAMILIES[plan.model.family].pipeline
+    dtype = TORCH[plan.precision.compute]
+    base, hub = json.dumps(base_name(plan)), json.dumps(plan.publish.hub)
+    prompt = plan.validation.prompts[0].text if plan.validation.prompts else "..."
+    load = [f"pipeline = {pipeline}.from_pretrained({hub}, torch_dtype={dtype})"]
+    if plan.adapter:
+        load = [
+            f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})",
+            f"pipeline.load_lora_weights({hub})",
+        ]
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {pipeline}",
+            "",
+            *load,
+            'pipeline.to("cuda")',
+            f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, "
+            f"num_inference_steps={plan.validation.steps}, "
+            f"guidance_scale={plan.validation.guidance:g}).images[0]",
+            "",
+        ]
+    )
+
+
+def _table(plan: Plan, step: int) -> str:
+    optimizer, steps = plan.optimizer, plan.steps
+    sizes = sorted({f"{b.width}x{b.height}" for b in plan.buckets})
+    batches = sorted({b.batch_size for b in plan.buckets})
+    rows = [
+        ("images", f"{sum(s.images for s in plan.sources):,}"),
+        ("sizes", f"{len(sizes)} buckets" if len(sizes) > 6 else ", ".join(sizes)),
+        ("steps", f"{step:,} ({steps.epochs:,} epochs)"),
+        ("batch", f"{', '.join(map(str, batches))} x {steps.accumulate} x {steps.ranks}"),
+        ("optimizer", f"{optimizer.name}, learning rate {optimizer.lr:g}"),
+        ("schedule", f"{plan.schedule.name}, {plan.schedule.warmup:,} steps of warm-up"),
+        ("timesteps", f"{plan.objective.sampling}, {_shift(plan)}"),
+        ("precision", f"{plan.precision.compute}, trained in {plan.precision.trained}"),
+        ("seed", str(plan.seed)),
+        ("plan", f"`{plan.digest}`"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _shift(plan: Plan) -> str:
+    by_size = plan.objective.shift_by_size is not None
+    return "shift by resolution" if by_size else f"shift {plan.objective.shift:g}"
