@@ -31,7 +31,7 @@ def measure(count: int, captions: str) -> None:
     """Plan, save and load; prints the seconds and the greatest memory of this process."""
     from compiler.data.manifest import Manifest
     from compiler.data.scan import Picture, Scan
-    from compiler.passes import data
+    from compiler.passes import places
     from tests.compiler.recipes import RECIPE, FixedMemory, compiled, project
 
     sizes = [(640 + 32 * n, 1280 - 32 * n) for n in range(20)]
@@ -45,7 +45,7 @@ def measure(count: int, captions: str) -> None:
         ordered = sorted(pictures, key=lambda picture: picture.key)
         return Scan(pictures=tuple(ordered), faults=(), hidden=0, others=0)
 
-    data.scan = made_up  # type: ignore[assignment]
+    places.scan = made_up  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as place:
         own = f'captions = {{ from = "{captions}" }}' if captions == "filename" else ""
         line = 'captions = { from = "instance", prompt = "a photo of sks dog" }'
