@@ -23,6 +23,14 @@ class Code(NamedTuple):
 
 
 CODES: Mapping[str, Code] = {
+    "attention-unfit": Code(
+        "a kernel that can't compute this attention",
+        "Kernels are written for some devices and number formats. Some have no derivative, so they "
+        "can draw pictures but not train; some take no mask, which models need whose prompts have "
+        "different lengths.",
+        '[launch]\ndevice = "cpu"\n[speed]\nattention = "flash"',
+        '[launch]\ndevice = "cpu"\n[speed]\nattention = "native"',
+    ),
     "bad-address": Code(
         "text that is no repository or address",
         "A repository of the hub is an owner and a name with a slash between. A webhook is told "
@@ -203,17 +211,10 @@ CODES: Mapping[str, Code] = {
     ),
     "fp16-trained": Code(
         "trained weights in float16",
-        "Gradients and updates below 6e-8 are zero in float16, so training stalls.",
+        "Updates below 6e-8 are zero in float16, so training stalls. `compute` may be float16: "
+        "weights are then trained in float32, and the loss is scaled.",
         '[precision]\ntrained = "fp16"',
         '[precision]\ntrained = "fp32"',
-    ),
-    "fp16-unsupported": Code(
-        "training in float16",
-        "Small gradients are zero in float16. Use bfloat16, or float32 where the device lacks it.",
-        '[model]\nfamily = "sd3"\nbase = "stabilityai/stable-diffusion-3.5-medium"\n'
-        '[precision]\ncompute = "fp16"',
-        '[model]\nfamily = "sd3"\nbase = "stabilityai/stable-diffusion-3.5-medium"\n'
-        '[precision]\ncompute = "bf16"',
     ),
     "fused-backward": Code(
         "a backward pass that can't update as it goes",
@@ -298,7 +299,7 @@ CODES: Mapping[str, Code] = {
         'mask = { from = "alpha" }',
     ),
     "missing-package": Code(
-        "an optimizer, a crop or a tracker whose package is not here",
+        "an optimizer, a kernel, a crop or a tracker whose package is not here",
         "The recipe is right and plans everywhere, but it can't be run on this machine before what "
         "it needs is there.",
         '[train.optimizer]\nname = "lion"  # without the package torch-optimi',
@@ -408,6 +409,14 @@ CODES: Mapping[str, Code] = {
         "its pipeline draws pictures without it, so that training with it would miss them.",
         '[train]\nloss = { weighting = "min-snr" }  # of a base that predicts a velocity',
         '[train]\nloss = { weighting = "none" }',
+    ),
+    "not-sharded": Code(
+        "weights that can't be dealt out over the devices",
+        'Under strategy "fsdp" each device holds some rows of every weight and updates them alone. '
+        "What reads whole weights, or keeps them in another place or form than rows, can't go with "
+        "it.",
+        '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adafactor"',
+        '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adamw"',
     ),
     "old-key": Code(
         "a key of an older recipe language",
@@ -574,8 +583,8 @@ CODES: Mapping[str, Code] = {
     ),
     "unreadable-source": Code(
         "a source of images that can't be read as it is",
-        "The file is of no format that is read, is compressed where single images must be found, "
-        "or holds several formats. The message says which.",
+        "The file is of no format that is read, or a folder holds several formats. The message "
+        "says which.",
         '[[data.source]]\npath = "latin1.csv"  # a table in another encoding than UTF-8',
         '[[data.source]]\npath = "table.jsonl"',
     ),

@@ -170,6 +170,7 @@ def _finished(draft: Draft) -> Compiled:
         diagnostics=tuple(sort_diagnostics(draft.diagnostics, tuple(located.texts))),
         texts=located.texts,
         outlook=outlook,
+        draft=draft,
     )
 
 
@@ -191,11 +192,13 @@ def _plan(draft: Draft) -> Plan:
         model=model_plan(draft),
         adapter=draft.adapter,
         precision=draft.precision,
+        speed=draft.speed,
         text=draft.text,
         sources=draft.sources,
         buckets=draft.buckets,
         manifest=draft.manifest.digest,
         steps=draft.steps,
+        sharing=draft.sharing,
         optimizer=draft.optimizer,
         schedule=draft.schedule,
         objective=draft.objective,

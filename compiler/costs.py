@@ -15,8 +15,9 @@ from compiler.data.prompts import Prompt, prompts_of
 from compiler.data.stages import stages, steps_in
 from compiler.devices import peak_flops
 from compiler.families import FAMILIES
+from compiler.keeping import at_once
 from compiler.machine import Machine
-from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
+from compiler.occasions import evaluation_steps, validation_steps
 from compiler.optimizers import saved_bytes
 from compiler.plan import Bucket, Dtype, HeldOut, Plan, digest_of, plain
 from compiler.site import Present, Site, Space
@@ -182,8 +183,7 @@ def texts_bytes(plan: Plan, prompts: Iterable[Prompt]) -> int:
 
 def kept(plan: Plan) -> int:
     """Complete checkpoints that lie there at once: a new one is written before an old one goes."""
-    made = len(checkpoint_steps(plan))
-    return min(made, plan.checkpoints.keep + 1) if plan.checkpoints.keep else made
+    return at_once(plan.checkpoints, plan.steps.total)
 
 
 def one_checkpoint_bytes(plan: Plan) -> int | None:
@@ -253,13 +253,14 @@ def train_flops(plan: Plan) -> float:
 
     The simulated step, at the bucket with the most pixels in a batch, scaled by pixels. What does
     not grow with them (text tokens) or grows faster (attention) makes this an estimate where
-    buckets differ in size.
+    buckets differ in size. Samples that learn what the base predicts take a forward pass more.
     """
-    drawn = 0.0
+    drawn, more = 0.0, forward_share(plan)
+    passes = {s.id: 1 + (more if s.target == "base" else 0) for s in plan.sources}
     every = stages(plan.steps, plan.sources)
     for stage, count in zip(every, steps_in(every, plan.steps.total), strict=True):
         there = [b for b in plan.buckets if b.source in stage.sources]
-        pixels = sum(b.samples * b.width * b.height for b in there)
+        pixels = sum(b.samples * b.width * b.height * passes[b.source] for b in there)
         drawn += pixels * count / max(stage.per_epoch, 1)
     return _flops_per_pixel(plan) * drawn
 

@@ -16,7 +16,7 @@ from compiler.diagnostics import Diagnostic, Severity
 from compiler.families.card import FamilyCard, KnownModel
 from compiler.machine import Machine
 from compiler.memory import MemoryModel
-from compiler.schema import Recipe
+from compiler.schema import ComponentRecipe, Recipe
 from compiler.site import Site
 from compiler.source import Merged, Part, dotted
 from compiler.spans import KeyPath
@@ -67,11 +67,13 @@ class Draft:
     device: plan.Device = "cpu"
     adapter: plan.Adapter | None = None
     precision: plan.Precision | None = None
+    speed: plan.Speed = Factory(plan.Speed)
     formats: dict[str, plan.Dtype] = Factory(dict)  # of each component's weights
     quantize: dict[str, plan.Quantisation] = Factory(dict)  # of each component
     quantize_on: dict[str, Literal["cpu", "device"]] = Factory(dict)
     text: plan.Text | None = None
     entangled: set[int] = Factory(set)  # sources in which something would be written: never read
+    copies: list[Remote] = Factory(list)  # sources that lie elsewhere, and whose copy is here
     remotes: list[Remote] = Factory(list)  # sources that are not copied here yet
     absent: list[str] = Factory(list)  # URLs of pictures that are not
     sources: tuple[plan.DataSource, ...] = ()
@@ -81,6 +83,7 @@ class Draft:
     hidden: list[tuple[str, int, tuple[str, ...]]] = Factory(list)  # (source, count, some names)
     buckets: tuple[plan.Bucket, ...] = ()
     steps: plan.Steps | None = None
+    sharing: plan.Sharing = Factory(plan.Sharing)
     optimizer: plan.Optimizer | None = None
     schedule: plan.Schedule | None = None
     objective: plan.Objective | None = None
@@ -93,6 +96,13 @@ class Draft:
     cache_folder: str = ""
     workers: int = 1
     threads: int = 1
+
+    @property
+    def trained(self) -> ComponentRecipe:
+        """What the recipe says of the component that is trained; there must be a model."""
+        assert self.model is not None
+        said: ComponentRecipe = getattr(self.recipe.model, self.model.family.trained_component)
+        return said
 
     @property
     def downloads(self) -> Path:

@@ -7,6 +7,7 @@ from attrs import frozen
 from compiler.plan import Device
 
 OPENCV = "opencv-contrib-python-headless"  # finds faces and what is salient
+TRITON = "triton"  # package that writes compiled kernels for CUDA
 COMPILER = "c++"  # how a C++ compiler is called in `Machine.missing`
 HUB_TOKEN = "a token of the hub"  # in `Machine.missing`
 

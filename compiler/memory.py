@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
-from compiler.plan import Adapter, Layout, Model, Objective, Optimizer, Phase, Precision, Text
+from compiler.plan import (
+    Adapter,
+    AttentionKernel,
+    Layout,
+    Model,
+    Objective,
+    Optimizer,
+    Phase,
+    Precision,
+    Sharing,
+    Text,
+)
 
 CORRECTION = "correction"
 """The part of a phase by which earlier runs on the same machine differed from what was planned."""
@@ -32,7 +43,11 @@ class Candidate:
     pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
     guidance: float = 0.0  # of validation
     device: str
+    ranks: int = 1
+    sharing: Sharing = field(factory=Sharing)
     masked: bool = False  # whether samples of some source have masks
+    attention: AttentionKernel = "native"  # of the trained component
+    keeps_base: bool = False  # whether samples of some source learn what the base predicts
 
 
 @frozen(kw_only=True)
@@ -43,7 +58,9 @@ class Simulation:
     parameters: int  # of the trained component, without adapter
     trainable: int  # parameters that the optimizer updates
     adapted_modules: int  # modules that carry an adapter; 0 without one
-    flops: int  # operations of the forward and backward passes of one batch of the worst bucket
+    flops: int
+    """Operations of the forward and backward passes of one batch of the worst bucket, without those
+    for what the base predicts."""
     seconds: float  # how long the simulation took
 
 

@@ -1,16 +1,58 @@
 """The table of noise levels: T = 1000 entries, as the schedulers have them at inference.
 
 s_i = (T - i) / T, sigma_i = shift s_i / (1 + (shift - 1) s_i), i from 0 (pure noise) to T - 1.
+Where a model predicts the noise or v, the shift is 1 and entry i is timestep t = T - 1 - i.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from compiler.plan import Objective, ShiftRule
+from compiler.families.card import FamilyCard
+from compiler.plan import NoiseTable, Objective, ShiftRule
 
 TIMESTEPS = 1000
 _NEAR = 1e-9  # a bound that is meant to be an entry may be written rounded
+
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def noise_table(family: FamilyCard, scheduler: Mapping[str, Any]) -> NoiseTable | None:
+    """The table of betas that a scheduler's configuration states, DDPMScheduler's defaults where it
+    says nothing; None for flow matching. Raises ValueError for one that we don't know."""
+    if family.prediction == "flow":
+        return None
+    schedule = scheduler.get("beta_schedule", "linear")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"the scheduler has betas of kind `{schedule}`")
+    if scheduler.get("trained_betas") is not None:
+        raise ValueError("the scheduler lists its betas one by one")
+    if int(scheduler.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
+        raise ValueError(f"the scheduler has not {TIMESTEPS} timesteps")
+    start, end = (float(scheduler.get(f"beta_{k}", v)) for k, v in (("start", 1e-4), ("end", 0.02)))
+    if not 0 < start <= end < 1:
+        raise ValueError("the scheduler's betas are out of range")
+    return NoiseTable(
+        schedule=schedule,
+        beta_start=start,
+        beta_end=end,
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+    )
+
+
+def predicted(family: FamilyCard, scheduler: Mapping[str, Any]) -> Literal["flow", "epsilon", "v"]:
+    """What the model predicts. Raises ValueError for what we can't train."""
+    if family.prediction == "flow":
+        return "flow"
+    said = scheduler.get("prediction_type", "epsilon")
+    if said == "epsilon":
+        return "epsilon"
+    if said == "v_prediction":
+        return "v"
+    raise ValueError(f"the scheduler says that the model predicts `{said}`")
 
 
 def level(index: int, shift: float) -> float:

@@ -20,6 +20,17 @@ Device = Literal["cpu", "cuda", "mps", "xpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Judged = Literal["average", "trained"]
 Quantisation = Literal["none", "int8", "int4", "nf4", "fp8"]
+AttentionKernel = Literal[
+    "native",
+    "native-flash",
+    "native-efficient",
+    "native-cudnn",
+    "native-math",
+    "flash",
+    "flash-3",
+    "xformers",
+    "sage",
+]
 
 
 @frozen(kw_only=True)
@@ -71,6 +82,18 @@ class Precision:
     weights: Dtype  # frozen parts
     trained: Dtype  # adapter or trained weights (masters)
     cache: Dtype  # cached latents and embeddings
+
+
+@frozen(kw_only=True)
+class Speed:
+    """How the same formulas are computed. Last bits of the result depend on each entry."""
+
+    compile: Literal["off", "regional"] = "off"  # "regional": each block of the trained component
+    attention: AttentionKernel = "native"  # of the trained component; "native": PyTorch's choice
+    tf32: bool = False  # factors of float32 products are rounded to 10 bits, on CUDA
+    tokens: int = 0
+    """Prompts are padded to so many tokens, masked, so that compiled blocks see few shapes; 0: a
+    batch is as long as its longest prompt."""
 
 
 @frozen(kw_only=True)
@@ -150,6 +173,7 @@ class DataSource:
     held_out: int = 0  # images that are not trained on
     regularisation: bool = False  # class images, for prior preservation
     loss_weight: float = 1.0  # the loss of each sample is multiplied by it
+    target: Literal["image", "base"] = "image"  # "base": what the base predicts without adapter
     mask: Mask | None = None  # None: all of each picture counts alike
     first: str = ""  # steps or epochs after which it joins ("2 epochs"); "": from the start
     until: str = ""  # steps or epochs after which it leaves; "": never
@@ -199,6 +223,16 @@ class Steps:
 
 
 @frozen(kw_only=True)
+class Sharing:
+    """How several ranks share the work."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each rank holds the whole model, or a share of every weight. The sums over ranks are
+    added up in another order, so the last bits of the result depend on it."""
+    reshard: bool = True  # of "fsdp": a block is let go between its forward and its backward pass
+
+
+@frozen(kw_only=True)
 class Optimizer:
     """An optimizer by its name in `compiler.optimizers`, and all of its arguments."""
 
@@ -233,10 +267,25 @@ class ShiftRule:
 
 
 @frozen(kw_only=True)
-class Objective:
-    """What the loss compares, and at which noise levels."""
+class NoiseTable:
+    """How much of the picture is left at each of the 1000 timesteps: abar_t = prod(1 - beta)."""
 
-    prediction: Literal["flow"]
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]  # of the betas
+    beta_start: float
+    beta_end: float
+    zero_terminal_snr: bool = False  # rescaled, so that nothing is left at the last one
+
+
+@frozen(kw_only=True)
+class Objective:
+    """What the loss compares, and at which noise levels.
+
+    A level is sigma in (0, 1]. In flow matching it is the share of noise; with a `table` it is the
+    place there, (t + 1) / 1000 for timestep t.
+    """
+
+    prediction: Literal["flow", "epsilon", "v"]
+    table: NoiseTable | None = None  # of "epsilon" and "v"
     sampling: Literal["uniform", "logit-normal", "mode", "cosmap", "beta"]
     logit_mean: float
     logit_std: float
@@ -251,7 +300,11 @@ class Objective:
     loss: Literal["mse", "huber", "smooth-l1"]
     delta: float = 0.1  # of both others than "mse"
     delta_schedule: Literal["constant", "snr", "exponential"] = "constant"
-    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap"]
+    weighting: Literal[
+        "none", "diffusers-compat", "sigma-sqrt", "cosmap", "min-snr", "soft-min-snr"
+    ]
+    gamma: float = 5.0  # of both SNR weightings
+    offset_noise: float = 0.0
 
 
 @frozen(kw_only=True)
@@ -278,6 +331,9 @@ class Checkpoints:
 
     every: int
     keep: int
+    keep_every: int = 0  # steps; multiples of it are kept besides; 0: none
+    best: str = ""  # a metric; the best checkpoint by it is kept besides
+    result: Literal["last", "best"] = "last"  # the result's weights
 
 
 @frozen(kw_only=True)
@@ -312,10 +368,11 @@ class Validation:
     steps: int
     seeds: tuple[int, ...]
     score: str  # "" or a name in `runtime.scores`
+    clip_model: str = ""  # absolute folder or hub id of what gives the CLIP score; "": none
 
 
 EVALUATION = "evaluation/"
-"""Begins the names of the metrics of held-out images."""
+"""Begins the names of the metrics that judge: of held-out images, and of pictures drawn."""
 
 
 @frozen(kw_only=True)
@@ -408,11 +465,13 @@ class Plan:
     model: Model
     adapter: Adapter | None = None
     precision: Precision
+    speed: Speed = field(factory=Speed)
     text: Text
     sources: tuple[DataSource, ...]
     buckets: tuple[Bucket, ...]
     manifest: str  # digest of the list of samples
     steps: Steps
+    sharing: Sharing = field(factory=Sharing)
     optimizer: Optimizer
     schedule: Schedule
     objective: Objective

@@ -74,7 +74,7 @@ def _leaves(table: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
                 yield from _leaves(entry, (*here, number))
         elif isinstance(value, dict) and value:
             yield from _entries(value, here)
-        elif value is None and path[:2] == SOURCES:
+        elif value is None and path[:1] == SOURCES[:1]:
             inner = [one.key for table in tables_in(field.type) for one in fields_of(table)]
             yield from (((*here, key), None) for key in inner) if inner else ((here, None),)
         else:

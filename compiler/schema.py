@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from attrs import field, frozen
 
+from compiler.plan import AttentionKernel
 from compiler.structure import Length, Range
 from compiler.units import ByteSize, Interval, Share
 
@@ -53,7 +54,9 @@ class ModelRecipe:
     revision: str = ""
     """Branch, tag or commit of a hub id."""
     transformer: ComponentRecipe = field(factory=ComponentRecipe)
-    """The diffusion transformer."""
+    """The diffusion transformer, where the family has one."""
+    unet: ComponentRecipe = field(factory=ComponentRecipe)
+    """The UNet, where the family has one instead."""
     text_encoder: ComponentRecipe = field(factory=ComponentRecipe)
     """The first text encoder."""
     text_encoder_2: ComponentRecipe = field(factory=ComponentRecipe)
@@ -123,6 +126,20 @@ class PrecisionRecipe:
     """Of the frozen base."""
     trained: Format | Auto = "auto"
     """Of the adapter, or of the weights in a full fine-tune."""
+
+
+@frozen(kw_only=True)
+class SpeedRecipe:
+    """How the same formulas are computed faster. Each setting changes last bits of the result."""
+
+    compile: Literal["off", "regional"] | Auto = "auto"
+    """Compile each block of what is trained with `torch.compile`. The first steps take minutes
+    longer. "auto": off."""
+    attention: AttentionKernel | Auto = "auto"
+    """Kernel of the attention of what is trained. "native": the fastest of PyTorch's own that fits;
+    "native-..." one of them; the others are packages of their own. "auto": native."""
+    tf32: bool = False
+    """On CUDA: round the factors of float32 products to 10 bits (TF32), which is much faster."""
 
 
 @frozen(kw_only=True)
@@ -202,6 +219,9 @@ class RegularisationRecipe:
 
     weight: PositiveFloat = 1.0
     """The loss of each of these samples is multiplied by it."""
+    target: Literal["image", "base"] = "image"
+    """What is learned of these samples: the images themselves, or what the frozen base predicts, so
+    that the adapter leaves them as they were. "base" costs one more forward pass for them."""
 
 
 @frozen(kw_only=True)
@@ -228,9 +248,9 @@ class SourceRecipe:
     """One data source. What is left out is taken from `[data]`."""
 
     path: str
-    """A folder of images, or of shards; a .tar, .parquet, .arrow, .jsonl or .csv file, or a pattern
-    with `*` for several (relative to the recipe); `hub:owner/name` for a data set of the hub, or
-    the URL of a store (`s3://bucket/folder`), which `tuner run` copies once."""
+    """A folder of images, or of shards; a .tar (be it compressed), .parquet, .arrow, .jsonl or .csv
+    file, or a pattern with `*` for several (relative to the recipe); `hub:owner/name` for a data
+    set of the hub, or the URL of a store (`s3://bucket/folder`), which `tuner run` copies."""
     id: str = ""
     """Its name in the plan; by default the folder's."""
     format: Literal["auto", "folder", "webdataset", "parquet", "arrow", "table"] = "auto"
@@ -252,8 +272,8 @@ class SourceRecipe:
     """When it joins: after so many steps or epochs, at the next epoch that begins."""
     until: Interval | None = None
     """When it leaves: after so many steps or epochs, at the next epoch that begins."""
-    mask: MaskRecipe | None = None
-    """Learn only a part of each image."""
+    mask: MaskRecipe | Literal["none"] | None = None
+    """Learn only a part of each image. "none": all of it, whatever `[data]` says."""
     holdout: Annotated[float, Range(ge=0, le=1_000_000)] = 0.0
     """Images that are not trained on: a share below 1, or a whole number of them."""
     resolution: PositiveFloat | tuple[PositiveFloat, ...] | None = None
@@ -299,6 +319,8 @@ class DataRecipe:
     """How pictures are cut."""
     captions: CaptionsRecipe = field(factory=CaptionsRecipe)
     """Where captions come from."""
+    mask: MaskRecipe | None = None
+    """Learn only a part of each image."""
     min_size: Count = 0
     """Skip images whose shorter edge has fewer pixels."""
     max_size: Count = 0
@@ -434,9 +456,27 @@ class LossRecipe:
     schedule: Literal["constant", "snr", "exponential"] = "constant"
     """How delta follows the noise level, from 1 without noise to `delta` in pure noise: "snr" is
     delta + (1 - delta) (1 - sigma)^2, "exponential" is delta^sigma."""
-    weighting: Literal["none", "diffusers-compat", "sigma-sqrt", "cosmap", "min-snr"] = "none"
-    """Weight by noise level; "diffusers-compat" is sigma^2, what the SD3 example scripts do.
-    "min-snr" is for models that predict the noise, and refused for flow matching."""
+    weighting: Literal[
+        "none", "diffusers-compat", "sigma-sqrt", "cosmap", "min-snr", "soft-min-snr"
+    ] = "none"
+    """Weight by noise level. In flow matching: "diffusers-compat" is sigma^2, what the SD3 example
+    scripts do; "sigma-sqrt" is sigma^-2, "cosmap" 2 / (pi (1 - 2 sigma + 2 sigma^2)). For models
+    that predict the noise or v: "min-snr" (arXiv 2303.09556) weighs the error of the picture by
+    min(SNR, gamma), "soft-min-snr" by SNR gamma / (SNR + gamma)."""
+    gamma: PositiveFloat = 5.0
+    """Of "min-snr" and "soft-min-snr"."""
+
+
+@frozen(kw_only=True)
+class NoiseRecipe:
+    """The noise itself, for models that predict the noise or v."""
+
+    offset: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Adds so much normal noise that is the same in all places of a channel: the model learns to
+    make very dark and very bright pictures."""
+    zero_terminal_snr: bool | Auto = "auto"
+    """Rescale the noise levels so that the last one is pure noise (arXiv 2305.08891). "auto": as
+    the base's scheduler. For models that predict v."""
 
 
 @frozen(kw_only=True)
@@ -488,6 +528,8 @@ class TrainRecipe:
     """At which noise levels the model is trained."""
     loss: LossRecipe = field(factory=LossRecipe)
     """The loss."""
+    noise: NoiseRecipe = field(factory=NoiseRecipe)
+    """The noise."""
     ema: EmaRecipe | None = None
     """Keep an exponential moving average."""
     guard: GuardRecipe = field(factory=GuardRecipe)
@@ -502,6 +544,13 @@ class CheckpointsRecipe:
     """How often a checkpoint is written; "off": only at the end."""
     keep: Count = 3
     """How many of the newest are kept; 0 keeps all."""
+    keep_every: Interval = field(factory=lambda: Interval.parse("off"))
+    """Besides, keep those whose step is a multiple of this."""
+    best: str = ""
+    """Besides, keep the best by a metric: "evaluation/loss", that of one source
+    ("evaluation/loss/ID"), or "evaluation/clip_score". "": none."""
+    result: Literal["last", "best"] = "last"
+    """Which weights the result holds: those of the last step, or of the `best` checkpoint."""
 
 
 @frozen(kw_only=True)
@@ -528,6 +577,12 @@ class ValidationRecipe:
     """Pictures of each prompt and size; the seeds are consecutive."""
     score: str = ""
     """A measure of prompt following: "shapes" for the quickstart's drawings."""
+    clip_score: bool = False
+    """Log how well the pictures fit their prompts as `evaluation/clip_score`: 100 times the cosine
+    of CLIP's embeddings of picture and prompt, 0 where that is negative. On the processor."""
+    clip_model: Annotated[str, Length(ge=1)] = "openai/clip-vit-base-patch16"
+    """Of `clip_score`: hub id or folder of the CLIP model. Scores by different models can't be
+    compared."""
 
 
 @frozen(kw_only=True)
@@ -593,9 +648,13 @@ class LaunchRecipe:
     """"auto": the first accelerator, else the processor."""
     devices: Annotated[int, Range(ge=1, le=4096)] | Auto = "auto"
     """How many of them train together, one process (rank) each. "auto": one."""
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several devices share the work. "ddp": each holds the whole model, and gradients are
-    averaged over all samples of the step."""
+    averaged over all samples of the step. "fsdp": each holds a share of every weight, and a block is
+    gathered while it computes. "auto": "ddp", unless only "fsdp" fits the budget."""
+    reshard_after_forward: bool | Auto = "auto"
+    """Of "fsdp": let a block's weights go after its forward pass and gather them again for its
+    backward pass. "auto": true; false takes the memory of the whole model to save a gathering."""
     threads: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
     """Threads of one operation on the processor."""
 
@@ -622,6 +681,8 @@ class Recipe:
     """What the run may use."""
     precision: PrecisionRecipe = field(factory=PrecisionRecipe)
     """Number formats."""
+    speed: SpeedRecipe = field(factory=SpeedRecipe)
+    """How the same formulas are computed faster."""
     text: TextRecipe = field(factory=TextRecipe)
     """How prompts are encoded."""
     data: DataRecipe

@@ -13,16 +13,18 @@ class Batch:
     """One batch of one bucket. All tensors live on the training device.
 
     `latents` are scaled as the family states (unit variance); `sigmas` are the noise levels in
-    (0, 1], already shifted; `text` holds what `Family.predict` takes, padded to the batch's
-    longest prompt.
+    (0, 1], already shifted, or places in a table of noise levels (`runtime.noise_table`); `text`
+    holds what `Family.predict` takes, padded to the batch's longest prompt.
     """
 
     latents: Tensor  # (B, C, h, w) float32
     noise: Tensor  # (B, C, h, w) float32
     sigmas: Tensor  # (B,) float32
     text: Mapping[str, Tensor]
+    kept: Tensor | None = None  # (B,) float32, abar at these places; None: in flow matching
     weights: Tensor | None = None  # (B,) float32, per-sample loss weights; None: all 1
     mask: Tensor | None = None  # (B, 1, h, w) float32, weights of places, mean 1; None: all 1
+    keeps_base: bool = False  # learn what the base predicts without adapter, not the velocity
 
     def parts(self, size: int) -> list[Batch]:
         """The batch in parts of at most `size` samples (0: whole), each a view of it."""
@@ -34,9 +36,11 @@ class Batch:
                 latents=self.latents[start : start + size],
                 noise=self.noise[start : start + size],
                 sigmas=self.sigmas[start : start + size],
+                kept=None if self.kept is None else self.kept[start : start + size],
                 text={name: tensor[start : start + size] for name, tensor in self.text.items()},
                 weights=None if self.weights is None else self.weights[start : start + size],
                 mask=None if self.mask is None else self.mask[start : start + size],
+                keeps_base=self.keeps_base,
             )
             for start in range(0, count, size)
         ]

@@ -6,19 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compiler.plan import Adapter, Layout, Model, Precision
+from compiler.plan import Adapter, Layout, Model, Precision, Speed
 from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES, component_of
 from runtime.methods import full, lora
 from runtime.methods.base import Built, load_state, state
+from runtime.modules import blocks_of
 from runtime.offload.activations import offload_activations
 from runtime.offload.blocks import offload_blocks
+from runtime.speed import speed_up
 
 __all__ = ["Built", "build", "load_state", "state"]
+
+AS_WRITTEN = Speed()
 
 
 def build(
@@ -31,10 +36,15 @@ def build(
     *,
     empty: bool,
     seed: int,
+    sharded: bool = False,
+    speed: Speed = AS_WRITTEN,
 ) -> Built:
     """The trained component on `device`, with its adapter, in training mode.
 
-    `empty` leaves its weights unset, for meta tensors. Fresh weights are functions of `seed`.
+    `sharded` is for `runtime.sharded`: the model's own weights are those to train, and what
+    computes is rounded from them there. `empty` leaves its weights unset, for meta tensors. Fresh
+    weights are functions of `seed`.
+
     Raises ValueError for number formats that don't go together, quantised weights without an
     adapter, and patterns that match nothing.
     """
@@ -52,10 +62,13 @@ def build(
         # What is to wait on the host never comes to the device as a whole.
         place = torch.device("cpu") if layout.offload_blocks else device
         component = family.load(model, name, dtype, place, seed=start)
+    # Masters beside the model's weights are for computing in another type than is trained.
+    kept = evolve(precision, compute=precision.trained) if sharded else precision
     if adapter is None:
-        built = full.prepare(component, precision)
+        built = full.prepare(component, kept)
     else:
-        built = lora.prepare(component, adapter, precision, seed)
+        built = lora.prepare(component, adapter, kept, seed)
+    speed_up(built.model, family.card.blocks, speed)
     checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
     if layout.offload_blocks:
         offload_blocks(built.model, family.card.blocks, layout.offload_blocks, device)
@@ -69,10 +82,8 @@ def build(
 
 def check_precision(adapter: Adapter | None, precision: Precision) -> None:
     """Raise ValueError if the model can't be trained in these number formats."""
-    if "float16" in (precision.compute, precision.trained):
-        raise ValueError(
-            "float16 training needs loss scaling, which is not there: use bfloat16 or float32"
-        )
+    if precision.trained == "float16":
+        raise ValueError("float16 weights can't be trained: use float32 masters, or bfloat16")
     if adapter is not None and precision.weights != precision.compute:
         raise ValueError(
             f"frozen weights in {precision.weights} can't compute in {precision.compute}: "
@@ -89,7 +100,7 @@ def checkpoint_blocks(model: nn.Module, lists: tuple[str, ...], every: int) -> N
     if every == 0:
         diffused.disable_gradient_checkpointing()
         return
-    blocks = [block for name in lists for block in getattr(model, name)]
+    blocks = blocks_of(model, lists)
     diffused.enable_gradient_checkpointing(_run_block({id(b) for b in blocks[::every]}))
 
 

@@ -4,9 +4,12 @@
         weights.safetensors     what is trained, by parameter name
         ema.safetensors         its average, if the plan has one
         optimizer.pt            the optimizer's state (torch.save, loads with weights_only)
-        state.json              steps done, position, plan, versions, and the size of each file
+        state.json              steps done, position, plan, versions, the loss scale, and the size
+                                of each file
 
-There is no random state: randomness is a function of (seed, purpose, step, sample).
+Where each rank holds a part of every weight, the tensors lie in `shards` instead, see
+`runtime.sharded_saving`. There is no random state: randomness is a function of (seed, purpose,
+step, sample).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from torch import Tensor
 
 from runtime import files
 from runtime.errors import RunFailed
-from runtime.saved import STATE, complete, folder_of, is_complete, latest, read_state
+from runtime.saved import STATE, complete, folder_of, is_complete, latest, read_state, step_of
+from runtime.shard_files import SHARDS, joined, read_whole
 
 __all__ = [
     "Snapshot",
@@ -33,9 +37,10 @@ __all__ = [
     "is_complete",
     "latest",
     "load",
-    "prune",
     "read_state",
     "save",
+    "step_of",
+    "write_state",
 ]
 
 FORMAT = 1
@@ -52,6 +57,7 @@ class Snapshot:
     optimizer: Mapping[str, Any]
     ema: Mapping[str, Tensor] | None
     versions: Mapping[str, str]
+    scaler: Mapping[str, Any] | None = None  # the loss scale's, where there is one
 
 
 def save(checkpoints: Path, snapshot: Snapshot) -> Path:
@@ -81,13 +87,21 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         save_file(_packed(snapshot.ema), folder / "ema.safetensors")
     with (folder / "optimizer.pt").open("wb") as file:
         torch.save(dict(snapshot.optimizer), file)
+    write_state(folder, snapshot)
+
+
+def write_state(folder: Path, snapshot: Snapshot, *, sharded: bool = False) -> None:
+    """The last file of the checkpoint in `folder`: what `snapshot` is, and all that is there."""
+    there = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     state = {
         "format": FORMAT,
         "step": snapshot.step,
         "epoch": snapshot.epoch,
         "plan": snapshot.plan,
         "versions": dict(snapshot.versions),
-        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir())},
+        "scaler": snapshot.scaler,
+        "sharded": sharded,
+        "files": {p.relative_to(folder).as_posix(): p.stat().st_size for p in there},
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -104,21 +118,23 @@ def load(folder: Path) -> Snapshot:
         raise RunFailed(
             f"{folder} has checkpoint format {state['format']}; this version reads {FORMAT}"
         )
-    ema = folder / "ema.safetensors"
+    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    ema: Mapping[str, Tensor] | None = None
+    if state.get("sharded"):
+        kinds = read_whole(folder / SHARDS)
+        weights, ema = kinds["weights"], kinds["ema"] or None
+        optimizer = joined(optimizer, kinds["optimizer"])
+    else:
+        weights = load_file(folder / "weights.safetensors")
+        if "ema.safetensors" in state["files"]:
+            ema = load_file(folder / "ema.safetensors")
     return Snapshot(
         step=state["step"],
         epoch=state["epoch"],
         plan=state["plan"],
-        weights=load_file(folder / "weights.safetensors"),
-        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-        ema=load_file(ema) if "ema.safetensors" in state["files"] else None,
+        weights=weights,
+        optimizer=optimizer,
+        ema=ema,
         versions=state["versions"],
+        scaler=state.get("scaler"),
     )
-
-
-def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` complete checkpoints (0 keeps all); returns what went."""
-    doomed = complete(checkpoints)[:-keep] if keep else []
-    for folder in doomed:
-        files.remove_folder(folder)
-    return doomed

@@ -21,6 +21,7 @@ class Ema:
 
     def __init__(self, facts: plan.Ema, named_parameters: Iterable[tuple[str, nn.Parameter]]):
         self.facts = facts
+        self.inside = False  # whether the parameters hold the average
         self.parameters = dict(named_parameters)
         self.average = {
             name: p.detach().to(
@@ -70,9 +71,11 @@ class Ema:
         with torch.no_grad():
             kept = {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
             self._fill(self.average)
+        self.inside = True
         try:
             yield
         finally:
+            self.inside = False
             self._fill(kept)
 
     @torch.no_grad()

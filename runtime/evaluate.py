@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from compiler.data.manifest import Manifest
-from compiler.plan import EVALUATION, Plan
+from compiler.keeping import LOSS
+from compiler.plan import Plan
 from runtime import rng
 from runtime.batch import Batch
 from runtime.data import masks
 from runtime.data.cache import Cache
-from runtime.data.feed import MOMENTS
+from runtime.data.feed import MOMENTS, frames
 from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import Rows
@@ -34,13 +35,11 @@ from runtime.events import Events
 from runtime.families.base import Family
 from runtime.families.common import inference
 from runtime.noise_levels import levels_at
+from runtime.noise_table import kept_at
 from runtime.objective import place_weights
 from runtime.step import forward_losses
 from runtime.stop import Stop
 from runtime.track import METRICS, Tracker, rows
-
-LOSS = f"{EVALUATION}loss"
-"""The mean over all images and noise levels; behind a slash, that of one source."""
 
 
 class Judge:
@@ -127,17 +126,22 @@ class Judge:
         latents = self._family.latents(cached, self._vae, posterior).float()
         texts = [self._cache.read(self._captions, self._first_caption(int(row))) for row in chosen]
         collated = self._family.collate_text(texts)
+        if self._family.card.size_conditions:
+            collated |= self._family.size_conditions(frames(self._manifest, chosen))
         text = {name: tensor.to(self._device) for name, tensor in collated.items()}
         mask = self._mask(chosen)
         self._cache.let_go()
         height, width = latents.shape[-2:]
+        table = self._plan.objective.table
         levels = levels_at(self._plan.objective, self._facts.timesteps, height, width)
         for quantile, level in zip(self._facts.timesteps, levels, strict=True):
+            kept = None if table is None else kept_at(table, level)
             noise = self._normal("evaluation-noise", latents, numbers, _number(repr(quantile)))
             yield Batch(
                 latents=latents.to(self._device),
                 noise=noise.to(self._device),
                 sigmas=level.repeat(len(chosen)).to(self._device),
+                kept=None if kept is None else kept.repeat(len(chosen)).to(self._device),
                 text=text,
                 mask=mask,
             )

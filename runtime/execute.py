@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from compiler.data.manifest import Manifest
+from compiler.keeping import CLIP_SCORE
 from compiler.optimizers import saved_bytes
 from compiler.plan import Plan
-from runtime import checkpoints, files, folder
+from runtime import checkpoints, files, folder, sharded_saving
 from runtime.build import Built, build, load_state, state
 from runtime.checkpoints import Snapshot
 from runtime.clock import Clock
 from runtime.data.cache import Cache
 from runtime.data.feed import Feed, Window
 from runtime.data.fill import fill_latents, fill_text, prompt_embeddings
+from runtime.data.sharing import team_of
 from runtime.ema import Ema
 from runtime.errors import MachineUnfit, RunFailed
 from runtime.evaluate import Judge
@@ -34,20 +37,26 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
 from runtime.fused_backward import FusedBackward
+from runtime.host_copy import HostCopy
 from runtime.journal import EVENTS, Journal
 from runtime.loop import Actions, Trained, due, train
 from runtime.machine import versions
 from runtime.measured import measured
 from runtime.methods import full, lora
-from runtime.optimizers import check_usable, host_state, kept_weights, make_optimizer, to_host
+from runtime.optimizers import check_usable, kept_weights, make_optimizer
 from runtime.optimizers import load_state as load_optimizer
 from runtime.out_of_memory import is_out_of_memory, refusal
 from runtime.publish.publisher import Publisher, catch_up
 from runtime.quiet import native_output, quiet
 from runtime.ranks import ALONE, Ranks
+from runtime.saving import Saver, best, prune
+from runtime.scaler import scaler_for
+from runtime.scores.clip import ClipScore
+from runtime.sharded import Shards, sharded
+from runtime.speed import check_speed, prepare
 from runtime.stop import Stop
 from runtime.track import METRICS, Tracker, open_trackers, rows
-from runtime.validate import Painter, is_complete, measure, validate
+from runtime.validate import Painter, is_done, measure, validate
 
 LOG = "run.log"
 _FINISHED = "finished"
@@ -94,6 +103,17 @@ def execute(
         MachineUnfit: a device or package that the plan needs is not here.
         RunFailed: the run can't go on; what was saved before is whole.
     """
+    try:
+        return _executed(plan, manifest, events, recipe, ranks)
+    except OSError as error:  # a disk that is full where the run begins or ends
+        raise _of_system(error) from error
+
+
+def _of_system(error: OSError) -> RunFailed:
+    return RunFailed(str(error), help="what was saved before is whole: run again")
+
+
+def _executed(plan: Plan, manifest: Manifest, events: Events, recipe: str, ranks: Ranks) -> Outcome:
     with _opened(plan, recipe, ranks) as run_folder:
         found = folder.read_measured(run_folder)
         finished = found is not None and result_folder(plan).is_dir()
@@ -132,6 +152,8 @@ def _noted(context: Context, journal: Journal) -> Outcome:
     publisher = context.publisher
     publisher.check()
     begun = saved_step(context.folder)
+    if context.ranks.leads:
+        catch_up(publisher, context.folder)  # what was killed before it was uploaded
     journal.note(f"plan {context.plan.digest[:12]} on {context.device}", step=begun)
     publisher.tell("began", begun)
     finished = False
@@ -172,10 +194,8 @@ def _guarded(context: Context) -> Outcome:
         return _run(context)
     except KeyboardInterrupt:
         return _outcome(context.plan, "stopped", saved_step(context.folder), {})
-    except RunFailed:
-        raise
     except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
-        raise RunFailed(str(error), help="what was saved before is whole: run again") from error
+        raise _of_system(error) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -235,10 +255,12 @@ def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
 def _run(context: Context) -> Outcome:
     plan, ranks = context.plan, context.ranks
     check_usable(plan.optimizer, plan.device)
+    check_speed(plan.speed, plan.device)
     torch.set_num_threads(plan.threads)  # sums are split by threads: part of the trajectory
     trackers = _trackers(context)
     try:
-        ranks.led(lambda: _fill(context))
+        with ranks.alive():
+            _fill(context)
         with context.clock.phase("load"):
             context.events.phase("load", 0, "")
             with native_output(context.folder / LOG):
@@ -248,21 +270,47 @@ def _run(context: Context) -> Outcome:
         painter = _painter(context, trained, trackers)
         judge = _judge(context, done)
         reached = _train(context, built, trained, painter, judge, trackers, done)
-        ranks.leave()
+        if trained.shards is None:  # what follows is rank 0's alone
+            ranks.leave()
         if reached < plan.steps.total:
             return _outcome(plan, "stopped", reached, {})
+        if not ranks.leads and trained.shards is None:
+            return _outcome(plan, "finished", reached, {})
+        goes_back = plan.checkpoints.result == "best"
+        if not goes_back:
+            _export(context, built, trained)
+        _at_end(context, trained, lambda: _validate(context, trained, painter, reached))
+        _at_end(context, trained, lambda: _evaluate(context, trained, judge, trackers, reached))
+        if goes_back:  # only now is the last one judged, too
+            _go_back(context, built, trained)
+            _export(context, built, trained)
+        if trained.shards is not None:
+            ranks.most(0)  # all have heard rank 0's last word, which ends with its process
+            ranks.leave()
         if not ranks.leads:
             return _outcome(plan, "finished", reached, {})
-        with _kept(trained):
-            _export(context, built, trained)
-        _validate(context, trained, painter, reached)
-        _evaluate(context, trained, judge, trackers, reached)
     finally:
         for tracker in trackers:
             tracker.close()
     found = measured(plan, trained, context.clock, context.device)
     files.write_whole(context.folder / folder.MEASURED, json.dumps(found, indent=2) + "\n")
     return _outcome(plan, "finished", reached, found)
+
+
+def _led(context: Context, trained: Trained, task: Callable[[], None]) -> None:
+    """Rank 0 does `task`, which may call the model; the others wait until it is done."""
+    if trained.shards is None:
+        context.ranks.led(task)
+    else:
+        trained.shards.led(task, trained.ema, _kept(trained))
+
+
+def _at_end(context: Context, trained: Trained, task: Callable[[], None]) -> None:
+    """As `_led`, when ranks that hold the whole model have nothing to wait for."""
+    if trained.shards is None:
+        task()
+    else:
+        _led(context, trained, task)
 
 
 def _trackers(context: Context) -> Sequence[Tracker]:
@@ -284,21 +332,24 @@ def _agree(context: Context, done: int) -> None:
 
 
 def _fill(context: Context) -> None:
-    """Cache embeddings and latents; the encoders are gone afterwards."""
-    plan, clock = context.plan, context.clock
+    """Cache embeddings and latents, each rank its share; the encoders are gone afterwards."""
+    plan, clock, team = context.plan, context.clock, team_of(context.ranks)
     given = (plan, context.manifest, context.family, context.cache, context.events)
     with clock.phase("text"):
-        fill_text(*given, phase=clock.phase)
+        fill_text(*given, phase=clock.phase, team=team)
     with clock.phase("latents"):
-        fill_latents(*given)
+        fill_latents(*given, team=team)
         if (judged := context.manifest.held_out) is not None:
-            fill_latents(plan, judged, context.family, context.cache, context.events)
+            fill_latents(plan, judged, context.family, context.cache, context.events, team=team)
 
 
 def _prepare(context: Context) -> tuple[Built, Trained, int]:
     """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
     plan = context.plan
-    built = _built(context)
+    built, shards = _built(context), None
+    if _is_sharded(context):
+        given = (built, plan, context.family, context.device, context.ranks)
+        built, shards = sharded(*given)
     optimizer = make_optimizer(plan.optimizer, built.trainable.items(), context.device)
     fused = plan.memory.layout.fused_backward
     trained = Trained(
@@ -308,12 +359,20 @@ def _prepare(context: Context) -> tuple[Built, Trained, int]:
         optimizer=optimizer,
         ema=Ema(plan.ema, built.trainable.items()) if plan.ema else None,
         fused=FusedBackward(built.model, built.trainable, optimizer) if fused else None,
+        shards=shards,
+        scaler=scaler_for(plan.precision, context.device),
     )
     return built, trained, _resume(context, built, trained)
 
 
+def _is_sharded(context: Context) -> bool:
+    return context.plan.sharing.strategy == "fsdp" and context.ranks.count > 1
+
+
 def _built(context: Context) -> Built:
-    plan = context.plan
+    """The model; what will be dealt out over the ranks waits in host memory."""
+    plan, apart = context.plan, _is_sharded(context)
+    prepare(plan)
     try:
         return build(
             plan.model,
@@ -321,9 +380,11 @@ def _built(context: Context) -> Built:
             plan.precision,
             plan.memory.layout,
             context.family,
-            context.device,
+            torch.device("cpu") if apart else context.device,
             empty=False,
             seed=plan.seed,
+            sharded=apart,
+            speed=plan.speed,
         )
     except ValueError as error:
         raise RunFailed(f"the model can't be built as planned: {error}") from error
@@ -333,13 +394,37 @@ def _resume(context: Context, built: Built, trained: Trained) -> int:
     saved = checkpoints.latest(context.folder / "checkpoints")
     if saved is None:
         return 0
+    step = _load(saved, built, trained)
+    context.events.message(f"going on from step {step} of {context.plan.steps.total}")
+    return step
+
+
+def _load(saved: Path, built: Built, trained: Trained) -> int:
+    """Everything that is trained as it was after the step that is returned."""
+    if trained.shards is not None:
+        return sharded_saving.restore(saved, trained.shards, trained.optimizer, trained.ema)
     snapshot = checkpoints.load(saved)
     load_state(built, snapshot.weights)
     load_optimizer(trained.optimizer, dict(snapshot.optimizer))
     if trained.ema is not None and snapshot.ema is not None:
         trained.ema.load_state(snapshot.ema)
-    context.events.message(f"going on from step {snapshot.step} of {context.plan.steps.total}")
+    if trained.scaler is not None and snapshot.scaler is not None:
+        trained.scaler.load_state(snapshot.scaler)
     return snapshot.step
+
+
+def _go_back(context: Context, built: Built, trained: Trained) -> None:
+    """Take up the best checkpoint, for the result."""
+    if _has_result(context):
+        return
+    rules, root = context.plan.checkpoints, context.folder / "checkpoints"
+    found = best(root, rules, context.folder / METRICS)
+    if (word := context.ranks.told("" if found is None else str(found))) == "":
+        context.events.message(f"no checkpoint has a {rules.best}: the last is taken", "warning")
+        return
+    step = int(word)
+    _load(checkpoints.folder_of(root, step), built, trained)
+    context.events.message(f"the result is that of step {step}, the best by {rules.best}")
 
 
 def _train(
@@ -352,23 +437,42 @@ def _train(
     done: int,
 ) -> int:
     """Train from `done` updates on; returns those reached."""
+    with closing(HostCopy(context.device)) as room, _saver(context) as saver:
+
+        def led(step: int, epoch: int) -> None:
+            if saver.has(step):
+                return
+            with context.clock.phase("save"):
+                context.events.phase("save", 0, "")
+                saver.save(step, lambda: _copied(context, built, trained, room, step, epoch))
+            _announce(context, step)
+
+        def save(step: int, epoch: int) -> None:
+            if trained.shards is not None:
+                _save_shards(context, trained, trained.shards, step, epoch)
+            else:
+                context.ranks.led(lambda: led(step, epoch))
+
+        def draw(step: int) -> None:
+            _led(context, trained, lambda: _validate(context, trained, painter, step))
+
+        def evaluate(step: int) -> None:
+            _led(context, trained, lambda: _evaluate(context, trained, judge, trackers, step))
+
+        actions = Actions(checkpoint=save, validate=draw, evaluate=evaluate, check=saver.check)
+        return _updated(context, trained, trackers, actions, done)
+
+
+def _updated(
+    context: Context, trained: Trained, trackers: Sequence[Tracker], actions: Actions, done: int
+) -> int:
+    """Train from `done` updates on, with `actions` between them; returns those reached."""
     plan, ranks = context.plan, context.ranks
-
-    def save(step: int, epoch: int) -> None:
-        ranks.led(lambda: _save(context, built, trained, step, epoch))
-
-    def draw(step: int) -> None:
-        ranks.led(lambda: _validate(context, trained, painter, step))
-
-    def evaluate(step: int) -> None:
-        ranks.led(lambda: _evaluate(context, trained, judge, trackers, step))
-
-    actions = Actions(checkpoint=save, validate=draw, evaluate=evaluate)
     with context.stop.patient():
         if (done == 0 and plan.validation.at_start) or due(done, plan.validation.every):
-            draw(done)
+            actions.validate(done)
         if plan.evaluation is not None and due(done, plan.evaluation.every):  # also at the start
-            evaluate(done)
+            actions.evaluate(done)
         if context.stop.requested or done == plan.steps.total:
             return done
         if ranks.leads:
@@ -407,25 +511,68 @@ def _announce(context: Context, done: int) -> None:
     context.events.advance(done)
 
 
-def _save(context: Context, built: Built, trained: Trained, step: int, epoch: int) -> None:
-    root = context.folder / "checkpoints"
-    if checkpoints.is_complete(checkpoints.folder_of(root, step)):
+def _copied(
+    context: Context, built: Built, trained: Trained, room: HostCopy, step: int, epoch: int
+) -> Snapshot:
+    """The run's state after `step` updates, in host memory."""
+    tree = (state(built), trained.optimizer.state_dict(), trained.ema and trained.ema.average)
+    weights, optimizer, average = room.take(tree)
+    return Snapshot(
+        step=step,
+        epoch=epoch,
+        plan=context.plan.digest,
+        weights=weights,
+        optimizer=optimizer,
+        ema=average,
+        versions=versions(),
+        scaler=trained.scaler.state() if trained.scaler else None,
+    )
+
+
+def _save_shards(context: Context, trained: Trained, shards: Shards, step: int, epoch: int) -> None:
+    """Save, all ranks together, before training goes on."""
+    root, metrics = context.folder / "checkpoints", context.folder / METRICS
+    there = checkpoints.is_complete(checkpoints.folder_of(root, step))
+    if context.ranks.told("there" if there else "") == "there":
         return
+    head = Snapshot(
+        step=step,
+        epoch=epoch,
+        plan=context.plan.digest,
+        weights={},
+        optimizer={},
+        ema=None,
+        versions=versions(),
+    )
     with context.clock.phase("save"):
         context.events.phase("save", 0, "")
-        snapshot = Snapshot(
-            step=step,
-            epoch=epoch,
-            plan=context.plan.digest,
-            weights=to_host(state(built)),
-            optimizer=host_state(trained.optimizer),
-            ema=trained.ema.state() if trained.ema else None,
-            versions=versions(),
-        )
-        saved = checkpoints.save(root, snapshot)
-        context.publisher.checkpoint(saved, step)
-        checkpoints.prune(root, context.plan.checkpoints.keep)
+        if context.ranks.leads and metrics.exists():
+            files.sync(metrics)
+        given = (shards, trained.optimizer, trained.ema, context.ranks)
+        saved = sharded_saving.save(root, head, *given)
+        if context.ranks.leads:
+            context.publisher.checkpoint(saved, step)
+            prune(root, context.plan.checkpoints, metrics)
     _announce(context, step)
+
+
+@contextmanager
+def _saver(context: Context) -> Iterator[Saver]:
+    """What saves; nothing is under way any more when the block has ended."""
+    root, rules = context.folder / "checkpoints", context.plan.checkpoints
+    metrics = context.folder / METRICS
+    saver = Saver(root, rules, metrics, context.publisher.checkpoint)
+    if context.ranks.leads:
+        prune(root, rules, metrics)  # a run that was killed may have saved and not deleted
+    try:
+        yield saver
+    except BaseException:
+        try:
+            saver.finish()
+        except RunFailed as error:  # the first one is raised
+            context.events.message(error.message, "error")
+        raise
+    saver.finish()
 
 
 def _kept(trained: Trained) -> AbstractContextManager[None]:
@@ -434,7 +581,7 @@ def _kept(trained: Trained) -> AbstractContextManager[None]:
 
 
 def _validate(context: Context, trained: Trained, painter: Painter | None, step: int) -> None:
-    if painter is None or is_complete(context.plan, step):
+    if painter is None or is_done(painter, step):
         return
     with context.clock.phase("validate"), _kept(trained):
         validate(painter, step)
@@ -472,20 +619,43 @@ def _export(context: Context, built: Built, trained: Trained) -> None:
     plan = context.plan
     method = full if plan.adapter is None else lora
     target = result_folder(plan)
-    if target.is_dir():
+    if _has_result(context):
         return
-    average = trained.ema.average if trained.ema else None
     both = plan.ema is not None and plan.ema.save == "both"
-    with context.clock.phase("export"):
+    with context.clock.phase("export"), _kept(trained):
+        average, weights = _results(built, trained, both=both)
+        if not context.ranks.leads:
+            return
         if both and plan.adapter is not None:  # first: the result's own folder says it is finished
             with files.partial_folder(target.with_name(f"{target.name}_ema")) as place:
                 method.export(built, plan.model, context.family, place, weights=average)
         with files.partial_folder(target) as place:
-            weights = None if both else average
             method.export(built, plan.model, context.family, place, weights=weights)
             if both and plan.adapter is None and average is not None:
                 component = f"{plan.model.trained_component}_ema"
                 full.save_component(built.model, average, None, place / component)
+
+
+def _has_result(context: Context) -> bool:
+    """Whether the result is there already: rank 0 looks."""
+    there = context.ranks.leads and result_folder(context.plan).is_dir()
+    if not _is_sharded(context):
+        return there
+    return context.ranks.told("there" if there else "") == "there"
+
+
+def _results(
+    built: Built, trained: Trained, *, both: bool
+) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
+    """The average, if there is one, and what the result holds: the trained weights where there is
+    none, or where the plan saves `both`. Of a sharded model gathered, in rank 0."""
+    average: Mapping[str, Tensor] | None = trained.ema.average if trained.ema else None
+    shards, wanted = trained.shards, state(built)
+    if shards is None:
+        return average, wanted if average is None or both else average
+    if average is not None:
+        average = shards.gathered(average)
+    return average, shards.gathered(wanted) if average is None or both else average
 
 
 def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) -> Painter | None:
@@ -495,6 +665,8 @@ def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) ->
         return None
     if plan.validation.score:
         measure(plan.validation.score)  # a name that is not there should fail now
+    clip = plan.validation.clip_model
+    metrics = rows(context.folder / METRICS, plan.steps.total)
     host = torch.device("cpu")
     vae = next(c for c in plan.model.components if c.name == "vae")
     texts = [prompt.text for prompt in plan.validation.prompts]
@@ -513,6 +685,8 @@ def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) ->
         trackers=trackers,
         events=context.events,
         stop=context.stop,
+        clip=ClipScore(clip).score if clip else None,
+        told={int(row["step"]) for row in metrics if CLIP_SCORE in row} if clip else set(),
     )
 
 

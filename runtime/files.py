@@ -28,10 +28,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def beside(path: Path) -> Path:
+    """Where `path` is written before it takes its name."""
+    return path.parent / f"{PARTIAL}{path.name}"
+
+
 @contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it becomes `path` when the block ends well."""
-    partial = path.parent / f"{PARTIAL}{path.name}"
+    partial = beside(path)
     try:
         yield partial
         sync(partial)
@@ -45,7 +50,7 @@ def partial_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """Yields a new folder beside `path`; it replaces `path` when the block ends well."""
-    partial = path.parent / f"{PARTIAL}{path.name}"
+    partial = beside(path)
     remove_folder(partial)
     partial.mkdir(parents=True)
     try:

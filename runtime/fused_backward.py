@@ -19,7 +19,7 @@ spoiled too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +73,7 @@ class FusedBackward:
         norms = [norm for norm in self._norms if norm is not None]
         self._norms = [None] * len(self._norms)
         self._failed = None
-        if not norms:
-            return torch.zeros(())
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        return total_norm(norms)
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -124,6 +121,14 @@ class FusedBackward:
             self._optimizer.step()
         finally:
             self._optimizer.param_groups, group["params"] = groups, start["params"]
+
+
+def total_norm(norms: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all gradients of which `norms` are each one's own, float32."""
+    if not norms:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return total
 
 
 def _copied(group: dict[str, Any]) -> dict[str, Any]:

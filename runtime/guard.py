@@ -9,6 +9,9 @@ deviations, as the median absolute deviation tells of them (times 1.4826 for nor
 and Croux, "Alternatives to the median absolute deviation", 1993). The second part leaves alone what
 varies much by nature, as the loss of small batches does.
 
+A gradient that overflows under a loss scale (training in float16) is neither: the update is left
+out, the scale falls, and it is only counted. At the lowest scale it is as bad as any.
+
 Nothing is carried over that the metrics do not hold: a run that goes on reads them again.
 """
 
@@ -26,6 +29,7 @@ from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Plan
 from runtime.errors import RunFailed
+from runtime.scaler import FLOOR
 
 if TYPE_CHECKING:
     from runtime.data.feed import Window
@@ -38,6 +42,7 @@ SPREADS = 8.0
 NORMAL = 1.4826  # standard deviations of normal noise in one median absolute deviation
 WATCHED = ("loss", "grad_norm")
 SKIPPED = "skipped"  # key of a step that was passed over: how many were, up to and with this one
+OVERFLOWED = "overflowed"  # key of a step that only lowered the loss scale: how many did
 SPIKE = "spike"  # key of a step: names of the values that stand out
 SAMPLES = "names"  # key of a step that was passed over: the samples of its batches
 MOST_NAMES = 12  # samples named in a message
@@ -70,15 +75,22 @@ class Guard:
         """`most` bad steps are passed over; `history` are the metrics of the steps before."""
         self._most = most
         self.skipped = 0
+        self.overflowed = 0
         self._running = {name: Running() for name in WATCHED}
         for row in history:
             if SKIPPED in row:
                 self.skipped = int(row[SKIPPED])
+            elif OVERFLOWED in row:
+                self.overflowed = int(row[OVERFLOWED])
             else:
                 self._spikes({name: float(row[name]) for name in WATCHED if name in row})
 
-    def judge(self, loss: float, norm: float) -> dict[str, Any]:
-        """What a step's metrics say of it besides its numbers; {} for a step like the others."""
+    def judge(self, loss: float, norm: float, scale: float = 0.0) -> dict[str, Any]:
+        """What a step's metrics say of it besides its numbers; {} for a step like the others.
+        `scale` is the loss scale it ran under, 0 without one."""
+        if overflowed(loss, norm, scale):
+            self.overflowed += 1
+            return {OVERFLOWED: self.overflowed}
         if not finite(loss, norm):
             self.skipped += 1
             return {SKIPPED: self.skipped}
@@ -92,6 +104,11 @@ class Guard:
 
     def _spikes(self, values: Mapping[str, float]) -> list[str]:
         return [name for name, value in values.items() if self._running[name].add(value)]
+
+
+def overflowed(loss: float, norm: float, scale: float) -> bool:
+    """Whether a gradient is not finite because of the loss scale, which then falls."""
+    return scale > FLOOR and math.isfinite(loss) and not math.isfinite(norm)
 
 
 def finite(loss: float, norm: float) -> bool:

@@ -23,18 +23,30 @@ from runtime.ema import Ema
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
-from runtime.guard import SAMPLES, SKIPPED, Guard, half_done, named, refusal, unfit_inputs, what
+from runtime.guard import (
+    SAMPLES,
+    SKIPPED,
+    Guard,
+    half_done,
+    named,
+    overflowed,
+    refusal,
+    unfit_inputs,
+    what,
+)
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.pace import Pace, used_of
-from runtime.ranks import ALONE, Ranks, RanksLost
+from runtime.ranks import ALONE, Ranks, RanksLost, connected
 from runtime.rng import seed_torch
+from runtime.scaler import Scaler
 from runtime.step import gradient_norm, micro_step, update
 from runtime.stop import Stop
 from runtime.track import Tracker
 
 if TYPE_CHECKING:
     from runtime.data.feed import Window
+    from runtime.sharded import Shards
 
 LOG_EVERY = 10  # steps between two readings of an accelerator's metrics; reading waits for it
 
@@ -49,6 +61,8 @@ class Trained:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     fused: FusedBackward | None = None  # updates weights in the backward pass; None: after it
+    shards: Shards | None = None  # where each rank holds a part of every weight
+    scaler: Scaler | None = None  # of the loss, where gradients are float16
 
 
 @frozen(kw_only=True)
@@ -61,6 +75,7 @@ class Actions:
     checkpoint: Callable[[int, int], None]  # (done, epoch)
     validate: Callable[[int], None]
     evaluate: Callable[[int], None] = lambda done: None
+    check: Callable[[], None] = lambda: None  # raises what went wrong meanwhile
 
 
 @frozen(kw_only=True)
@@ -76,6 +91,13 @@ class Row:
     losses: Tensor  # (samples,), as `names`
     names: Sequence[str]
     fused: bool = False  # weights were updated in the backward pass, before `grad_norm` was known
+    scale: Tensor | None = None  # of the loss
+
+    @property
+    def numbers(self) -> Tensor:
+        """(3,): loss, gradient norm, scale of the loss (0: not scaled)."""
+        scale = torch.zeros_like(self.loss) if self.scale is None else self.scale
+        return torch.stack((self.loss, self.grad_norm, scale))
 
 
 @mutable(kw_only=True)
@@ -101,11 +123,11 @@ class Ledger:
         """Read and report what waits. Raises RunFailed where too many steps were bad."""
         if not self.rows:
             return
-        values = torch.stack([torch.stack((r.loss, r.grad_norm)) for r in self.rows]).tolist()
+        values = torch.stack([row.numbers for row in self.rows]).tolist()
         seconds = (time.perf_counter() - self.since) / len(self.rows)
         rows, self.rows = self.rows, []
-        for row, (loss, norm) in zip(rows, values, strict=True):
-            verdict = self.guard.judge(loss, norm)
+        for row, (loss, norm, scale) in zip(rows, values, strict=True):
+            verdict = self.guard.judge(loss, norm, scale)
             if SKIPPED in verdict:
                 verdict |= self._passed_over(row, loss, norm)
             numbers = {"loss": loss, "grad_norm": norm}
@@ -115,6 +137,7 @@ class Ledger:
                 "lr": row.lr,
                 "samples": row.samples,
                 "seconds": seconds,
+                **({"loss_scale": scale} if scale else {}),
                 **verdict,
             }
             for tracker in self.trackers:
@@ -173,10 +196,11 @@ def train(
     )
     for window in pace.waited(windows):
         try:
-            row = one_update(plan, trained, window, ranks)
+            with connected() if trained.shards else nullcontext():
+                row = one_update(plan, trained, window, ranks)
         except (RuntimeError, MemoryError, RanksLost) as error:
             whole = isinstance(error, RanksLost) or (is_out_of_memory(error) and not is_torn(error))
-            if whole and done and ranks.leads:
+            if whole and done and _can_save(trained, ranks):
                 _let_go(trained, device)
                 ledger.flush()
                 actions.checkpoint(done, window.epoch)
@@ -185,11 +209,12 @@ def train(
         if trained.ema is not None:
             trained.ema.update(done)
         ledger.add(row)
+        actions.check()
         ended = done == plan.steps.total
         try:
             save = stop.look()
         except RanksLost:
-            if ranks.leads:
+            if _can_save(trained, ranks):
                 ledger.flush()
                 actions.checkpoint(done, window.epoch)
             raise
@@ -212,6 +237,11 @@ def train(
     return done
 
 
+def _can_save(trained: Trained, ranks: Ranks) -> bool:
+    """Whether this rank may save alone, when another one may be gone."""
+    return ranks.leads and trained.shards is None
+
+
 def _let_go(trained: Trained, device: torch.device) -> None:
     """Drop what the step that failed has left, to have room for saving what the last one made."""
     for parameter in (*trained.model.parameters(), *trained.parameters.values()):
@@ -232,10 +262,12 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
     """
     lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
     set_lr(trained.optimizer, lr)
-    fused = trained.fused
+    fused, scaler, shards = trained.fused, trained.scaler, trained.shards
     losses: list[Tensor] = []
     size = plan.steps.micro_batch
-    for index, batch in ranks.parts(window, size):
+    parts = list(ranks.parts(window, size))
+    behind = shards.behind(len(parts)) if shards else 0  # asked before anything is gathered
+    for index, batch in parts:
         seed_torch(plan.seed, "model", window.step, index)
         with updating() if fused else nullcontext():
             losses.append(
@@ -247,11 +279,19 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
                     plan.precision,
                     window.samples,
                     fused.begin if fused else None,
+                    scaler.scale if scaler else None,
                 )
             )
+    if shards:
+        shards.make_up(behind)
     whole = ranks.losses(window, losses, torch.device(plan.device))
-    ranks.sum_gradients(trained.parameters.values())
-    norm = fused.finish() if fused else gradient_norm(trained.parameters.values())
+    if shards:
+        shards.collect()
+    else:
+        ranks.sum_gradients(trained.parameters.values())
+    if scaler:
+        scaler.unscale(trained.parameters.values())
+    norm = norm_of(trained)
     row = Row(
         step=window.step + 1,
         epoch=window.epoch,
@@ -262,6 +302,7 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         losses=whole,
         names=ranks.names(window),
         fused=fused is not None,
+        scale=scaler.scale if scaler else None,
     )
     if not guard(plan, trained.optimizer, row, window, ranks):
         trained.optimizer.zero_grad(set_to_none=True)
@@ -270,7 +311,18 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         seed_torch(plan.seed, "update", window.step)
         with updating():
             update(trained.optimizer, norm, plan.max_grad_norm)
+    if scaler:
+        scaler.update(~torch.isfinite(norm))
     return row
+
+
+def norm_of(trained: Trained) -> Tensor:
+    """L2 norm over all gradients together, float32."""
+    if trained.fused:
+        return trained.fused.finish()
+    if trained.shards:
+        return trained.shards.norm()
+    return gradient_norm(trained.parameters.values())
 
 
 def guard(
@@ -291,7 +343,9 @@ def guard(
         return True
     if good.item():
         return True
-    loss, norm = row.loss.item(), row.grad_norm.item()
+    loss, norm, scale = row.numbers.tolist()
+    if overflowed(loss, norm, scale):
+        return False
     if plan.guard.skip == 0 or half_done(row, loss):
         found = " ".join(filter(None, ranks.words(unfit_inputs(window))))
         raise refusal(plan, row, loss, norm, found=found)

@@ -15,7 +15,8 @@ from typing import Any
 
 from attrs import frozen
 
-from compiler.machine import COMPILER, HUB_TOKEN, OPENCV, Machine
+from compiler.attention import packages as attention_packages
+from compiler.machine import COMPILER, HUB_TOKEN, OPENCV, TRITON, Machine
 from compiler.optimizers import packages
 from compiler.plan import Device
 from compiler.trackers import TRACKERS, TrackerFacts
@@ -85,7 +86,8 @@ def compiler() -> str:
 
 
 def _missing() -> Iterator[str]:
-    yield from (name for name in packages() if not version(name))
+    kernels = attention_packages()
+    yield from (name for name in (*packages(), *kernels, TRITON) if not version(name))
     yield from (facts.package for facts in TRACKERS.values() if not tracker_is_here(facts))
     if not hub_token_is_there():
         yield HUB_TOKEN

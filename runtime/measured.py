@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from compiler.plan import Plan
@@ -26,7 +27,7 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
     thing, the peak of live tensors in one training step at the largest bucket.
     """
     peaks = dict(clock.peak_bytes)
-    if device.type == "cpu":
+    if device.type == "cpu" and trained.shards is None:  # one more step is all ranks' to make
         peaks["train"] = step_peak(plan, trained, device)
     planned = planned_peaks(plan)
     return {
@@ -79,6 +80,8 @@ def _update_peak(
     )
     if any(source.mask for source in plan.sources):
         batches = tuple(masked(batch) for batch in batches)
+    if any(source.target == "base" for source in plan.sources):
+        batches = tuple(evolve(batch, keeps_base=True) for batch in batches)
     window = Window(
         step=plan.steps.total - 1,
         epoch=plan.steps.epochs,
@@ -90,7 +93,7 @@ def _update_peak(
         "batch": [
             t
             for b in batches
-            for t in (b.latents, b.noise, b.sigmas, *b.text.values(), b.mask)
+            for t in (b.latents, b.noise, b.sigmas, b.kept, *b.text.values(), b.mask)
             if t is not None
         ],
         **_resident(trained),

@@ -54,6 +54,9 @@ def import_libraries() -> None:
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread to watch over bars that nobody sees
 
 
 def _take_handlers() -> None:

@@ -1,8 +1,9 @@
 """Several processes (ranks) train one model together: what they add up, and what they agree on.
 
 Each rank holds the whole model, its optimizer and its average, and runs its own batches of a step's
-window. Then the gradients are summed over the ranks, and all of them make the same update. Rank 0
-leads: it alone fills caches, saves, draws and reports, while the others wait.
+window. Then the gradients are summed over the ranks, and all of them make the same update. All fill
+the cache (`runtime.data.sharing`). Rank 0 leads: it alone saves, draws and reports, while the
+others wait.
 
 torch's DistributedDataParallel is not used. It reduces the gradients of the model's own parameters
 once for each backward pass, in hooks of its own. Here the optimizer may own float32 masters, which
@@ -16,6 +17,7 @@ Reductions do have one, for all ranks are in the same step then.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +42,8 @@ REDUCING = timedelta(minutes=30)  # how far apart ranks may be within a step
 POLL_SECONDS = 0.05
 BUCKET = 1 << 23  # elements that are reduced together: 32 MiB in float32
 OVER = "over"  # in the store once a rank has failed
+BEAT_SECONDS = 2.0  # between two signs of life
+SILENCE_SECONDS = 120.0  # without one: loading may keep Python busy, but not for so long
 
 
 class RanksLost(RunFailed):
@@ -90,9 +94,28 @@ class Ranks:
         """The words of all ranks, in their order."""
         return [word]
 
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Inside, this rank gives signs of life to those that wait in `meet`."""
+        yield
+
+    def meet(self, word: str) -> list[str]:
+        """As `words`, where ranks do work of any length alone before. Raises RanksLost where one
+        gives no sign of life any more."""
+        return [word]
+
+    def tally(self, mine: int, more: int) -> int:
+        """How much all ranks have done since they last met. This one has done `mine`, of which
+        `more` since it last told."""
+        return mine
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set in any rank."""
         return list(flags)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return number
 
     def parts(self, window: Window, size: int) -> Iterator[tuple[int, Batch]]:
         """This rank's micro-batches of at most `size` samples, by number in the whole window."""
@@ -130,7 +153,7 @@ class Group(Ranks):
         if device.type == "cuda" and not dist.is_nccl_available():
             raise MachineUnfit("this torch has no NCCL, which several CUDA devices need")
         self._trained = None
-        with _peers():
+        with peers():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore(f"group-{self._met}", self._store),
@@ -159,12 +182,12 @@ class Group(Ranks):
 
     def offer(self, key: str, word: str) -> None:
         """Lay down `word`, for whoever waits for `key`."""
-        with _peers():
+        with peers():
             self._store.set(key, word)
 
     def wanted(self, key: str) -> str:
         """What was laid down under `key`; waits for it without a limit."""
-        with _peers():
+        with peers():
             while not self._store.check([key]):
                 if self._store.check([OVER]):
                     raise RanksLost
@@ -191,12 +214,66 @@ class Group(Ranks):
         self.offer(f"words-{self._met}-{self.rank}", word)
         return [self.wanted(f"words-{self._met}-{rank}") for rank in range(self.count)]
 
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """See `Ranks.alive`. A thread of its own: the work may hold up the others for long."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # rank 0 is gone: whoever meets will say so
+                while not ended.is_set():
+                    self._store.add(f"alive-{self.rank}", 1)
+                    ended.wait(BEAT_SECONDS)
+
+        thread = threading.Thread(target=beat, name="alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def meet(self, word: str) -> list[str]:
+        """See `Ranks.meet`."""
+        self._met += 1
+        self.offer(f"met-{self._met}-{self.rank}", word)
+        return [self._awaited(f"met-{self._met}-{rank}", rank) for rank in range(self.count)]
+
+    def _awaited(self, key: str, rank: int) -> str:
+        """As `wanted`, of a rank that gives signs of life; before the first one it may take as long
+        as joining does."""
+        signs, since = 0, time.monotonic()
+        with peers():
+            while not self._store.check([key]):
+                now = int(self._store.add(f"alive-{rank}", 0))
+                if now != signs:
+                    signs, since = now, time.monotonic()
+                silent = time.monotonic() - since
+                if self._store.check([OVER]):
+                    raise RanksLost
+                if silent > (SILENCE_SECONDS if signs else JOINING.total_seconds()):
+                    raise RanksLost(f"no sign of life of rank {rank} for {silent:.0f} seconds")
+                time.sleep(POLL_SECONDS)
+            return str(self._store.get(key).decode())
+
+    def tally(self, mine: int, more: int) -> int:
+        """See `Ranks.tally`."""
+        with peers():
+            return int(self._store.add(f"tally-{self._met}", more))
+
     def any(self, *flags: bool) -> list[bool]:
         """See `Ranks.any`. Through host memory: nothing waits for a device."""
         told = torch.tensor(flags, dtype=torch.int32)
-        with _peers():
+        with peers():
             dist.all_reduce(told, dist.ReduceOp.MAX)
         return [bool(flag) for flag in told.tolist()]
+
+    def most(self, number: int) -> int:
+        """See `Ranks.most`. Through host memory: nothing waits for a device."""
+        told = torch.tensor(number)
+        with peers():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told.item())
 
     def parts(self, window: Window, size: int) -> Iterator[tuple[int, Batch]]:
         """See `Ranks.parts`."""
@@ -219,7 +296,7 @@ class Group(Ranks):
             count = batch.latents.shape[0]
             whole[place.slot : place.slot + count] = own[at : at + count]
             at += count
-        with _peers():
+        with peers():
             dist.all_reduce(whole)
         return whole
 
@@ -231,7 +308,7 @@ class Group(Ranks):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        with _peers():
+        with peers():
             for bucket in buckets(gradients):
                 _sum(bucket)
 
@@ -274,7 +351,7 @@ def _sum(bucket: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """Inside, a failed connection means that a peer is gone."""
     try:
         yield
@@ -282,6 +359,21 @@ def _peers() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RanksLost(str(error).strip().splitlines()[0][:200]) from error
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """As `peers`, around code that also does other things: only what the connections raise counts.
+
+    Raises RanksLost where a peer is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+            raise RanksLost(text.strip().splitlines()[0][:200]) from error
+        raise
 
 
 def join() -> Group:

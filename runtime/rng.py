@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import repeat
 from statistics import NormalDist
 
 import numpy as np
@@ -17,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 CELLS = 1 << 16
+WORTH_A_THREAD = 1 << 16
+"""Values; to draw them takes 0.2 ms, to hand work to a thread a tenth of that."""
 _UNIT = 1.0000101408279616
 """Makes the variance of the quantiles one: the root of 1 / mean(q^2)."""
 _SHARES = (np.float32(20 / 29), np.float32(21 / 29))  # 20^2 + 21^2 = 29^2
@@ -60,12 +64,27 @@ def normal(shape: tuple[int, ...], seed: int, purpose: str, *numbers: int) -> to
 
 
 def normals(
-    shape: tuple[int, ...], seed: int, purpose: str, step: int, slots: range
+    shape: tuple[int, ...],
+    seed: int,
+    purpose: str,
+    step: int,
+    slots: range,
+    pool: ThreadPoolExecutor | None = None,
+    threads: int = 1,
 ) -> torch.Tensor:
-    """`normal` at (step, slot) for each of the slots: (slots, *shape)."""
+    """`normal` at (step, slot) for each of the slots: (slots, *shape). The work is shared out to
+    `threads` of `pool`, where there is enough of it, which changes no bit."""
     out = np.empty((len(slots), *shape), np.float32)
-    for row, slot in zip(out, slots, strict=True):
-        _fill_normal(row.reshape(-1), key(seed, purpose, step, slot))
+
+    def fill(first: int, every: int) -> None:
+        for row, slot in zip(out[first::every], slots[first::every], strict=True):
+            _fill_normal(row.reshape(-1), key(seed, purpose, step, slot))
+
+    parts = min(threads, len(slots), out.size // WORTH_A_THREAD)
+    if pool is None or parts < 2:
+        fill(0, 1)
+    else:
+        list(pool.map(fill, range(parts), repeat(parts)))
     return torch.from_numpy(out)
 
 
@@ -82,15 +101,21 @@ def _digest(seed: int, purpose: str, *numbers: int) -> bytes:
 def _fill_normal(out: NDArray[np.float32], seed: int) -> None:
     """Fill `out` (1-d, contiguous) from the stream of `seed`: 32 bits a value, the first halves of
     all values before the second ones."""
-    count, table = len(out), _quantiles()
+    count = len(out)
     words: NDArray[np.uint64] = np.random.SFC64(seed).random_raw(-(-count // 2))
     halves = words.astype("<u8", copy=False).view("<u2")
     second = np.empty_like(out)
-    for place, start, share in zip((out, second), (0, count), _SHARES, strict=True):
+    for place, start, table in zip((out, second), (0, count), _tables(), strict=True):
         cells = halves[start : start + count].astype(np.intp)
         table.take(cells, out=place, mode="clip")  # the other modes copy
-        place *= share
     out += second
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The quantiles times 20/29 and times 21/29, float32."""
+    first, second = (_quantiles() * share for share in _SHARES)
+    return first, second
 
 
 @lru_cache(maxsize=1)

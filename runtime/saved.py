@@ -17,6 +17,13 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    match = NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from compiler.plan import Objective, Precision
 from runtime.batch import Batch
 from runtime.families.base import Family
-from runtime.families.common import DTYPES
-from runtime.objective import add_noise, per_sample_loss
+from runtime.families.common import DTYPES, inference
+from runtime.methods.frozen import adapters_off
+from runtime.objective import noised, per_sample_loss
 
 
 def micro_step(
@@ -26,31 +27,37 @@ def micro_step(
     batch: Batch,
     objective: Objective,
     precision: Precision,
-    window_samples: int,
+    window_samples: float,
     before_backward: Callable[[Tensor], None] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Forward and backward of one batch; gradients add up until `update`. Returns losses (B,).
 
     `window_samples` is the number of samples in the whole accumulation window, so that each sample
     weighs the same however the window is cut into batches. `before_backward` is given the losses
-    (B,) when the forward pass is done.
+    (B,) when the forward pass is done. `scale` multiplies the gradients, see `runtime.scaler`.
     """
     losses = forward_losses(family, model, batch, objective, precision)
     if before_backward is not None:
         before_backward(losses.detach())
-    (losses.sum() / window_samples).backward()  # type: ignore[no-untyped-call]
+    total = losses.sum() / window_samples
+    (total if scale is None else total * scale).backward()  # type: ignore[no-untyped-call]
     return losses.detach()
 
 
 def forward_losses(
     family: Family, model: nn.Module, batch: Batch, objective: Objective, precision: Precision
 ) -> Tensor:
-    """The loss of each sample, (B,) float32."""
+    """The loss of each sample, (B,) float32. A batch that `keeps_base` costs a second pass."""
     compute = DTYPES[precision.compute]
-    noisy = add_noise(batch.latents, batch.noise, batch.sigmas).to(compute)
+    noisy = noised(batch, objective).to(compute)
     text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
+    target = None
+    if batch.keeps_base:
+        with inference(model), adapters_off(model):
+            target = family.predict(model, noisy, batch.sigmas, text)
     prediction = family.predict(model, noisy, batch.sigmas, text)
-    return per_sample_loss(prediction, batch, objective)
+    return per_sample_loss(prediction, batch, objective, target)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -2,6 +2,7 @@
 
     samples/step-000400/NAME-WIDTHxHEIGHT-SEED.png      NAME is percent-encoded where it must be
     samples/step-000400/scores.json                     if the plan names a measure
+    samples/step-000400/clip.json                       if it asks for CLIP scores
 
 Nothing here touches what training depends on: noise comes from generators of its own, embeddings
 from the cache, and with an average (EMA) the weights are put back bit for bit.
@@ -18,10 +19,11 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-from attrs import frozen
+from attrs import field, frozen
 from PIL import Image
 from torch import nn
 
+from compiler.keeping import CLIP_SCORE
 from compiler.plan import Plan, Prompt, Validation
 from runtime import files
 from runtime.ema import Ema
@@ -33,6 +35,7 @@ from runtime.stop import Stop
 from runtime.track import Tracker
 
 SCORES = "scores.json"
+CLIP = "clip.json"
 Measure = Callable[[Image.Image, str], float | None]
 
 
@@ -67,6 +70,8 @@ class Painter:
     trackers: Sequence[Tracker]
     events: Events
     stop: Stop
+    clip: Measure | None = None
+    told: set[int] = field(factory=set)  # steps whose CLIP score is among the metrics already
 
 
 def pictures(validation: Validation) -> list[Picture]:
@@ -90,7 +95,16 @@ def is_complete(plan: Plan, step: int) -> bool:
     wanted = [p.file for p in pictures(plan.validation)]
     if plan.validation.score and wanted:
         wanted.append(SCORES)
+    if plan.validation.clip_model and wanted:
+        wanted.append(CLIP)
     return all((folder / name).exists() for name in wanted)
+
+
+def is_done(painter: Painter, step: int) -> bool:
+    """Whether nothing is left to do after `step` updates: a run that was killed may have drawn
+    the pictures, and then lost the metrics behind its checkpoint."""
+    told = painter.clip is None or step in painter.told
+    return is_complete(painter.plan, step) and told
 
 
 def validate(painter: Painter, step: int) -> None:
@@ -98,9 +112,15 @@ def validate(painter: Painter, step: int) -> None:
 
     Returns early if a stop is requested; what is missing is drawn when the run goes on.
     """
-    plan = painter.plan
-    if is_complete(plan, step):
+    if not is_complete(painter.plan, step) and not _drawn(painter, step):
         return
+    if painter.clip is not None and step not in painter.told:
+        _tell_clip(painter, painter.clip, step)
+
+
+def _drawn(painter: Painter, step: int) -> bool:
+    """Draw and score; whether it came to an end."""
+    plan = painter.plan
     folder = folder_of(Path(plan.run_folder), step)
     folder.mkdir(parents=True, exist_ok=True)
     files.clean(folder)
@@ -109,7 +129,7 @@ def validate(painter: Painter, step: int) -> None:
     with _drawing(painter):
         for index, picture in enumerate(wanted):
             if painter.stop.asked:
-                return
+                return False
             if not (folder / picture.file).exists():
                 _draw(painter, picture, folder / picture.file)
             for tracker in painter.trackers:
@@ -118,6 +138,37 @@ def validate(painter: Painter, step: int) -> None:
             painter.events.advance(index + 1)
     if plan.validation.score:
         _score(plan, folder, step, "ema" if painter.ema else "trained")
+    return True
+
+
+def _tell_clip(painter: Painter, score: Measure, step: int) -> None:
+    """Tell the trackers the CLIP score of what was drawn; measure it first if need be."""
+    folder = folder_of(Path(painter.plan.run_folder), step)
+    if not (folder / CLIP).exists():
+        _measure_clip(painter.plan, score, folder, step)
+    mean = json.loads((folder / CLIP).read_text(encoding="utf-8"))["mean"]
+    for tracker in painter.trackers:
+        tracker.metrics(step, {CLIP_SCORE: mean})
+    painter.told.add(step)
+
+
+def _measure_clip(plan: Plan, score: Measure, folder: Path, step: int) -> None:
+    by_prompt: dict[str, list[float]] = {p.name: [] for p in plan.validation.prompts}
+    found: dict[str, float] = {}
+    for picture in pictures(plan.validation):
+        with Image.open(folder / picture.file) as image:
+            value = score(image.convert("RGB"), picture.prompt.text)
+        assert value is not None, "every prompt has a CLIP score"
+        found[picture.file] = value
+        by_prompt[picture.prompt.name].append(value)
+    content = {
+        "step": step,
+        "model": plan.validation.clip_model,
+        "mean": fmean(found.values()),
+        "prompts": {name: fmean(values) for name, values in by_prompt.items()},
+        "pictures": found,
+    }
+    files.write_whole(folder / CLIP, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compiler.compile import Compiled
+from compiler.data.scan import shown
+from compiler.draft import Draft
+from compiler.plan import Plan, lock_path
 from tuner import compiling
 from tuner.screen import err
 
@@ -16,9 +19,19 @@ def compile_copied(path: Path, overrides: Sequence[str], *, offline: bool) -> Co
     """The recipe compiled, with its data copied first where they lie elsewhere.
 
     Copies only where nothing else is wrong: local checks first, the network last; never with
-    `offline`. Raises RunFailed where something can't be copied.
+    `offline`. What was copied before is copied again where it has changed, but not under a run that
+    was begun: it could not go on. Raises RunFailed where something can't be copied.
     """
-    compiled = compiling.compile_here(path, overrides)
+    compiled = _copied(compiling.compile_here(path, overrides), path, overrides, offline)
+    if compiled.plan is None or compiled.draft is None or not compiled.draft.copies:
+        return compiled
+    if not _renewed(compiled.plan, compiled.draft, offline):
+        return compiled
+    return _copied(compiling.compile_here(path, overrides), path, overrides, offline)
+
+
+def _copied(compiled: Compiled, path: Path, overrides: Sequence[str], offline: bool) -> Compiled:
+    """As `compiled`, once what is not here has been copied, if nothing else is wrong."""
     for _ in range(2):  # a table may have to be copied before the images that it names
         errors = {fault.code for fault in compiled.diagnostics if fault.severity == "error"}
         if offline or errors != {MISSING} or compiled.draft is None:
@@ -31,3 +44,23 @@ def compile_copied(path: Path, overrides: Sequence[str], *, offline: bool) -> Co
             copy_pictures(draft.absent, draft.downloads, err)
         compiled = compiling.compile_here(path, overrides)
     return compiled
+
+
+def _renewed(plan: Plan, draft: Draft, offline: bool) -> bool:
+    """Whether copies were made again, because what they were made of has changed."""
+    if offline:
+        for remote in draft.copies:
+            err(f"{shown(remote.url)} is not asked whether it has changed (--offline)")
+        return False
+    from runtime.data.downloads import changed_sources, copy_sources
+
+    changed = changed_sources(draft.copies, draft.downloads, err)
+    if changed and lock_path(Path(plan.run_folder)).exists():
+        for remote in changed:
+            err(
+                f"{shown(remote.url)} has changed since it was copied. {plan.run_folder} was begun "
+                "with the copy and goes on with it; a run with another name takes the new state"
+            )
+        return False
+    copy_sources(changed, draft.downloads, err, again=True)
+    return bool(changed)

@@ -1,6 +1,8 @@
-"""A learning rate schedule drawn in characters."""
+"""Curves drawn in characters."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from compiler.plan import Schedule
 from compiler.schedules import curve
@@ -26,3 +28,12 @@ def draw(schedule: Schedule, peak: str) -> list[str]:
 
 def _row(levels: list[int], row: int) -> str:
     return "".join(BLOCKS[max(0, min(EIGHTHS, level - row * EIGHTHS))] for level in levels)
+
+
+def sparkline(values: Sequence[float], columns: int = 24) -> str:
+    """The last `columns` values as blocks, from the lowest (one eighth) to the highest (full)."""
+    shown = values[-columns:]
+    low, span = min(shown), max(shown) - min(shown)
+    return "".join(
+        BLOCKS[1 + round((v - low) / span * (EIGHTHS - 1)) if span else 4] for v in shown
+    )

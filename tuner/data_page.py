@@ -122,7 +122,8 @@ def _rules(source: DataSource) -> str:
     """What else there is to know of a source."""
     words = [escape(spelt(source.path))]
     if source.regularisation:
-        words.append(f"class images, their loss counts {number(source.loss_weight)} times")
+        learned = ", and what the base predicts is learned" if source.target == "base" else ""
+        words.append(f"class images, their loss counts {number(source.loss_weight)} times{learned}")
     if source.mask:
         whose = "transparency" if source.mask.kind == "alpha" else "files"
         words.append(f"masks from {whose}, the rest counts {number(source.mask.floor)}")

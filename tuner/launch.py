@@ -153,7 +153,7 @@ def _verdict(
     """How the run ended: by what rank 0 says, else by whoever failed of itself, else was lost."""
     ranks = range(len(workers))
     outcome = _read(folder / OUTCOME)
-    if outcome is not None:
+    if outcome is not None and (stopped or outcome["status"] != "stopped"):
         return _outcome(plan, outcome)
     failures = {rank: _read(folder / failed_file(rank)) for rank in ranks}
     own = {r: f for r, f in failures.items() if f is not None and f["kind"] != "RanksLost"}
@@ -163,6 +163,8 @@ def _verdict(
     lost = [r for r in ranks if failures[r] is None and r not in ended and _failed(workers[r])]
     if lost:
         raise _lost(folder, lost[0], workers[lost[0]].returncode)
+    if outcome is not None:  # stopped by a file, or by a signal of its own
+        return _outcome(plan, outcome)
     if stopped:
         return _outcome(plan, {"status": "stopped", "step": None, "measured": {}, "result": None})
     raise _raised({"kind": "RunFailed", "message": "the ranks ended without a result"}, 0)

@@ -43,7 +43,7 @@ def json_object(
 def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
-        "name seed run_folder cache_folder device adapter precision text sources buckets "
+        "name seed run_folder cache_folder device adapter precision speed text sources buckets "
         "optimizer objective max_grad_norm ema guard decisions track track_project publish"
     )
     return {

@@ -13,7 +13,17 @@ from urllib.parse import urlsplit
 
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
-from compiler.plan import Bucket, Component, DataSource, Evaluation, Geometry, Objective, Plan
+from compiler.plan import (
+    Bucket,
+    Checkpoints,
+    Component,
+    DataSource,
+    Evaluation,
+    Geometry,
+    Objective,
+    Plan,
+)
+from compiler.shapes import pass_shapes
 from compiler.trackers import TRACKERS
 from tuner.curve import draw
 from tuner.formats import amount, counted, number
@@ -137,8 +147,20 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     base = next(part for part in plan.model.components if part.name == plan.model.trained_component)
     held = precision.weights if base.quantize == "none" else base.quantize
     frozen = f", {held} frozen" if adapter else ""
-    lines.append(f"  {precision.compute} compute{frozen}, {precision.trained} trained weights")
-    return lines
+    scaled = ", loss scaled" if precision.compute == "float16" else ""
+    words = f"  {precision.compute} compute{frozen}, {precision.trained} trained weights{scaled}"
+    return [*lines, words, *_speed(plan)]
+
+
+def _speed(plan: Plan) -> list[str]:
+    """What makes steps faster, where something is on."""
+    speed, shapes = plan.speed, pass_shapes(plan.buckets, plan.steps.micro_batch)
+    compiled = speed.compile == "regional"
+    words = [f"blocks compiled for {counted(len(shapes), 'shape')}"] if compiled else []
+    words += [f"attention by {speed.attention}"] if speed.attention != "native" else []
+    words += ["TF32"] if speed.tf32 else []
+    words += [f"prompts padded to {speed.tokens} tokens"] if speed.tokens else []
+    return [f"  {', '.join(words)}"] if words else []
 
 
 def _data(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
@@ -211,7 +233,8 @@ def _source_details(plan: Plan, source_id: str) -> list[str]:
         whose = "transparency" if source.mask.kind == "alpha" else source.mask.folder
         rows.append(f"masks from {whose}, {rest}")
     if source.regularisation:
-        rows.append(f"class images: their loss counts {number(source.loss_weight)} times")
+        learned = ", and what the base predicts is learned" if source.target == "base" else ""
+        rows.append(f"class images: their loss counts {number(source.loss_weight)} times{learned}")
     return [line for row in rows for line in wrapped(row, "    ", "      ")]
 
 
@@ -390,8 +413,22 @@ def _checkpoint_words(plan: Plan) -> str:
     checkpoints = plan.checkpoints
     if not checkpoints.every:
         return "at the end and when stopped"
-    kept = f"the newest {checkpoints.keep} stay" if checkpoints.keep else "all stay"
-    return f"every {counted(checkpoints.every, 'step')}, {kept}"
+    words = f"every {counted(checkpoints.every, 'step')}, {_stay(checkpoints)} stay"
+    if checkpoints.result == "best":
+        words += "; the result is the best"
+    return words
+
+
+def _stay(checkpoints: Checkpoints) -> str:
+    """Which checkpoints are kept."""
+    if not checkpoints.keep:
+        return "all"
+    parts = [f"the newest {checkpoints.keep}"]
+    if checkpoints.keep_every:
+        parts.append(f"each {checkpoints.keep_every:,}th step's")
+    if checkpoints.best:
+        parts.append(f"the best by {checkpoints.best}")
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _told(plan: Plan, recipe: str) -> list[str]:

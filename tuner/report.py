@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from compiler.keeping import CLIP_SCORE, LOSS, best_of
 from compiler.plan import Plan
+from runtime.saved import complete, step_of
 from tuner.charts import chart, moving_average
 from tuner.exits import DONE, REFUSED
 from tuner.formats import amount, counted, duration, number, size
 from tuner.html import document, table
+from tuner.judged import judged_by, judged_note, judged_title
 from tuner.plan_view import text as plan_text
 from tuner.report_data import contact_sheet
 from tuner.report_events import events
@@ -99,6 +102,10 @@ def _facts(run: RunData, plan: Plan) -> str:
     losses = run.series("loss")
     if losses:
         facts.append(("Loss", f"{moving_average(losses)[-1][1]:.3g}", "smoothed, at the end"))
+    for key in (LOSS, CLIP_SCORE):
+        if found := run.series(key):
+            words = f"from {found[0][1]:.3g}" if len(found) > 1 else f"at step {found[0][0]:,.0f}"
+            facts.append((judged_title(key), f"{found[-1][1]:.3g}", words))
     seconds = [value for _, value in run.series("seconds")]
     if seconds:
         mean = sum(seconds) / len(seconds)
@@ -209,6 +216,7 @@ def _curves(run: RunData) -> str:
             marks=run.spikes("grad_norm"),
         ),
         chart("Seconds a step", run.series("seconds"), smooth=True),
+        *_judged(run),
     ]
     drawn = "".join(charts)
     if not drawn:
@@ -216,6 +224,22 @@ def _curves(run: RunData) -> str:
     marked = any(run.spikes(key) for key in ("loss", "grad_norm"))
     key = "<p class='soft small'>Triangles mark values that stand out.</p>" if marked else ""
     return f"<h2>Curves</h2>{key}<div class='charts'>{drawn}</div>"
+
+
+def _judged(run: RunData) -> Iterator[str]:
+    """Curves of what is measured now and then: it has few points, and each counts."""
+    for key in judged_by(run.metrics):
+        rules = run.plan.checkpoints if run.plan else None
+        chosen = best_of(run.metrics, key, _kept(run)) if rules and rules.best == key else None
+        note = judged_note(key)
+        if chosen is not None:
+            note += f"; the triangle marks step {chosen:,}, the best that is kept"
+        marks = () if chosen is None else (float(chosen),)
+        yield chart(judged_title(key), run.series(key), note=note, marks=marks)
+
+
+def _kept(run: RunData) -> list[int]:
+    return [step_of(folder) for folder in complete(run.folder / "checkpoints")]
 
 
 def _memory(run: RunData) -> str:

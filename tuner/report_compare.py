@@ -12,6 +12,7 @@ from tuner.diff import ABSENT, FEW, FOLDED, differences, value_text
 from tuner.exits import DONE, FAILED, REFUSED
 from tuner.formats import duration, number
 from tuner.html import document, table
+from tuner.judged import judged_by, judged_note, judged_title
 from tuner.report import is_run, measured_bytes
 from tuner.report_pictures import Subject, drawn_by, heading, mosaic, ordered
 from tuner.run_data import RunData, read_run
@@ -100,6 +101,10 @@ def _curves(runs: Sequence[RunData]) -> str:
             overlay("Learning rate", lines("lr"), spell=number),
             overlay("Gradient norm", lines("grad_norm"), note="smoothed", smooth=True),
             overlay("Seconds a step", lines("seconds"), note="smoothed", smooth=True),
+            *(
+                overlay(judged_title(key), lines(key), note=judged_note(key))
+                for key in judged_by([row for run in runs for row in run.metrics])
+            ),
         )
     )
     return f"<h2>Curves</h2><div class='charts'>{drawn}</div>" if drawn else ""

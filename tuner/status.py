@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from attrs import asdict, frozen
 
+from compiler.keeping import CLIP_SCORE, LOSS, best_of
 from compiler.plan import Plan
 from runtime.folder import is_held
-from runtime.saved import latest, read_state
+from runtime.saved import complete, latest, read_state, step_of
+from tuner.curve import sparkline
 from tuner.eta import RECENT, Eta
 from tuner.exits import DONE, REFUSED
 from tuner.formats import counted, duration, rate, size
@@ -48,6 +50,9 @@ class Status:
     epochs: int
     loss: float | None  # of the last step
     loss_recent: float | None  # mean of the last hundred steps
+    evaluation_losses: list[tuple[int, float]]  # (step, loss of what is held out)
+    clip_scores: list[tuple[int, float]]  # (step, mean over the validation pictures)
+    best: int | None  # step of the best checkpoint, where the plan keeps it
     grad_norm: float | None
     lr: float | None
     seconds_per_step: float | None  # mean of the last hundred
@@ -87,7 +92,7 @@ def status(run: RunData, plan: Plan, now: float | None = None) -> Status:
     note = _note(run.folder)
     state = _state(run, note)
     known = note if state in ("running", "killed") else {}
-    last = run.metrics[-1] if run.metrics else {}
+    last: Mapping[str, Any] = next((row for row in reversed(run.metrics) if "loss" in row), {})
     checkpoint = _checkpoint(run.folder)
     step = max(run.step, checkpoint or 0) if state != "finished" else plan.steps.total
     recent = run.metrics[-RECENT:]
@@ -107,6 +112,9 @@ def status(run: RunData, plan: Plan, now: float | None = None) -> Status:
         epochs=plan.steps.epochs,
         loss=_number(last.get("loss")),
         loss_recent=_mean(recent, "loss"),
+        evaluation_losses=_series(run, LOSS),
+        clip_scores=_series(run, CLIP_SCORE),
+        best=_best(run, plan),
         grad_norm=_number(last.get("grad_norm")),
         lr=_number(last.get("lr")),
         seconds_per_step=eta.step_seconds,
@@ -142,6 +150,17 @@ def _note(folder: Path) -> Mapping[str, Any]:
 def _checkpoint(folder: Path) -> int | None:
     saved = latest(folder / "checkpoints")
     return None if saved is None else _whole(read_state(saved).get("step"))
+
+
+def _series(run: RunData, key: str) -> list[tuple[int, float]]:
+    return [(int(step), value) for step, value in run.series(key)]
+
+
+def _best(run: RunData, plan: Plan) -> int | None:
+    if not plan.checkpoints.best:
+        return None
+    steps = [step_of(folder) for folder in complete(run.folder / "checkpoints")]
+    return best_of(run.metrics, plan.checkpoints.best, steps)
 
 
 def _eta(plan: Plan, recent: Sequence[Mapping[str, Any]]) -> Eta:
@@ -195,10 +214,12 @@ def _lines(found: Status) -> list[str]:
         ("phase", _phase(found)),
         ("step", _step(found)),
         ("loss", _loss(found)),
+        ("evaluation", _judged(found.evaluation_losses, min)),
+        ("clip score", _judged(found.clip_scores, max)),
         ("rate", _rate(found)),
         ("left", "" if found.seconds_left is None else f"about {duration(found.seconds_left)}"),
         ("memory", _memory(found)),
-        ("saved", "" if found.checkpoint is None else f"checkpoint of step {found.checkpoint:,}"),
+        ("saved", _saved(found)),
         ("result", found.result or ""),
     ]
     return columns([(name, text) for name, text in rows if text])
@@ -229,6 +250,27 @@ def _loss(found: Status) -> str:
     if found.loss_recent is not None:
         text += f", {found.loss_recent:.3g} in the mean of recent steps"
     return text if found.grad_norm is None else f"{text}; gradient norm {found.grad_norm:.2g}"
+
+
+def _judged(points: Sequence[tuple[int, float]], better: Callable[..., float]) -> str:
+    """The last value, how it came there, and the best one."""
+    if not points:
+        return ""
+    step, value = points[-1]
+    text = f"{value:.4g} at step {step:,}"
+    if len(points) > 1:
+        best = better(value for _, value in points)
+        where = next(step for step, value in points if value == best)
+        text += f"; {points[0][1]:.4g} at first, best {best:.4g} at step {where:,}"
+        text += f"  {sparkline([value for _, value in points])}"
+    return text
+
+
+def _saved(found: Status) -> str:
+    if found.checkpoint is None:
+        return ""
+    best = "" if found.best is None else f", the best of those kept is that of step {found.best:,}"
+    return f"checkpoint of step {found.checkpoint:,}{best}"
 
 
 def _rate(found: Status) -> str:

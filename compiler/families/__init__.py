@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compiler.families import sana, sd3
+from compiler.families import sana, sd, sd3
 from compiler.families.card import FamilyCard
 
-FAMILIES: dict[str, FamilyCard] = {"sana": sana.CARD, "sd3": sd3.CARD}
+FAMILIES: dict[str, FamilyCard] = {"sana": sana.CARD, "sd3": sd3.CARD, "sd": sd.CARD}

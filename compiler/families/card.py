@@ -21,6 +21,11 @@ class KnownModel:
 Configs = Mapping[str, Mapping[str, Any]]
 
 
+def counted(*keys: str) -> Callable[[Mapping[str, Any]], int]:
+    """Of a configuration, the sum of what `keys` say; 0 where they say nothing."""
+    return lambda config: sum(int(config.get(key) or 0) for key in keys)
+
+
 @frozen(kw_only=True)
 class TokenShift:
     """What the pipeline takes for a shift by resolution where the scheduler doesn't say."""
@@ -41,8 +46,11 @@ class FamilyCard:
     components: Mapping[str, str]  # component -> class name, in model_index.json's order
     text_encoders: tuple[str, ...]  # component names, in the order they are run
     trained_component: Literal["transformer", "unet"]
-    blocks: tuple[str, ...]  # attribute names of the module lists that checkpointing counts
-    depth_keys: tuple[str, ...]  # keys of the configuration that say how many are in each
+    blocks: tuple[str, ...]
+    """The blocks that checkpointing and offloading count: names of module lists, or patterns of
+    module names (regular expressions, full match)."""
+    depth: Callable[[Mapping[str, Any]], int]
+    """How many there are, by the trained component's configuration."""
     runs: Callable[[Mapping[str, Any]], Sequence[int] | None] | None
     """Numbers of equal blocks that follow each other, by the trained component's configuration;
     None where they are not so regular. A last block that differs is not counted."""
@@ -59,19 +67,30 @@ class FamilyCard:
     sampling: str  # default timestep density
     default_shift: float  # used where the scheduler's configuration states none
     token_shift: TokenShift | None  # None: the pipeline knows no shift by resolution
-    prediction: Literal["flow"]
+    prediction: Literal["flow", "epsilon"]
+    """"epsilon": the model is trained on a table of noise levels; whether it predicts the noise or
+    v is for the base's scheduler to say."""
     guidance: float  # the pipeline's own default
     inference_steps: int
     target_sets: Mapping[str, tuple[str, ...]]  # name -> module name patterns (full match)
     default_targets: str  # a name in target_sets
     fp16_overflows: bool
+    masked_attention: bool  # the trained component hands its attention a mask
+    attention: str  # in words: which attention has kernels to choose from
     known: tuple[KnownModel, ...]
     traps: tuple[str, ...] = field(default=())  # sentences shown by the plan where they apply
+    pipeline_options: Mapping[str, Any] = field(factory=dict)
+    """What else the pipeline's class must be given."""
+    size_conditions: bool = False  # the model is told each picture's size and crop
 
     def multiple(self, configs: Configs) -> int:
         """Pixels that both edges must divide by: VAE down-sampling times patch size."""
-        transformer = configs[self.trained_component]
-        return self.vae_factor(configs["vae"]) * int(transformer.get("patch_size") or 1)
+        trained = configs[self.trained_component]
+        if self.trained_component == "unet":  # halves its picture once less than it has levels
+            step = 2 ** (len(trained["block_out_channels"]) - 1)
+        else:
+            step = int(trained.get("patch_size") or 1)
+        return self.vae_factor(configs["vae"]) * int(step)
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         """How many pixels one latent stands for, along an edge."""

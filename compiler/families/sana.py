@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families.card import Configs, FamilyCard, KnownModel
+from compiler.families.card import Configs, FamilyCard, KnownModel, counted
 
 INSTRUCTION = (  # the default of SanaPipeline.__call__; the last line ends with a space
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual "
@@ -152,7 +152,7 @@ CARD = FamilyCard(
     text_encoders=("text_encoder",),
     trained_component="transformer",
     blocks=("transformer_blocks",),
-    depth_keys=("num_layers",),
+    depth=counted("num_layers"),
     runs=lambda config: [int(config.get("num_layers", 0))],
     shortened=lambda config, counts: {**config, "num_layers": counts[0]},
     latent_channels_key="latent_channels",
@@ -180,6 +180,8 @@ CARD = FamilyCard(
     },
     default_targets="attention",
     fp16_overflows=True,
+    masked_attention=True,  # of prompts of different lengths
+    attention="cross-attention; self-attention is linear, which no kernel of these computes",
     known=(
         _known("Efficient-Large-Model/Sana_600M_512px_diffusers", 512, SMALL, 591_747_872),
         _known("Efficient-Large-Model/Sana_600M_1024px_diffusers", 1024, SMALL, 591_747_872),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift
+from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
 
 CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -171,7 +171,7 @@ CARD = FamilyCard(
     text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     trained_component="transformer",
     blocks=("transformer_blocks",),
-    depth_keys=("num_layers",),
+    depth=counted("num_layers"),
     runs=_runs,
     shortened=_shortened,
     latent_channels_key="latent_channels",
@@ -203,6 +203,8 @@ CARD = FamilyCard(
     },
     default_targets="attention",
     fp16_overflows=False,
+    masked_attention=False,
+    attention="all attention",
     known=(
         _known(
             "stabilityai/stable-diffusion-3-medium-diffusers",

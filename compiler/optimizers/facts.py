@@ -12,6 +12,7 @@ from compiler.plan import Device, Dtype
 EVERYWHERE: tuple[Device, ...] = ("cpu", "cuda", "mps", "xpu")
 
 GLOBAL_ESTIMATE = "it estimates its step size from all gradients together"
+FACTORS = "it keeps means over the rows and columns of each whole weight"
 ON_HOST = "it updates all weights at once, in host memory"
 
 
@@ -52,8 +53,20 @@ class OptimizerFacts:
     """How an update much smaller than its bfloat16 weight is kept: not at all, in a compensation
     term beside the weight, or on average."""
     averages: bool = False  # schedule-free: what it trains is not what is judged and kept
+    whole: str = ""  # why its step reads whole weights, not numbers one by one; "" if it does not
     not_in_backward: str = ""  # why its step can't be taken weight by weight; "" if it can
     eight_bit: str = ""  # its sibling that keeps its state in 8 bits
+
+    @property
+    def not_by_rows(self) -> str:
+        """Why a rank can't update its rows of a weight without the others'; "" if it can."""
+        if self.whole:
+            return self.whole
+        if self.block:
+            return "it keeps states in blocks, which rows of weights would cut elsewhere"
+        if self.bf16 == "stochastic":
+            return "its random roundings would depend on the number of devices"
+        return ON_HOST if self.host_bytes else ""
 
     @property
     def arguments(self) -> tuple[str, ...]:

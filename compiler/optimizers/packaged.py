@@ -7,6 +7,7 @@ for bitsandbytes, where they follow from its layout.
 from __future__ import annotations
 
 from compiler.optimizers.facts import (
+    FACTORS,
     GLOBAL_ESTIMATE,
     OptimizerFacts,
     always,
@@ -35,6 +36,7 @@ _KAHAN = tuple(
         devices=("cpu", "cuda", "mps"),
         reads_values=name == "stableadamw",
         copies=2 if name == "stableadamw" else 0,
+        whole="it scales its step by a mean over the whole weight" if name == "stableadamw" else "",
         bf16="kahan",
     )
     for name, title, cls, states, defaults, ours, most, lr in (
@@ -170,6 +172,7 @@ PACKAGED = (
         usual_lr=(0.1, 10.0),
         reads_values=True,
         copies=2,
+        whole=GLOBAL_ESTIMATE,
         not_in_backward=GLOBAL_ESTIMATE,
     ),
     # Luo et al., "CAME", arXiv 2307.02047.
@@ -180,6 +183,7 @@ PACKAGED = (
         package="came-pytorch",
         state_bytes=always(4 + 2 * 8 / 1024),
         defaults={**THREE, "clip_threshold": 1.0, "weight_decay": 0.0},
+        whole=FACTORS,
     ),
     # Vyas et al., "SOAP", arXiv 2409.11321.
     OptimizerFacts(
@@ -195,6 +199,7 @@ PACKAGED = (
             "precondition_frequency": 10,
             "max_precondition_dim": 10000,
         },
+        whole="it turns each whole matrix into its own axes",
     ),
     # Pagliardini et al., "The AdEMAMix optimizer", arXiv 2409.03137.
     OptimizerFacts(

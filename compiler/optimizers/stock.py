@@ -5,7 +5,7 @@ State bytes were measured on the processor (float32 and bfloat16 weights of 1,02
 
 from __future__ import annotations
 
-from compiler.optimizers.facts import ON_HOST, OptimizerFacts, always, weights_like
+from compiler.optimizers.facts import FACTORS, ON_HOST, OptimizerFacts, always, weights_like
 from compiler.plan import Device
 
 FUSED: tuple[Device, ...] = ("cpu", "cuda", "mps", "xpu")
@@ -77,6 +77,7 @@ STOCK = (
         state_bytes=weights_like(FACTORED / 4),
         defaults={"beta2_decay": -0.8, "clip_threshold": 1.0, "weight_decay": 0.0},
         renamed={"clip_threshold": "d"},
+        whole=FACTORS,
         reads_values=True,
         copies=2,
         usual_lr=(0.0, 1.0),
@@ -96,6 +97,7 @@ STOCK = (
             "eps": 1e-8,
             "weight_decay": 0.1,
         },
+        whole="it makes each whole matrix orthogonal",
     ),
     # torchao keeps the moments in blocks of 256 (128 at 4 bits), as Dettmers et al., "8-bit
     # optimizers via block-wise quantization", arXiv 2110.02861. Weights that are no whole number of

@@ -13,11 +13,14 @@ from compiler.passes.batches import resolve_batches
 from compiler.passes.components import resolve_components
 from compiler.passes.data import resolve_data
 from compiler.passes.evaluation import resolve_evaluation
+from compiler.passes.keeping import judge_keeping
 from compiler.passes.memory import resolve_memory
 from compiler.passes.model import resolve_model
 from compiler.passes.outputs import resolve_outputs
 from compiler.passes.precision import resolve_precision
 from compiler.passes.publish import resolve_publish
+from compiler.passes.sharing import resolve_sharing
+from compiler.passes.speed import resolve_speed
 from compiler.passes.storage import resolve_storage
 from compiler.passes.training import resolve_training
 
@@ -30,9 +33,12 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("storage", resolve_storage),
     ("data", resolve_data),
     ("batches", resolve_batches),
+    ("speed", resolve_speed),
     ("training", resolve_training),
+    ("sharing", resolve_sharing),
     ("outputs", resolve_outputs),
     ("evaluation", resolve_evaluation),
+    ("keeping", judge_keeping),
     ("publish", resolve_publish),
     ("memory", resolve_memory),
 )

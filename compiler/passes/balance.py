@@ -65,6 +65,29 @@ def decimal(draft: Draft, path: KeyPath, value: float) -> str:
     return plain if is_decimal and float(plain) == value else repr(value)
 
 
+def judge_targets(draft: Draft) -> None:
+    """Refuse to learn the base's own predictions where there is no frozen base, or nothing else."""
+    stated = [one.regularisation for one in draft.recipe.data.source]
+    kept = [n for n, one in enumerate(stated) if one is not None and one.target == "base"]
+    if not kept:
+        return
+    path = ("data", "source", kept[0], "regularisation", "target")
+    if draft.recipe.adapter is None:
+        draft.error(
+            "conflict",
+            path,
+            "a full fine-tune has no frozen base to ask: it would need a second copy of the model",
+            help='an [adapter], or target = "image" to learn class images themselves',
+        )
+    elif len(kept) == len(stated):
+        draft.error(
+            "conflict",
+            path,
+            "nothing would be learned: all sources keep what the base predicts",
+            help="add a source of what is to be learned",
+        )
+
+
 def judge_leaks(draft: Draft, sources: Sequence[tuple[set[str], set[str]]]) -> None:
     """Refuse what one source holds out and another trains; rows are (trained, held out) pictures,
     one for each source of the recipe."""

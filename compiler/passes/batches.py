@@ -96,13 +96,6 @@ def _ranks(draft: Draft) -> int:
     launch = draft.recipe.launch
     ranks = 1 if launch.devices == "auto" else launch.devices
     draft.decide(DEVICES, ranks, by="decided", why="one device, unless the recipe asks for more")
-    if launch.devices == 1 and draft.given(("launch", "strategy")):
-        draft.error(
-            "no-effect",
-            ("launch", "strategy"),
-            "`strategy` says how several devices share the work; this recipe trains on one",
-            of="key",
-        )
     if ranks > 1 and draft.device == "mps":
         draft.error("conflict", DEVICES, f"a machine has one mps device, not {ranks}")
     return ranks

@@ -9,12 +9,12 @@ from attrs import evolve
 from compiler import plan
 from compiler.diagnostics import choices
 from compiler.draft import Draft, ModelFacts
-from compiler.passes.precision import FORMATS
+from compiler.passes.precision import FORMATS, refuse_half
 from compiler.quantisers import QUANTISERS
 from compiler.schema import ComponentRecipe
 from compiler.spans import KeyPath
 
-TABLES = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+TABLES = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 """Keys of `[model]` that are components, by their names in the family."""
 
 
@@ -75,7 +75,7 @@ def model_plan(draft: Draft) -> plan.Model:
         base=facts.base,
         local=facts.local,
         revision=facts.revision,
-        init=draft.recipe.model.transformer.init,
+        init=draft.trained.init,
         trained_component=family.trained_component,
         components=tuple(
             plan.Component(
@@ -169,11 +169,11 @@ def _transformer_format(draft: Draft, facts: ModelFacts) -> None:
         return
     held = draft.formats[name]
     draft.precision = evolve(precision, weights=held)
-    own = draft.recipe.model.transformer.weights != "auto"
+    own = draft.trained.weights != "auto"
     path: KeyPath = _at(name, "weights") if own else ("precision", "weights")
-    if "float16" in (precision.compute, held):
+    if "float16" in (precision.compute, held) and facts.family.fp16_overflows:
         if own and held == "float16" and precision.compute != "float16":
-            _refuse_half(draft, facts, path)
+            refuse_half(draft, facts.family.title, path)
     elif held != precision.compute:
         draft.error(
             "precision-mismatch",
@@ -181,17 +181,6 @@ def _transformer_format(draft: Draft, facts: ModelFacts) -> None:
             f"a base in {held} can't compute in {precision.compute}",
             help="leave `weights` out: it follows `compute`",
         )
-
-
-def _refuse_half(draft: Draft, facts: ModelFacts, path: KeyPath) -> None:
-    overflows = facts.family.fp16_overflows
-    why = "activations exceed what fp16 holds (65504)" if overflows else "gradients underflow"
-    draft.error(
-        "fp16-overflow" if overflows else "fp16-unsupported",
-        path,
-        f"{facts.family.title} can't be trained in fp16: {why}",
-        help='say "bf16", or "fp32" where the device has no bf16',
-    )
 
 
 def _init(draft: Draft, facts: ModelFacts, name: str, recipe: ComponentRecipe) -> None:
@@ -237,7 +226,7 @@ def _quantisation(draft: Draft, facts: ModelFacts, name: str, kind: plan.Quantis
 
 
 def _refuse_trained(draft: Draft, name: str, kind: plan.Quantisation) -> None:
-    if draft.recipe.model.transformer.init == "random":
+    if draft.trained.init == "random":
         draft.error(
             "conflict",
             _at(name, "quantize"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from attrs import evolve
 
 from compiler import costs
 from compiler.costs import Hidden, Outlook, Skipped
 from compiler.draft import Draft
+from compiler.keeping import at_once
 from compiler.memory import gib
 from compiler.plan import Plan
 from compiler.site import Present, Space
@@ -118,8 +121,14 @@ def _fewer(plan: Plan, found: Outlook, space: Space | None) -> str:
     if space is None or not disk.one_checkpoint_bytes or found.present is None:
         return elsewhere
     room = space.free_bytes + found.present.run_bytes - (disk.result_bytes or 0)
-    keep = room // disk.one_checkpoint_bytes - 1  # a new one is written before an old one goes
-    if not 1 <= keep < (plan.checkpoints.keep or disk.checkpoints):
+    most = range(1, plan.checkpoints.keep or disk.checkpoints)
+    rules, total = plan.checkpoints, plan.steps.total
+    keep = bisect_right(
+        most,
+        room // disk.one_checkpoint_bytes,
+        key=lambda keep: at_once(evolve(rules, keep=keep), total),
+    )
+    if not keep:
         return elsewhere
     return f"`keep = {keep}` in [checkpoints] fits; or write to a larger disk: output"
 

@@ -15,7 +15,7 @@ from compiler.data.manifest import Folder, Manifest, Sample
 from compiler.data.scan import ALONE, Picture, Scan
 from compiler.data.sources.spots import Spot, name_of
 from compiler.draft import Draft
-from compiler.passes.balance import judge_leaks, moment, trained, with_repeats
+from compiler.passes.balance import judge_leaks, judge_targets, moment, trained, with_repeats
 from compiler.passes.captions import captioned, resolve_captions
 from compiler.passes.geometry import resolve_geometries
 from compiler.passes.inherited import Effects, own_or_data
@@ -63,6 +63,7 @@ def resolve_data(draft: Draft) -> None:
     if len(found) < len(recipes):
         return
     judge_leaks(draft, [(each.trained, each.held_out) for each in found])
+    judge_targets(draft)
     groups = with_repeats(draft, [each.sources for each in found])
     if groups is None or not _differ(draft, [source for group in groups for source in group]):
         return
@@ -170,6 +171,7 @@ def _source(
         held_out=len(told.pictures) - len(kept),
         regularisation=recipe.regularisation is not None,
         loss_weight=recipe.regularisation.weight if recipe.regularisation else 1.0,
+        target=recipe.regularisation.target if recipe.regularisation else "image",
         mask=masks.rules,
         first=moment(draft, where, "from", recipe.start),
         until=moment(draft, where, "until", recipe.until),

@@ -27,6 +27,10 @@ def fused_backward_possible(draft: Draft) -> str | None:
     largest = max((bucket.batch_size for bucket in draft.buckets), default=1)
     if in_parts or (asked != "auto" and asked < largest):
         return "`micro_batch` adds up the gradients of a batch's parts before the update"
+    if draft.precision is not None and draft.precision.compute == "float16":
+        return "in float16 an update may be left out, which all gradients together decide"
+    if draft.speed.compile != "off":
+        return "a compiled block hands over all its gradients at once"
     if draft.steps is not None and draft.steps.ranks > 1:
         return "gradients are averaged over the devices before the update"
     return _optimizer_reason(draft)

@@ -66,7 +66,7 @@ def depth(draft: Draft) -> int:
     assert draft.model is not None
     family = draft.model.family
     config = draft.model.configs[family.trained_component]
-    return sum(int(config.get(key) or 0) for key in family.depth_keys)
+    return family.depth(config)
 
 
 def largest_batch(draft: Draft) -> int:
@@ -122,7 +122,7 @@ def rungs(draft: Draft) -> list[Rung]:
         add(optimizer=sibling, fused_backward=found[-1].fused_backward and not apart)
     for kind in _fewer_bits(draft):
         add(quantize=kind)
-    if draft.device != "cpu":
+    if draft.device != "cpu" and not _sharded(draft):
         _offload(draft, add)
     if memory.micro_batch == "auto":
         size = largest_batch(draft)
@@ -132,17 +132,23 @@ def rungs(draft: Draft) -> list[Rung]:
     return found
 
 
+def _sharded(draft: Draft) -> bool:
+    """Whether the weights are dealt out: some savings don't go with that, see `passes.sharing`."""
+    return draft.sharing.strategy == "fsdp"
+
+
 def _eight_bit(draft: Draft) -> str:
     assert draft.optimizer is not None
     sibling = OPTIMIZERS[draft.optimizer.name].eight_bit
     open_ = draft.recipe.train.optimizer.name == "auto" and draft.device != "cpu"
+    open_ = open_ and not _sharded(draft)
     return sibling if open_ and sibling and suits(draft, sibling) else ""
 
 
 def _fewer_bits(draft: Draft) -> tuple[plan.Quantisation, ...]:
     assert draft.model is not None
     recipe = getattr(draft.recipe.model, draft.model.family.trained_component)
-    if recipe.quantize != "auto" or draft.adapter is None:
+    if recipe.quantize != "auto" or draft.adapter is None or _sharded(draft):
         return ()
     kind = draft.adapter.kind
     return tuple(

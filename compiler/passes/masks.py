@@ -19,8 +19,11 @@ from compiler.data.manifest import Sample
 from compiler.data.scan import Fault, Picture, Scan, scan, shown
 from compiler.draft import Draft
 from compiler.passes.captions import LISTED, listed
-from compiler.schema import SourceRecipe
+from compiler.passes.inherited import path_of
+from compiler.schema import MaskRecipe, SourceRecipe
 from compiler.spans import KeyPath
+
+_OF_FILES = ("folder", "suffix", "missing")  # keys of masks from files
 
 
 @frozen(kw_only=True)
@@ -49,23 +52,46 @@ def stem(key: str) -> str:
     return os.path.splitext(key)[0]
 
 
+def stated(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> tuple[MaskRecipe | None, KeyPath]:
+    """What holds for a source, and where it says so: its own table, completed key by key by that of
+    `[data]` where both speak of one kind of masks, or else `[data]`'s."""
+    own, default = recipe.mask, draft.recipe.data.mask
+    if own is None:
+        return default, ("data", "mask")
+    path = (*where, "mask")
+    if isinstance(own, str):
+        return None, path
+    taken = _taken(draft, path, own)
+    return evolve(own, **{key: getattr(default, key) for key in taken}), path
+
+
+def _taken(draft: Draft, path: KeyPath, own: MaskRecipe) -> list[str]:
+    """Keys of a source's table that it leaves to `[data]`'s."""
+    default = draft.recipe.data.mask
+    if default is None or path == ("data", "mask"):
+        return []
+    alike = _OF_FILES if own.source == default.source else ()
+    return [key for key in ("floor", *alike) if not draft.given((*path, key))]
+
+
 def resolve_masks(
     draft: Draft, where: KeyPath, recipe: SourceRecipe, folder: Path, found: Scan
 ) -> Masks | None:
     """What the recipe says of masks, and the files there are. None after an error."""
-    table = recipe.mask
+    table, path = stated(draft, where, recipe)
     if table is None:
         return Masks(rules=None, scan=found)
-    path = (*where, "mask")
     if not _effective(draft, path, table.source):
         return None
-    for key in ("folder", "suffix", "floor", "missing"):
-        draft.decide((*path, key), getattr(table, key))
+    taken = _taken(draft, path, table)
+    for key in ("floor", *_OF_FILES):
+        if key not in taken:
+            draft.decide((*path, key), getattr(table, key))
     draft.decide((*path, "from"), table.source)
     rules = plan.Mask(kind=table.source, floor=table.floor)
     if table.source == "alpha":
         return Masks(rules=rules, scan=found)
-    place = _place(draft, path, table.folder, folder)
+    place = _place(draft, path_of(draft, where, "mask", "folder"), table.folder, folder)
     if place is None:
         return None
     if place == folder and not table.suffix:
@@ -84,7 +110,7 @@ def resolve_masks(
     except OSError as error:
         draft.error(
             "unreadable-folder",
-            (*path, "folder"),
+            path_of(draft, where, "mask", "folder"),
             f"`{table.folder}` can't be read: {error.strerror or error}",
         )
         return None
@@ -93,7 +119,7 @@ def resolve_masks(
 
 
 def _effective(draft: Draft, path: KeyPath, kind: str) -> bool:
-    idle = [key for key in ("folder", "suffix", "missing") if draft.given((*path, key))]
+    idle = [key for key in _OF_FILES if draft.given((*path, key))]
     if kind == "file" or not idle:
         return True
     draft.error(
@@ -118,7 +144,7 @@ def _place(draft: Draft, path: KeyPath, stated: str, folder: Path) -> Path | Non
         what = f"is no path: {error}"
     draft.error(
         "missing-path",
-        (*path, "folder"),
+        path,
         f"the folder of masks `{stated}` {what}",
         help=f"paths are relative to the recipe: looked in {shown(str(draft.folder))}",
     )
@@ -167,7 +193,10 @@ def judge_masks(
     rules = masks.rules
     if rules is None or rules.kind == "alpha":
         return True
-    path, each = (*where, "mask"), [(p, masks.files.get(stem(p.key), ())) for p in pictures]
+    path, each = (
+        path_of(draft, where, "mask"),
+        [(p, masks.files.get(stem(p.key), ())) for p in pictures],
+    )
     without = [p.key for p, found in each if not found]
     if without and (rules.missing == "error" or len(without) == len(pictures)):
         draft.error(

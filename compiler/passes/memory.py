@@ -11,6 +11,7 @@ from compiler.passes import ladder
 from compiler.passes.components import model_plan, settle
 from compiler.passes.ladder import Rung
 from compiler.passes.optimizer import resolve_optimizer
+from compiler.passes.sharing import choose_sharded, decide_sharing
 from compiler.passes.suggest import refuse
 from compiler.schema import OffloadRecipe
 from compiler.spans import KeyPath
@@ -28,9 +29,11 @@ def resolve_memory(draft: Draft) -> None:
     if any(diagnostic.severity == "error" for diagnostic in draft.diagnostics):
         return  # a recipe that is refused anyway is answered at once
     budget = _budget(draft)
+    shared = "the whole model fits each device" if budget else "no budget to fit"
     if draft.memory_model is None:
         rung = ladder.first(draft)
         _settle(draft, rung, "nothing was simulated")
+        decide_sharing(draft, "nothing was simulated")
         draft.memory = plan.Memory(
             budget_bytes=budget,
             layout=rung.layout,
@@ -41,6 +44,12 @@ def resolve_memory(draft: Draft) -> None:
     search = Search(draft=draft, model=draft.memory_model, base=_candidate(draft), budget=budget)
     try:
         chosen = search.run()
+        if not search.fits(chosen) and choose_sharded(draft):
+            shared = "the model does not fit each device whole"
+            search = Search(
+                draft=draft, model=draft.memory_model, base=_candidate(draft), budget=budget
+            )
+            chosen = search.run()
         if search.fits(chosen):
             chosen = search.encoders(chosen)
     except ValueError as error:
@@ -48,6 +57,7 @@ def resolve_memory(draft: Draft) -> None:
         return
     found = search.look(chosen)
     _settle(draft, chosen, search.why(chosen))
+    decide_sharing(draft, shared)
     draft.memory = plan.Memory(
         budget_bytes=budget,
         layout=chosen.layout,
@@ -263,6 +273,8 @@ def _candidate(draft: Draft) -> Candidate:
         and (draft.ema.device == "same" or draft.device == "cpu"),
         ema_on_host=draft.ema is not None and draft.ema.device == "cpu" != draft.device,
         accumulate=draft.steps.accumulate,
+        ranks=draft.steps.ranks,
+        sharing=draft.sharing,
         layout=plan.Layout(),
         shapes=tuple(
             sorted({(b.width, b.height, min(b.batch_size, b.samples)) for b in draft.buckets})
@@ -270,7 +282,9 @@ def _candidate(draft: Draft) -> Candidate:
         pictures=drawn.sizes if drawn else (),
         guidance=drawn.guidance if drawn else 0.0,
         device=draft.device,
+        attention=draft.speed.attention,
         masked=any(source.mask for source in draft.sources),
+        keeps_base=any(source.target == "base" for source in draft.sources),
     )
 
 

@@ -14,6 +14,7 @@ from compiler.draft import Draft, ModelFacts
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.files import read_small
+from compiler.noise import noise_table, predicted
 from compiler.plan import Adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -50,7 +51,7 @@ def _family(draft: Draft) -> FamilyCard | None:
 
 def _facts(draft: Draft, family: FamilyCard) -> ModelFacts | None:
     base = draft.recipe.model.base
-    folder = _folder(draft.folder, base)
+    folder = folder_of(draft.folder, base)
     if folder is not None:
         return _local(draft, family, folder)
     if not HUB_ID.fullmatch(base) or base.startswith((".", "/", "~")):
@@ -65,7 +66,8 @@ def _facts(draft: Draft, family: FamilyCard) -> ModelFacts | None:
     return _hub(draft, family, base)
 
 
-def _folder(recipe_folder: Path, base: str) -> Path | None:
+def folder_of(recipe_folder: Path, base: str) -> Path | None:
+    """The folder that a recipe names, absolute; None where nothing is there."""
     try:
         folder = (recipe_folder / Path(base).expanduser()).resolve()
         return folder if folder.exists() else None
@@ -188,6 +190,8 @@ def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]
         channels = configs["vae"][family.latent_channels_key]
         family.embedding_shapes(configs, family.prompt_length)
         good = 0 < multiple <= 1024 and 0 < shift < inf and type(channels) is int and channels > 0
+        noise_table(family, configs["scheduler"])
+        predicted(family, configs["scheduler"])
         why = "sizes or the shift in them are out of range"
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
         good, why = False, f"{type(error).__name__}: {error}"
@@ -326,10 +330,11 @@ def _text(draft: Draft, family: FamilyCard) -> None:
 
 
 def _init(draft: Draft) -> None:
-    if draft.recipe.model.transformer.init == "random" and draft.recipe.adapter is not None:
+    if draft.trained.init == "random" and draft.recipe.adapter is not None:
+        name = draft.model.family.trained_component if draft.model else ""
         draft.error(
             "conflict",
-            ("model", "transformer", "init"),
-            "an adapter on a randomly initialised transformer learns nothing of use",
+            ("model", name, "init"),
+            f"an adapter on a randomly initialised {name} learns nothing of use",
             help="leave out `[adapter]` to train from scratch, or leave out `init`",
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import evolve
+
 from compiler import plan
 from compiler.draft import Draft
-from compiler.noise import level, shift_of, trained_entries
+from compiler.noise import level, noise_table, predicted, shift_of, trained_entries
 from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("train", "timesteps")
@@ -28,12 +30,16 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
     family, recipe, loss = draft.model.family, draft.recipe.train.timesteps, draft.recipe.train.loss
     sampling = family.sampling if recipe.sampling == "auto" else recipe.sampling
     draft.decide((*WHERE, "sampling"), sampling, by=f"family {family.name}")
-    shift, rule = _shift(draft)
+    scheduler = draft.model.configs["scheduler"]
+    prediction = predicted(family, scheduler)
+    shift, rule = _shift(draft) if prediction == "flow" else _unshifted(draft)
     _unused_timestep_keys(draft, sampling)
-    if not _judge_loss(draft):
+    table = _table(draft, prediction)
+    if not _judge_loss(draft, prediction):
         return None
     made = plan.Objective(
-        prediction=family.prediction,
+        prediction=prediction,
+        table=table,
         sampling=sampling,  # type: ignore[arg-type]  # cards name only what the plan knows
         logit_mean=recipe.mean,
         logit_std=recipe.std,
@@ -48,9 +54,70 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
         loss=loss.kind,
         delta=float(loss.delta),
         delta_schedule=loss.schedule,
-        weighting=loss.weighting,  # type: ignore[arg-type]  # "min-snr" was refused
+        weighting=loss.weighting,
+        gamma=float(loss.gamma),
+        offset_noise=float(draft.recipe.train.noise.offset),
     )
     return made if _has_levels(draft, made) else None
+
+
+def _unshifted(draft: Draft) -> tuple[float, None]:
+    """A table of noise levels has no shift."""
+    assert draft.model is not None
+    where, asked = (*WHERE, "shift"), draft.recipe.train.timesteps.shift
+    draft.decide(where, 1.0, by=f"family {draft.model.family.name}", why="its noise has a table")
+    if asked not in ("auto", 1.0):
+        draft.error(
+            "not-in-family",
+            where,
+            f"{draft.model.family.title} has a table of noise levels, which no shift moves",
+            help='leave `shift` out; more noise: `sampling = "logit-normal"` with `mean = -0.5`',
+        )
+    return 1.0, None
+
+
+def _table(draft: Draft, prediction: str) -> plan.NoiseTable | None:
+    """The noise levels' table, and what is said of the noise where there is one."""
+    assert draft.model is not None
+    recipe, where = draft.recipe.train.noise, ("train", "noise")
+    title = draft.model.family.title
+    draft.decide((*where, "offset"), recipe.offset)
+    table = noise_table(draft.model.family, draft.model.configs["scheduler"])
+    if table is None:
+        for key, given in (("offset", recipe.offset > 0), ("zero_terminal_snr", True)):
+            if given and draft.given((*where, key)):
+                draft.error(
+                    "not-in-family",
+                    (*where, key),
+                    f"{title} matches a flow: its last noise level is pure noise already",
+                    help=f"leave `{key}` out",
+                    of="key",
+                )
+        by = f"family {draft.model.family.name}"
+        draft.decide(
+            (*where, "zero_terminal_snr"), False, by=by, why="its last level is pure noise"
+        )
+        return None
+    asked = recipe.zero_terminal_snr
+    zero = table.zero_terminal_snr if asked == "auto" else asked
+    by = "the base's scheduler" if asked == "auto" else "recipe"
+    draft.decide((*where, "zero_terminal_snr"), zero, by=by)
+    if zero and prediction == "epsilon":
+        draft.error(
+            "conflict",
+            (*where, "zero_terminal_snr"),
+            "in pure noise nothing of the picture is left, and a model that predicts the noise "
+            "learns nothing there",
+            help="leave `zero_terminal_snr` out, or train a base that predicts v",
+        )
+    elif zero != table.zero_terminal_snr:
+        draft.warn(
+            "shift-differs",
+            (*where, "zero_terminal_snr"),
+            f"trained with zero_terminal_snr = {str(zero).lower()}, but the base's scheduler "
+            "samples otherwise",
+        )
+    return evolve(table, zero_terminal_snr=zero)
 
 
 def _shift(draft: Draft) -> tuple[float, plan.ShiftRule | None]:
@@ -152,7 +219,11 @@ def _sizes(draft: Draft) -> list[tuple[int, int]]:
     return sorted({(b.height // factor, b.width // factor) for b in draft.buckets})
 
 
-def _judge_loss(draft: Draft) -> bool:
+FLOW_WEIGHTS = ("diffusers-compat", "sigma-sqrt", "cosmap")
+SNR_WEIGHTS = ("min-snr", "soft-min-snr")
+
+
+def _judge_loss(draft: Draft, prediction: str) -> bool:
     """Record the loss, and refuse what it doesn't have; False where there is none to go on with."""
     recipe, where = draft.recipe.train.loss, ("train", "loss")
     draft.decide((*where, "weighting"), recipe.weighting)
@@ -173,13 +244,30 @@ def _judge_loss(draft: Draft) -> bool:
             label="must be at most 1",
             help='schedule = "constant"',
         )
-    if recipe.weighting == "min-snr":
+    if draft.given((*where, "gamma")) and recipe.weighting not in SNR_WEIGHTS:
+        draft.error(
+            "no-effect",
+            (*where, "gamma"),
+            "`gamma` belongs to the weightings by SNR",
+            help='weighting = "min-snr"',
+            of="key",
+        )
+    if recipe.weighting in SNR_WEIGHTS and prediction == "flow":
         draft.error(
             "not-in-family",
             (*where, "weighting"),
             "min-SNR evens out how noise prediction weighs the noise levels; this base predicts a "
             "velocity, whose error weighs them evenly",
             help='weighting = "none"; less weight on little noise: "diffusers-compat"',
+        )
+        return False
+    if recipe.weighting in FLOW_WEIGHTS and prediction != "flow":
+        draft.error(
+            "not-in-family",
+            (*where, "weighting"),
+            f'"{recipe.weighting}" weighs the levels of a flow; this base predicts '
+            + ("the noise" if prediction == "epsilon" else "v"),
+            help='weighting = "min-snr"',
         )
         return False
     return True

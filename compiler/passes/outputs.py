@@ -13,6 +13,8 @@ from compiler.draft import Draft
 from compiler.families.card import Configs
 from compiler.files import read_small
 from compiler.passes.batches import edge_of
+from compiler.passes.clip import clip_model
+from compiler.passes.keeping import KEEP_EVERY
 from compiler.passes.training import in_steps
 from compiler.spans import KeyPath
 from compiler.trackers import TRACKERS
@@ -33,7 +35,13 @@ def resolve_outputs(draft: Draft) -> None:
     every = in_steps(draft, ("checkpoints", "every"), recipe.every, draft.steps)
     draft.decide(("checkpoints", "every"), f"{every} steps" if every else "off")
     draft.decide(("checkpoints", "keep"), recipe.keep if recipe.keep else "all")
-    draft.checkpoints = plan.Checkpoints(every=every, keep=recipe.keep)
+    draft.checkpoints = plan.Checkpoints(
+        every=every,
+        keep=recipe.keep,
+        keep_every=in_steps(draft, KEEP_EVERY, recipe.keep_every, draft.steps),
+        best=recipe.best,
+        result=recipe.result,
+    )
     draft.validation = _validation(draft, draft.steps)
     _longer_than_the_run(draft, draft.steps.total)
     _trackers(draft)
@@ -102,6 +110,7 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         steps=sampling_steps,
         seeds=tuple(range(recipe.seed, recipe.seed + recipe.count)),
         score=recipe.score if prompts else "",
+        clip_model=clip_model(draft) if prompts else "",
     )
 
 

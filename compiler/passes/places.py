@@ -11,6 +11,7 @@ from compiler.data.sources.remote import HUB, Remote, copied, hub_parts, is_remo
 from compiler.data.sources.spots import Spot, spot_of
 from compiler.draft import Draft
 from compiler.passes.captions import listed
+from compiler.passes.masks import stated
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
 
@@ -68,6 +69,7 @@ def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
             help=_HOW,
         )
         return None
+    draft.copies.append(remote)
     return Path(copy)
 
 
@@ -122,13 +124,14 @@ def _judge_image(draft: Draft, where: KeyPath, recipe: SourceRecipe, spot: Spot)
             of="key",
         )
         return False
-    mask = recipe.mask
+    mask, path = stated(draft, where, recipe)
     if mask is not None and mask.source == "file" and not mask.folder and spot.kind != "folder":
         draft.error(
             "conflict",
-            (*where, "mask"),
+            path,
             "masks that lie beside the images are only read from folders",
-            help='mask = { from = "file", folder = "masks" }',
+            help='mask = { from = "file", folder = "masks" }'
+            + (', or mask = "none" for this source' if path == ("data", "mask") else ""),
         )
         return False
     return True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from compiler.draft import Draft
+from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Dtype, Precision
+from compiler.spans import KeyPath
 
 SMALL_MODEL = 20_000_000  # parameters; below, one thread was up to ten times faster than two
 FORMATS: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -66,18 +68,22 @@ def _compute(draft: Draft) -> Dtype:
     return value
 
 
+def refuse_half(draft: Draft, title: str, path: KeyPath) -> None:
+    """An error: a family called `title` that overflows is to be trained in float16."""
+    draft.error(
+        "fp16-overflow",
+        path,
+        f"{title} can't be trained in fp16: activations exceed what fp16 holds (65504)",
+        help='say "bf16", or "fp32" where the device has no bf16',
+    )
+
+
 def _conflicts(draft: Draft, precision: Precision) -> None:
-    family = draft.model.family if draft.model else None
+    family = FAMILIES.get(draft.recipe.model.family)  # the base itself may be missing
     halves = [key for key in ("compute", "weights") if getattr(precision, key) == "float16"]
     for key in halves[:1]:
-        overflows = family is not None and family.fp16_overflows
-        why = "activations exceed what fp16 holds (65504)" if overflows else "gradients underflow"
-        draft.error(
-            "fp16-overflow" if overflows else "fp16-unsupported",
-            ("precision", key),
-            f"{family.title if family else 'this model'} can't be trained in fp16: {why}",
-            help='say "bf16", or "fp32" where the device has no bf16',
-        )
+        if family is not None and family.fp16_overflows:
+            refuse_half(draft, family.title, ("precision", key))
     if precision.trained == "float16":
         draft.error(
             "fp16-trained",

@@ -91,7 +91,8 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
         yield from _smaller_pictures(candidate)
     yield from _thriftier(draft, candidate)
     if draft.adapter is not None:
-        yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
+        if candidate.sharing.strategy == "ddp":
+            yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
         yield from _lower_rank(candidate)
     yield from _fewer_samples(draft, candidate)
     yield from _smaller(draft, candidate)
@@ -131,6 +132,9 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             "activation_checkpointing = 1",
             evolve(candidate, layout=evolve(layout, activation_checkpointing=1)),
         )
+    sharded = candidate.sharing.strategy == "fsdp"  # what can't go with it: `passes.sharing`
+    if sharded:
+        return
     sibling = OPTIMIZERS[candidate.optimizer.name].eight_bit
     if sibling and draft.device != "cpu" and suits(draft, sibling):
         yield (

@@ -1,9 +1,10 @@
 """Copies what a recipe names elsewhere into the user's cache folder, before a plan is made.
 
 Each file is copied once and appears whole or not at all; what was copied before an interruption is
-not copied again. Data sets of the hub go through huggingface_hub and its own cache, stores through
-fsspec, files and pictures on the web through Python's own client. A picture that a server refuses
-is noted as such, and the plan names it like a broken one; deleting the note tries again.
+not copied again, unless the original has changed: then what it was is removed first. Data sets of
+the hub go through huggingface_hub and its own cache, stores through fsspec, files and pictures on
+the web through Python's own client. A picture that a server refuses is noted as such, and the plan
+names it like a broken one; deleting the note tries again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -28,6 +29,7 @@ from compiler.data.sources.remote import (
     Remote,
     hub_parts,
     is_url,
+    marks_of,
     note_of,
     note_path,
     picture_path,
@@ -42,19 +44,55 @@ _TRIES = 2
 _WORKERS = 16  # connections at once
 _BLOCK = 1 << 20
 
+_STATES = ("ETag", "etag", "md5Hash", "md5", "mtime", "LastModified", "last_modified", "updated")
+"""What stores call the state of a file, the surest first; fsspec has no one name for it."""
+
 Say = Callable[[str], None]
 
 
-def copy_sources(remotes: Sequence[Remote], downloads: Path, say: Say) -> None:
-    """Copy whole sources; `say` is told what is copied. Raises RunFailed."""
+def changed_sources(remotes: Sequence[Remote], downloads: Path, say: Say) -> list[Remote]:
+    """Those copied sources whose original is in another state now. Where that can't be asked, `say`
+    is told, and the copy stands."""
+    found = []
     for remote in remotes:
-        say(f"copying {shown(remote.url)} into {downloads}")
+        try:
+            if _has_changed(remote, downloads):
+                found.append(remote)
+        except Exception as error:  # each library has its own; the copy is whole
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            what = f"{shown(remote.url)} can't be asked whether it has changed"
+            say(f"{what}, its copy is used: {why}")
+    return found
+
+
+def _has_changed(remote: Remote, downloads: Path) -> bool:
+    known = marks_of(downloads, remote)
+    if remote.url.startswith(HUB):
+        now = {"": _hub_state(remote)}
+    elif is_url(remote.url):
+        with _opened(remote.url, "HEAD") as answer:
+            now = {"": _web_state(answer)}
+    else:
+        store, root = _store(remote.url)
+        now = {name: mark for name, (_, mark) in _listed(remote, store, root)[0].items()}
+    said = all(now.values()) and all(known.values())
+    return bool(known and now) and said and known != now
+
+
+def copy_sources(
+    remotes: Sequence[Remote], downloads: Path, say: Say, *, again: bool = False
+) -> None:
+    """Copy whole sources; `say` is told what is copied. `again`: their copies are no longer what
+    their originals are. Raises RunFailed."""
+    for remote in remotes:
+        changed = " again, because it has changed," if again else ""
+        say(f"copying {shown(remote.url)}{changed} into {downloads}")
         with _told(remote.url):
             note_path(downloads, remote).parent.mkdir(parents=True, exist_ok=True)
             if remote.url.startswith(HUB):
                 note = _from_hub(remote)
             elif is_url(remote.url):
-                note = _from_web(remote, downloads)
+                note = _from_web(remote, downloads, again)
             else:
                 note = _from_store(remote, downloads)
             write_whole(note_path(downloads, remote), note)
@@ -98,8 +136,8 @@ def _picture(url: str, path: Path) -> tuple[str, bool]:
     return why, False
 
 
-def _opened(url: str) -> Any:
-    request = urllib.request.Request(url, headers={"User-Agent": "tuner"})
+def _opened(url: str, method: str = "GET") -> Any:
+    request = urllib.request.Request(url, headers={"User-Agent": "tuner"}, method=method)
     return urllib.request.urlopen(request, timeout=_PATIENCE)
 
 
@@ -131,15 +169,32 @@ def _partial(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _from_web(remote: Remote, downloads: Path) -> str:
+def _from_web(remote: Remote, downloads: Path, again: bool) -> str:
     """One container."""
     name = os.path.basename(remote.url.partition("?")[0].partition("#")[0])
     folder = note_path(downloads, remote).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / name).is_file():
+    marks = marks_of(downloads, remote)
+    if again or not (folder / name).is_file():
         with _opened(remote.url) as answer, _partial(folder / name) as file:
+            marks = {"": _web_state(answer)}
             _copy(answer, file)
-    return note_of(str(folder), [name], name)
+    return note_of(str(folder), [name], name, marks)
+
+
+def _web_state(answer: Any) -> str:
+    """What the server says of the file's state; "" where it says nothing."""
+    head = answer.headers
+    state = head.get("ETag") or head.get("Last-Modified") or ""
+    return f"{state} {head.get('Content-Length', '')}" if state else ""
+
+
+def _hub_state(remote: Remote) -> str:
+    """The commit that the data set's revision stands for now."""
+    hub: Any = importlib.import_module("huggingface_hub")
+    parts = hub_parts(remote.url)
+    assert parts is not None, "the compiler has judged the name"
+    return str(hub.HfApi().dataset_info(parts[0], revision=parts[1] or None).sha or "")
 
 
 def _from_hub(remote: Remote) -> str:
@@ -160,7 +215,7 @@ def _from_hub(remote: Remote) -> str:
     ]
     if not files:
         raise RunFailed(f"the data set `{remote.url}` has no file {_like(remote)}")
-    return note_of(root, sorted(files), ".")
+    return note_of(root, sorted(files), ".", {"": os.path.basename(root)})
 
 
 def _like(remote: Remote) -> str:
@@ -169,21 +224,50 @@ def _like(remote: Remote) -> str:
 
 def _from_store(remote: Remote, downloads: Path) -> str:
     store, root = _store(remote.url)
-    target = note_path(downloads, remote).with_suffix("")
-    if store.isfile(root):
-        names, whole = {os.path.basename(root): root}, os.path.basename(root)
-    else:
-        found = {path[len(root) :].lstrip("/"): path for path in store.find(root)}
-        names, whole = {n: p for n, p in found.items() if _picked(n, remote.files)}, "."
-    if not names:
+    note = note_path(downloads, remote)
+    target = note.with_suffix("")
+    infos, whole = _listed(remote, store, root)
+    if not infos:
         raise RunFailed(f"`{remote.url}` holds no file {_like(remote)}")
-    for name, path in names.items():
-        copy = _below(target, name)
+    copies = {name: _below(target, name) for name in infos}
+    marks = {name: mark for name, (_, mark) in infos.items()}
+    known = marks_of(downloads, remote)
+    stale = {name for name, mark in marks.items() if known.get(name, mark) != mark}
+    for old in [copies[name] for name in stale] + _others(target, set(copies.values())):
+        old.unlink(missing_ok=True)
+    # No file yet: nobody reads it before it is whole, but whoever goes on knows these states.
+    write_whole(note, note_of(str(target), [], whole, marks))
+    for name, copy in copies.items():
+        path = infos[name][0]
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.is_file() or copy.stat().st_size != store.size(path):
             with store.open(path, "rb") as source, _partial(copy) as file:
                 shutil.copyfileobj(source, file, _BLOCK)
-    return note_of(str(target), sorted(names), whole)
+    return note_of(str(target), sorted(copies), whole, marks)
+
+
+def _listed(remote: Remote, store: Any, root: str) -> tuple[dict[str, tuple[str, str]], str]:
+    """By name: the path and the state of each file of a source, as the store says it now; and what
+    of it is the source."""
+    store.invalidate_cache()
+    if store.isfile(root):
+        name = os.path.basename(root)
+        return {name: (root, _state(store.info(root)))}, name
+    found = {p[len(root) :].lstrip("/"): (p, i) for p, i in store.find(root, detail=True).items()}
+    picked = {n: (p, _state(i)) for n, (p, i) in found.items() if _picked(n, remote.files)}
+    return picked, "."
+
+
+def _state(info: Mapping[str, Any]) -> str:
+    """What a store says of a file's state; "" where it says nothing."""
+    said = [str(info[key]) for key in (*_STATES, "created") if info.get(key) is not None]
+    return f"{said[0]} {info.get('size', '')}" if said else ""
+
+
+def _others(folder: Path, known: set[Path]) -> list[Path]:
+    """Copies in `folder` of what is no more."""
+    there = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
+    return [path for path in there if path not in known]
 
 
 def _picked(name: str, patterns: Sequence[str]) -> bool:

@@ -11,6 +11,8 @@ import json
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +21,7 @@ from attrs import frozen
 from torch import Tensor
 
 from compiler.data.manifest import Manifest
-from compiler.plan import Plan
+from compiler.plan import DataSource, Plan
 from runtime import rng
 from runtime.batch import Batch
 from runtime.data import masks
@@ -27,13 +29,15 @@ from runtime.data.cache import Cache, Entry
 from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
-from runtime.families.base import Family
+from runtime.families.base import Family, Framed
 from runtime.noise_levels import noise_levels, timestep_uniforms
+from runtime.noise_table import kept_at
 from runtime.objective import place_weights
 from runtime.ranks import Place
 
 MOMENTS = ("mean", "std")
 """What of a picture's entry its latents are made of."""
+EMBEDDINGS = 256  # of which it is remembered where they lie: many samples may share a caption
 _AHEAD = 2  # windows made before they are asked for
 
 
@@ -67,11 +71,13 @@ class Feed:
         self._plan, self._manifest, self._family, self._cache = plan, manifest, family, cache
         self._device, self._rank = device, rank
         self._order = Order.of_plan(plan, manifest)
+        self._pool = ThreadPoolExecutor(plan.workers, "noise")
         self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
         self._dropout = [source.captions.dropout for source in plan.sources]
         self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
         keys = text_keys(plan, family, cache)
         self._captions = cache.locate([keys.key(text) for text in manifest.captions])
+        self._embedding = lru_cache(EMBEDDINGS)(partial(cache.read, self._captions))
         if rank == 0:
             cache.used_by(plan.run_folder, self._latents, self._captions)
         unconditional = [keys.key("", negative=True)] if any(self._dropout) else []
@@ -134,16 +140,26 @@ class Feed:
             self._text(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
         ]
         collated = self._family.collate_text(text)
+        if self._family.card.size_conditions:
+            collated |= self._family.size_conditions(frames(self._manifest, batch.rows))
         self._cache.let_go()
-        noise = self._normal("noise", latents.shape, step, slots)
+        noise = self._noise(latents, step, slots)
+        sigmas = self._sigmas(latents, step, slots, count)
+        table = self._plan.objective.table
         return Batch(
             latents=latents.float().to(self._device),
             noise=noise.to(self._device),
-            sigmas=self._sigmas(latents, step, slots, count).to(self._device),
+            sigmas=sigmas.to(self._device),
+            kept=None if table is None else kept_at(table, sigmas).to(self._device),
             text={name: tensor.to(self._device) for name, tensor in collated.items()},
             weights=self._weights(batch.rows),
             mask=self._mask(batch.rows),
+            keeps_base=self._source(batch.rows).target == "base",
         )
+
+    def _source(self, rows: Rows) -> DataSource:
+        """The one source of a batch: a bucket holds no other."""
+        return self._plan.sources[self._manifest.source(int(rows[0]))]
 
     def _weights(self, rows: Rows) -> Tensor | None:
         """What each sample's loss is multiplied by; None where all sources have weight 1."""
@@ -154,7 +170,7 @@ class Feed:
 
     def _mask(self, rows: Rows) -> Tensor | None:
         """Weights of places; None where the bucket's source has no masks."""
-        rules = self._plan.sources[self._manifest.source(int(rows[0]))].mask
+        rules = self._source(rows).mask
         if rules is None:
             return None
         shown = self._cache.stack(self._latents, rows, (masks.NAME,))[masks.NAME].float()
@@ -167,7 +183,15 @@ class Feed:
         return self._normal("posterior", cached["mean"].shape, step, slots)
 
     def _normal(self, purpose: str, shape: torch.Size, step: int, slots: range) -> Tensor:
-        return rng.normals(tuple(shape[1:]), self._plan.seed, purpose, step, slots)
+        seed, threads = self._plan.seed, self._plan.workers
+        return rng.normals(tuple(shape[1:]), seed, purpose, step, slots, self._pool, threads)
+
+    def _noise(self, latents: Tensor, step: int, slots: range) -> Tensor:
+        noise = self._normal("noise", latents.shape, step, slots)
+        if offset := self._plan.objective.offset_noise:
+            places = torch.Size((*latents.shape[:2], 1, 1))
+            noise += offset * self._normal("offset-noise", places, step, slots)
+        return noise
 
     def _sigmas(self, latents: Tensor, step: int, slots: range, count: int) -> Tensor:
         objective = self._plan.objective
@@ -185,7 +209,23 @@ class Feed:
         which = 0
         if len(numbers) > 1:
             which = int(rng.uniform(self._plan.seed, "caption", step, slot) * len(numbers))
-        return self._cache.read(self._captions, numbers[which])
+        return self._embedding(numbers[which])
+
+
+def frames(manifest: Manifest, rows: Rows) -> list[Framed]:
+    """What a model may be told of these samples' sizes and cuts."""
+    found = []
+    for row in rows:
+        sample = manifest[int(row)]
+        cut = sample.placement
+        found.append(
+            Framed(
+                original=(sample.height, sample.width),
+                crop=(cut.crop_y, cut.crop_x),
+                target=(cut.height, cut.width),
+            )
+        )
+    return found
 
 
 def _places(window: Sequence[BatchRows], size: int) -> tuple[Place, ...]:

@@ -4,11 +4,13 @@ Prompts and pictures are encoded one at a time. What is cached must be a functio
 kernels are chosen by batch size, so that the same picture in other company differs in its last bits
 (SD3's VAE on the CPU, four pictures or one: by 1e-6 in float32, 8e-3 in bfloat16), and a run that
 was killed here and started again would then train on other numbers. It also makes the peak memory
-of these phases that of one item. Threads decode ahead of the encoder.
+of these phases that of one item. Threads decode ahead of the encoder. Of several ranks each does a
+share, on its own device.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +22,7 @@ from torch import Tensor
 from compiler.compile import default_cache
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Item, Manifest
-from compiler.data.prompts import prompts_of
+from compiler.data.prompts import Prompt, prompts_of
 from compiler.data.scan import ALONE, shown
 from compiler.plan import Plan
 from runtime.data import masks
@@ -31,6 +33,8 @@ from runtime.data.focus import require_opencv
 from runtime.data.hashes import item_hashes
 from runtime.data.keys import latent_keys, mask_names, text_keys
 from runtime.data.pixels import BrokenPicture
+from runtime.data.sharing import ALONE as ALL
+from runtime.data.sharing import Team
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
@@ -38,6 +42,8 @@ from runtime.families.common import DTYPES
 
 OFFSET = "crop"
 """In an entry of latents: x and y of a cut that was found by looking at the pixels."""
+WORTH_LOADING = 32
+"""Prompts for which another rank loads the encoders too: it takes as long as to encode some."""
 _NAMED = 20  # files named in one message
 NOTHING_SHOWN = "its mask shows nothing of what is cut out"
 _MEND = (
@@ -74,30 +80,50 @@ def fill_text(
     cache: Cache,
     events: Events,
     phase: PhaseOf = lambda name: nullcontext(),
+    team: Team = ALL,
 ) -> None:
-    """Encode all prompts that are not cached; loads nothing if there are none.
+    """Encode this rank's share of all prompts that are not cached; loads nothing if there are none.
+    Returns when all ranks have done theirs.
 
     The encoders are on the device one after the other, each inside `phase(its name)`. Raises
     CacheNotWritable.
     """
     wanted = prompts_of(plan, manifest)
-    keys = text_keys(plan, family, cache)
-    missing = cache.missing(keys.key(p.text, negative=p.negative) for p in wanted)
+    keys = team.first(lambda: text_keys(plan, family, cache))
+    every = {keys.key(p.text, negative=p.negative): p for p in wanted}
+    missing = cache.missing(every)
     events.phase("text", len(wanted), "prompts")
     events.advance(len(wanted) - len(missing))
-    if not missing:
-        return
-    todo = {keys.key(p.text, negative=p.negative): p for p in wanted}
-    todo = {key: prompt for key, prompt in todo.items() if key in missing}
+    todo = {
+        key: prompt
+        for key, prompt in every.items()
+        if key in missing and team.takes(key, len(every), WORTH_LOADING)
+    }
+    if todo:
+        _encode(plan, family, cache, todo, phase, events, len(wanted) - len(missing), team)
+    team.meet()
+
+
+def _encode(
+    plan: Plan,
+    family: Family,
+    cache: Cache,
+    todo: Mapping[bytes, Prompt],
+    phase: PhaseOf,
+    events: Events,
+    cached: int,
+    team: Team,
+) -> None:
+    """Cache the embeddings of `todo`; `cached` prompts were there before."""
     encoders = Encoders(plan, family, phase, waiting=len(todo) > TOGETHER)
-    done = len(wanted) - len(todo)
+    done = cached
     try:
         for start in range(0, len(todo), TOGETHER):
             batch = dict(list(todo.items())[start : start + TOGETHER])
             advance = partial(_advance, events, done)
             for key, embedding in zip(batch, encoders(list(batch.values()), advance), strict=True):
                 cache.put(key, _stored(embedding, plan))
-            done += len(batch)
+            done = cached + team.tally(start + len(batch), len(batch))
     finally:
         encoders.free()
         cache.flush()
@@ -108,26 +134,57 @@ def _advance(events: Events, done: int, more: float) -> None:
 
 
 def fill_latents(
-    plan: Plan, manifest: Manifest, family: Family, cache: Cache, events: Events
+    plan: Plan,
+    manifest: Manifest,
+    family: Family,
+    cache: Cache,
+    events: Events,
+    team: Team = ALL,
 ) -> None:
-    """Encode all pictures that are not cached, bucket by bucket; loads nothing if there are none.
+    """Encode this rank's share of all pictures that are not cached, bucket by bucket; loads nothing
+    if there are none. Returns when all ranks have done theirs.
 
-    Raises BrokenData, after all others were cached, CacheNotWritable, and MachineUnfit where
-    nothing here can find the faces that the plan cuts around.
+    Raises BrokenData, in all ranks, after all others were cached, CacheNotWritable, and
+    MachineUnfit where nothing here can find the faces that the plan cuts around.
     """
-    keys = sample_keys(plan, manifest, family, cache)
+    keys = team.first(lambda: sample_keys(plan, manifest, family, cache))
     missing = cache.missing(keys)
-    todo = _once(_by_bucket(manifest), keys, missing)
-    total, done = len(set(keys)), len(set(keys)) - len(missing)
+    todo = _once(_by_bucket(manifest), keys, {key for key in missing if team.takes(key, len(keys))})
+    total, cached = len(set(keys)), len(set(keys)) - len(missing)
     events.phase("latents", total, "pictures")
-    events.advance(done)
-    if not todo:
-        return
+    events.advance(cached)
+    broken: dict[bytes, BrokenPicture] = {}
+    if todo:
+        broken = _encode_pictures(plan, manifest, family, cache, events, keys, todo, cached, team)
+    rows = [(row, broken[key]) for row, key in enumerate(keys) if key in broken]
+    _condemn([(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)])
+    mine = [[row, str(why), isinstance(why, masks.BrokenMask)] for row, why in rows]
+    found = [each for word in team.meet(json.dumps(mine)) for each in json.loads(word)]
+    if found:
+        kinds = (BrokenPicture, masks.BrokenMask)
+        raise BrokenData(
+            [(_called(manifest, row), kinds[masked](why)) for row, why, masked in sorted(found)]
+        )
+
+
+def _encode_pictures(
+    plan: Plan,
+    manifest: Manifest,
+    family: Family,
+    cache: Cache,
+    events: Events,
+    keys: Sequence[bytes],
+    todo: Sequence[int],
+    cached: int,
+    team: Team,
+) -> dict[bytes, BrokenPicture]:
+    """Cache the latents of the rows `todo`; those that can't be, by key. `cached` were there."""
     if any(manifest.placement(row).focus for row in todo):
         require_opencv()
     parts = load(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
     broken: dict[bytes, BrokenPicture] = {}
+    done = 0
     try:
         for row, ready in decoded(todo, plan, manifest, keys, latents):
             if isinstance(ready, BrokenPicture):
@@ -141,19 +198,14 @@ def fill_latents(
                 continue
             cache.put(keys[row], _stored(entry, plan))
             done += 1
-            events.advance(done)
+            events.advance(cached + team.tally(done, 1))
     finally:
         try:
             cache.flush()
         finally:
             parts.clear()
             free(plan)
-    if broken:
-        rows = [(row, broken[key]) for row, key in enumerate(keys) if key in broken]
-        _condemn(
-            [(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)]
-        )
-        raise BrokenData([(_called(manifest, row), why) for row, why in rows])
+    return broken
 
 
 def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:

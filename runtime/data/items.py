@@ -1,8 +1,9 @@
 """The bytes of one picture, wherever they lie: a file, a place in a tar, a row of a shard.
 
-Files and tars are read at the place itself. A Parquet shard is read a row group at a time, the
-least that its format gives, and an Arrow shard a record batch at a time; the last two of them are
-kept, so reading in the order of places (`reading_order`) reads each about once.
+Files and tars are read at the place itself, compressed tars from an unpacked copy. A Parquet shard
+is read a row group at a time, the least that its format gives, and an Arrow shard a record batch at
+a time; the last two of them are kept, so reading in the order of places (`reading_order`) reads
+each about once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from compiler.data.manifest import Item
 from compiler.data.scan import ALONE
 from compiler.data.sources.columns import image_kind, opened_arrow, pyarrow, validated
 from compiler.data.stamp import Stamp
+from runtime.data.unpacked import plain
 
 _GROUPS = 2  # row groups or batches that are kept: one of pictures may take a GiB
 _SHARDS = 64  # of which the layout is kept
@@ -35,7 +37,7 @@ def read(item: Item) -> bytes:
         with open(item.file, "rb") as file:
             return file.read()
     if item.kind == "webdataset":
-        with open(item.file, "rb") as file:
+        with open(plain(item.file), "rb") as file:
             file.seek(item.at)
             return file.read(item.bytes)
     return _cell(item)

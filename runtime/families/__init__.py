@@ -6,7 +6,11 @@ from importlib import import_module
 
 from runtime.families.base import Family
 
-MODULES = {"sana": "runtime.families.sana", "sd3": "runtime.families.sd3"}
+MODULES = {
+    "sana": "runtime.families.sana",
+    "sd": "runtime.families.sd",
+    "sd3": "runtime.families.sd3",
+}
 
 
 def family_of(name: str) -> Family:

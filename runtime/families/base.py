@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from compiler.families.card import FamilyCard
@@ -15,6 +16,16 @@ from runtime.batch import Batch
 # One prompt's embedding without padding, by the names that `predict` takes. Sequence tensors are
 # (tokens, channels), pooled ones (channels,).
 TextEmbedding = Mapping[str, Tensor]
+
+
+@frozen(kw_only=True)
+class Framed:
+    """What some models are told of a picture beside its text, in pixels: (height, width) before it
+    was resized, (top, left) of the cut in the resized one, and (height, width) of the cut."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
 
 
 class Family(Protocol):
@@ -59,6 +70,11 @@ class Family(Protocol):
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """Stack embeddings, padded to the longest, with a mask where the model takes one."""
+        ...
+
+    def size_conditions(self, frames: Sequence[Framed]) -> dict[str, Tensor]:
+        """Beside the text of a batch, by the names that `predict` takes: what the model is told of
+        each picture's size and cut. Empty where the card says that it is told nothing."""
         ...
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from runtime.quantise.layers import hollow, quantise
 from runtime.quantise.stream import stream
 
 if TYPE_CHECKING:
-    from runtime.families.base import Family, TextEmbedding
+    from runtime.families.base import Family, Framed, TextEmbedding
 
 TILE, STRIDE = 512, 448  # pixels
 
@@ -34,6 +34,26 @@ def config_of(model: Model, name: str) -> dict[str, Any]:
     """A component's configuration. Raises KeyError if the plan holds none."""
     config: dict[str, Any] = json.loads(model.configs[name])
     return config
+
+
+class Stock:
+    """What most families do alike: Diffusers' own classes, in Diffusers' own folders."""
+
+    card: FamilyCard
+
+    def load(
+        self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    ) -> Any:
+        """See `Family.load`."""
+        return load_component(model, name, dtype, device, seed=seed)
+
+    def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """See `Family.empty`."""
+        return empty_component(model, name, dtype, device)
+
+    def size_conditions(self, frames: Sequence[Framed]) -> dict[str, Tensor]:
+        """See `Family.size_conditions`: nothing."""
+        return {}
 
 
 def load_component(
@@ -193,7 +213,7 @@ def stock_pipeline(card: FamilyCard, parts: Mapping[str, Any]) -> Any:
     import diffusers
 
     pipeline = getattr(diffusers, card.pipeline)(
-        **{name: parts.get(name) for name in card.components}
+        **{name: parts.get(name) for name in card.components}, **card.pipeline_options
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -15,20 +15,10 @@ from runtime.families import common
 from runtime.families.base import TextEmbedding
 
 
-class Sana:
+class Sana(common.Stock):
     """SanaPipeline, SanaTransformer2DModel, AutoencoderDC and Gemma-2."""
 
     card = sana.CARD
-
-    def load(
-        self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
-    ) -> Any:
-        """See `Family.load`."""
-        return common.load_component(model, name, dtype, device, seed=seed)
-
-    def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """See `Family.empty`."""
-        return common.empty_component(model, name, dtype, device)
 
     @torch.no_grad()
     def encode_with(

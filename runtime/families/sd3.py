@@ -17,20 +17,10 @@ from runtime.families.base import TextEmbedding
 T5 = "text_encoder_3"
 
 
-class StableDiffusion3:
+class StableDiffusion3(common.Stock):
     """StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL, two CLIPs and T5."""
 
     card = sd3.CARD
-
-    def load(
-        self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
-    ) -> Any:
-        """See `Family.load`."""
-        return common.load_component(model, name, dtype, device, seed=seed)
-
-    def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """See `Family.empty`."""
-        return common.empty_component(model, name, dtype, device)
 
     @torch.no_grad()
     def encode_with(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 Kernel = Literal["flash", "efficient", "math"]
+Like = Literal["device", "flash", "efficient", "math"]
 Attention = Callable[..., Tensor]
 
 aten = torch.ops.aten
@@ -39,12 +41,15 @@ COUNTERS: Mapping[Any, Callable[..., int]] = {
 }
 
 
-def attention_for(device: str, stock: Attention) -> Attention:
+def attention_for(device: str, stock: Attention, like: Like = "device") -> Attention:
     """`scaled_dot_product_attention` as `device` ("cpu", "cuda", ...) runs it; `stock`: PyTorch's.
 
-    The devices without a rule here (mps, xpu) are taken to have CUDA's kernels.
+    `like` is the kernel that was asked for, "device" for the device's own choice. The devices
+    without a rule here (mps, xpu) are taken to have CUDA's kernels.
     """
-    run = _on_cpu if device == "cpu" else _on_cuda
+    run: Callable[..., Tensor | None] = _on_cpu if device == "cpu" else partial(_on_cuda, like)
+    if like == "math":
+        run = _multiplied_out
 
     def attention(
         query: Tensor,
@@ -95,6 +100,11 @@ def choose(query: Tensor, value: Tensor, masked: bool) -> Kernel:
     return "math"
 
 
+def _multiplied_out(*given: Any) -> Tensor | None:
+    """The stock function on meta tensors: the whole matrix of scores."""
+    return None
+
+
 def _on_cpu(
     query: Tensor,
     key: Tensor,
@@ -114,6 +124,7 @@ def _on_cpu(
 
 
 def _on_cuda(
+    like: Like,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,7 +134,7 @@ def _on_cuda(
     scale: float | None,
 ) -> Tensor | None:
     """Flash, memory-efficient, or None: the stock function multiplies it out."""
-    kernel = choose(query, value, mask is not None)
+    kernel = choose(query, value, mask is not None) if like == "device" else like
     if kernel == "flash":
         size = query.shape[-1]
         padded = [_pad(t, ALIGNMENT) for t in (query, key, value)]

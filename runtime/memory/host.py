@@ -42,20 +42,20 @@ class Traced(Protocol):
 def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     """Bytes on the host by phase, beside those on the device.
 
-    Where the device is the host itself, only the copy that a checkpoint is written from.
+    Where the device is the host itself, only the copy that a checkpoint is written from: it stays
+    from the first save on, for training goes on while it is written.
     """
     kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
     if candidate.adapter is None:
         kept += trace.save.get("weights", 0)
     if candidate.device == "cpu":
-        return {"save": kept}
+        return dict.fromkeys(("train", "update", "validate", "save"), kept)
     vae = next(c for c in candidate.model.components if c.name == "vae")
     waiting = _offloaded(candidate, trace)
     if candidate.pictures:
         waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
-    found = dict.fromkeys(("train", "update", "validate"), waiting)
+    found = dict.fromkeys(("train", "update", "validate", "save"), kept + waiting)
     found["load"] = trace.largest + trace.host  # weights come one at a time
-    found["save"] = kept + waiting
     return found
 
 

@@ -124,7 +124,8 @@ def scheduler_of(candidate: Candidate) -> Any:
 
     def set_timesteps(*arguments: Any, **options: Any) -> None:
         stock(*arguments, **options)
-        scheduler.set_begin_index(0)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
 
     set_timesteps.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
     scheduler.set_timesteps = set_timesteps

@@ -16,7 +16,10 @@ from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
 
-from runtime.memory.attention import attention_for
+from compiler.attention import KERNELS
+from compiler.plan import AttentionKernel
+from runtime import attention
+from runtime.memory.attention import Attention, attention_for
 from runtime.memory.tracker import Tracker
 from runtime.quantise import codes
 
@@ -41,6 +44,7 @@ def as_on(device: str) -> Iterator[None]:
         # A mask selects at most everything; what it selects is not known without data.
         _exchange(stack, fx_config, "meta_nonzero_assume_all_nonzero", True)
         _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
+        _exchange(stack, attention, "on_meta", _like(device, stock))
         for owner, name in lists:
             _exchange(stack, owner, name, _with_meta(getattr(owner, name)))
         if device != "cpu":
@@ -98,6 +102,11 @@ class Dequantised:
 def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _like(device: str, stock: Attention) -> Callable[[AttentionKernel], Attention]:
+    """A kernel's like on `device`: what `runtime.attention` runs on meta tensors."""
+    return lambda name: attention_for(device, stock, KERNELS[name].like)
 
 
 def _with_meta(devices: Callable[[], list[str]]) -> Callable[[], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from attrs import evolve, frozen
@@ -10,12 +11,14 @@ from attrs import evolve, frozen
 from compiler.families import FAMILIES
 from compiler.memory import Candidate
 from runtime.offload.activations import AHEAD
+from runtime.offload.blocks import spacing
 
 PERIODS = 4
 """Of the shallowest model. The first blocks' passes differ (nothing asks for the gradient of what
 they are given), and so do the last ones' (no gradient is there yet to be added to); two periods
-between them are like all others. Activations that come back from the host ahead of time make as
-many more at the end differ."""
+between them are like all others. Activations that come back from the host ahead of time, one a
+block at least, make as many more at the end differ."""
+WORTH = 0.75  # of the deep model's blocks: with more in each of the shallow ones, it is no quicker
 
 
 @frozen(kw_only=True)
@@ -30,32 +33,36 @@ class Shallow:
 def shallow(candidate: Candidate) -> Shallow | None:
     """Candidates from which `candidate` follows; None where it is to be simulated whole.
 
-    A period is as many blocks as activation checkpointing takes to repeat itself. Where some blocks
-    wait on the host they are spread over the depth and have no period; weights that are updated
-    in the backward pass leave a number each, whose bytes are rounded together.
+    A period is as many blocks as activation checkpointing, and the choice of blocks that wait on
+    the host, take to repeat themselves. A choice that does not repeat itself has none.
     """
     card = FAMILIES[candidate.model.family]
     layout = candidate.layout
-    if card.runs is None or layout.fused_backward:
+    if card.runs is None:
         return None
     config = json.loads(candidate.model.configs[card.trained_component])
-    blocks = sum(int(config.get(key) or 0) for key in card.depth_keys)
-    if 0 < layout.offload_blocks < blocks:
+    deep, blocks = card.runs(config), card.depth(config)
+    apart = spacing(blocks, min(layout.offload_blocks, blocks))
+    if deep is None or (layout.offload_blocks and not apart):
         return None
-    deep = card.runs(config)
-    if deep is None:
-        return None
-    period = max(1, layout.activation_checkpointing)
-    periods = PERIODS + (AHEAD if layout.offload_activations else 0) + bool(layout.offload_blocks)
+    period = math.lcm(max(1, layout.activation_checkpointing), max(1, apart))
+    periods = PERIODS + bool(layout.offload_blocks)
+    if layout.offload_activations:
+        periods += math.ceil(AHEAD / period)
     few = [min(count, count % period + periods * period) for count in deep]
     more = [index for index, count in enumerate(deep) if count > few[index]]
-    if not more or sum(few) * (1 + len(more)) + period * len(more) >= sum(deep):
+    if not more or sum(few) + period >= WORTH * sum(deep):
         return None
 
     def of(counts: Sequence[int]) -> Candidate:
-        configs = dict(candidate.model.configs)
-        configs[card.trained_component] = json.dumps(card.shortened(config, counts))
-        return evolve(candidate, model=evolve(candidate.model, configs=configs))
+        short = card.shortened(config, counts)
+        configs = {**candidate.model.configs, card.trained_component: json.dumps(short)}
+        waiting = len(range(apart // 2, card.depth(short), apart)) if apart else 0
+        return evolve(
+            candidate,
+            model=evolve(candidate.model, configs=configs),
+            layout=evolve(layout, offload_blocks=waiting),
+        )
 
     longer = []
     for index in more:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -17,10 +19,12 @@ from compiler.memory import Candidate, Simulation
 from runtime.families import family_of
 from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
+from runtime.memory.beside import beside
 from runtime.memory.curve import Curve, NotAlike, affine, deeper
 from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import Dequantised, as_on, remembering
 from runtime.memory.shallow import Shallow, shallow
+from runtime.memory.sharing import shared_parts
 from runtime.memory.step import META, Course, Form, run_step, run_update
 from runtime.memory.tracker import Tracker, rounded
 
@@ -43,22 +47,19 @@ class RuntimeMemoryModel:
 
     def __init__(self) -> None:
         self._kernels: dict[str, MetaKernels] = {}
-        self._encoded: dict[str, dict[str, Mapping[str, int]]] = {}
+        self._encoded: dict[str, Phases] = {}
         self._courses: dict[str, Course] = {}
         self._dequantised: dict[Any, Dequantised] = {}
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. Counts the worst of the candidate's buckets."""
         start = time.perf_counter()
-        encoded = self._encoding(candidate)
-        found = self._worst(candidate)
+        with self._encoding(candidate) as encoding:
+            found = self._worst(candidate)
+            encoded = encoding()
         parts: Phases = {
             **encoded,
-            "load": found.load,
-            "train": found.train_peak,
-            "update": found.update_peak,
-            **({"validate": found.validate_peak} if candidate.pictures else {}),
-            "save": found.save,
+            **shared_parts(candidate, found),
         }
         context = constants(candidate.device)
         waiting = host.bytes_of(candidate, found) | host.encoding(candidate, encoded)
@@ -99,8 +100,13 @@ class RuntimeMemoryModel:
         return self._courses[key]
 
     def _deep(self, candidate: Candidate, depths: Shallow, shape: Shape) -> Course:
-        base = self.whole(depths.base, shape)
-        longer = [(self.whole(one, shape), periods) for one, periods in depths.longer]
+        with ExitStack() as others:
+            waiting = [
+                (others.enter_context(beside(partial(self.whole, one, shape))), periods)
+                for one, periods in depths.longer
+            ]
+            base = self.whole(depths.base, shape)
+            longer = [(course(), periods) for course, periods in waiting]
         after = affine(base.after, [(each.after, n) for each, n in longer])
         numbers = affine(_numbers(base), [(_numbers(each), n) for each, n in longer])
         forms = _forms(base, longer)
@@ -114,22 +120,27 @@ class RuntimeMemoryModel:
             save=affine(base.save, [(each.save, n) for each, n in longer]),
             validate=_deeper(base.validate, [(each.validate, n) for each, n in longer]),
             forms=forms,
+            block_numbers=affine(
+                base.block_numbers, [(each.block_numbers, n) for each, n in longer]
+            ),
             **numbers,
         )
 
-    def _encoding(self, candidate: Candidate) -> dict[str, Mapping[str, int]]:
-        """The phases before training, which most candidates of a ladder have in common."""
+    @contextmanager
+    def _encoding(self, candidate: Candidate) -> Iterator[Callable[[], Phases]]:
+        """The phases before training, which most candidates of a ladder have in common; inside,
+        they are simulated beside what is simulated here."""
         parts = [c for c in candidate.model.components if not _in_step(candidate, c.name)]
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
         sizes = tuple((width, height) for width, height, _ in candidate.shapes)
         key = repr((parts, configs, candidate.text, sizes, candidate.device))
-        if key not in self._encoded:
-            self._encoded[key] = self._encode(candidate, sizes)
-        return self._encoded[key]
+        if key in self._encoded:
+            yield lambda: self._encoded[key]
+            return
+        with beside(partial(self._encode, candidate, sizes)) as encode:
+            yield lambda: self._encoded.setdefault(key, encode())
 
-    def _encode(
-        self, candidate: Candidate, sizes: tuple[tuple[int, int], ...]
-    ) -> dict[str, Mapping[str, int]]:
+    def _encode(self, candidate: Candidate, sizes: tuple[tuple[int, int], ...]) -> Phases:
         family = family_of(candidate.model.family)
         found: dict[str, Mapping[str, int]] = {}
         with as_on(candidate.device):

@@ -6,10 +6,11 @@ that is counted is one in the middle of a run, when the optimizer's state exists
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,12 +22,14 @@ from runtime.collector import collector_off
 from runtime.ema import Ema
 from runtime.families import family_of
 from runtime.families.base import Family
-from runtime.fused_backward import FusedBackward
+from runtime.fused_backward import FusedBackward, total_norm
 from runtime.memory import phases
 from runtime.memory.curve import Curve, highest
 from runtime.memory.tracker import Tracker
+from runtime.modules import blocks_of
 from runtime.offload.host import counted
 from runtime.optimizers import make_optimizer
+from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, micro_step, update
 
@@ -48,11 +51,14 @@ class Course:
     save: Mapping[str, int]  # what lies on the device between two steps
     validate: Sequence[Curve]  # none without pictures
     host: int  # bytes on the host of what belongs on the device, at most in a step
-    flops: int  # of one batch's passes, recomputation included; 0 where not counted
+    flops: int  # of one batch's passes, recomputation included, the base's not; 0: not counted
     largest: int  # bytes of the largest tensor, which the host holds while loading
     parameters: int  # of the trained component, without adapter
     adapted_modules: int
     forms: Sequence[Form]  # of what the optimizer updates
+    block_numbers: Mapping[str, int]
+    """Parameters, adapter included: of the "largest" block, of "all" blocks, "apart" from them,
+    "trained" ones of a block and "trained apart"; and "buffer bytes", which no rank shares."""
 
     @property
     def train_peak(self) -> dict[str, int]:
@@ -98,10 +104,11 @@ def run_step(
         load = tracker.categories()
         optimizer = prime(candidate, built.trainable, tracker)
         ema = average(candidate, built.trainable, tracker)
-        marked = _marks_of_passes(built.model, tracker)
+        asked: list[int] = []
+        marked = _marks_of_passes(built.model, tracker, flops, asked)
         start = flops()
         window, after, updating = _window(candidate, family, built, optimizer, ema, shape, tracker)
-        spent = flops() - start
+        spent = flops() - start - sum(asked)
         save, waiting = tracker.categories(), tracker.host_peak
         drawn: Sequence[Curve] = ()
         if candidate.pictures:
@@ -123,7 +130,27 @@ def run_step(
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
         forms=[(name, tuple(p.shape), p.dtype) for name, p in built.trainable.items()],
+        block_numbers=_block_numbers(built.model, family),
     )
+
+
+def _block_numbers(model: nn.Module, family: Family) -> dict[str, int]:
+    """See `Course.block_numbers`."""
+
+    def count(parameters: Iterable[nn.Parameter], trained: bool = False) -> int:
+        return sum(p.numel() for p in parameters if p.requires_grad or not trained)
+
+    blocks = [list(block.parameters()) for block in blocks_of(model, family.card.blocks)]
+    inside = {id(p) for block in blocks for p in block}
+    apart = [p for p in model.parameters() if id(p) not in inside]
+    return {
+        "largest": max(map(count, blocks), default=0),
+        "all": sum(map(count, blocks)),
+        "apart": count(apart),
+        "trained": max((count(block, trained=True) for block in blocks), default=0),
+        "trained apart": count(apart, trained=True),
+        "buffer bytes": sum(b.nbytes for b in model.buffers()),
+    }
 
 
 def run_update(
@@ -142,14 +169,32 @@ def run_update(
         }
         optimizer = prime(candidate, trainable, tracker)
         ema = average(candidate, trainable, tracker)
-        tracker.category = "gradients"
-        for parameter in trainable.values():
-            parameter.grad = torch.empty_like(parameter)
+        finish = None
+        if candidate.layout.fused_backward:  # no gradient is left, but the norm of each
+            for parameter in trainable.values():
+                parameter.grad = None
+            finish = partial(_last_norm, _norms(len(trainable), tracker))
+        else:
+            tracker.category = "gradients"
+            for parameter in trainable.values():
+                parameter.grad = torch.empty_like(parameter)
         there = tracker.categories()
         for name, nbytes in after.items():  # what is not the parameters' own
             tracker.hold(nbytes - there.get(name, 0), name)
-        _update(candidate, trainable, optimizer, ema, None, tracker)
+        _update(candidate, trainable, optimizer, ema, finish, tracker)
     return tracker.curves()
+
+
+def _norms(count: int, tracker: Tracker) -> list[Tensor]:
+    tracker.category = "activations"
+    return [torch.zeros((), device=META) for _ in range(count)]
+
+
+def _last_norm(norms: list[Tensor]) -> Tensor:
+    """As `FusedBackward.finish`, which lets go of each gradient's norm."""
+    kept = list(norms)
+    norms.clear()
+    return total_norm(kept)
 
 
 def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
@@ -163,6 +208,7 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             device,
             empty=True,
             seed=0,
+            speed=plan.Speed(attention=candidate.attention),
         )
 
 
@@ -198,12 +244,23 @@ def average(
     return Ema(plan.Ema(decay=0.999, device="same", every=1), trainable.items())
 
 
-def _marks_of_passes(model: nn.Module, tracker: Tracker) -> Sequence[RemovableHandle]:
-    """Mark where the model's forward passes begin and end."""
-    return (
-        model.register_forward_pre_hook(lambda *_: tracker.mark()),
-        model.register_forward_hook(lambda *_: tracker.mark()),
-    )
+def _marks_of_passes(
+    model: nn.Module, tracker: Tracker, flops: Callable[[], int], asked: list[int]
+) -> Sequence[RemovableHandle]:
+    """Mark where the model's forward passes begin and end. Operations of those that record no
+    gradients, which ask for what the base predicts, are added to `asked`."""
+
+    def begin(*_: object) -> None:
+        tracker.mark()
+        if not torch.is_grad_enabled():
+            asked.append(-flops())
+
+    def end(*_: object) -> None:
+        tracker.mark()
+        if not torch.is_grad_enabled():
+            asked.append(flops())
+
+    return model.register_forward_pre_hook(begin), model.register_forward_hook(end)
 
 
 def _window(
@@ -222,6 +279,7 @@ def _window(
         fused = FusedBackward(built.model, built.trainable, optimizer)
     width, height, batch_size = shape
     device = next(iter(built.model.parameters())).device
+    scaler = scaler_for(candidate.precision, device)
     tracker.category = "batch"
     batches = [
         family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
@@ -229,6 +287,8 @@ def _window(
     ]
     if candidate.masked:
         batches = [masked(batch) for batch in batches]
+    if candidate.keeps_base:
+        batches = [evolve(batch, keeps_base=True) for batch in batches]
     tracker.reset_peak()
     samples = sum(batch.latents.shape[0] for batch in batches)
     losses = []
@@ -243,11 +303,14 @@ def _window(
                 candidate.precision,
                 samples,
                 fused.begin if fused else None,
+                scaler.scale if scaler else None,
             )
         )
         tracker.register(_gradients(built), "gradients")
     passes, after = tracker.curves(), tracker.categories()
-    _update(candidate, built.trainable, optimizer, ema, fused, tracker)
+    _update(
+        candidate, built.trainable, optimizer, ema, fused.finish if fused else None, tracker, scaler
+    )
     return passes, after, tracker.curves()
 
 
@@ -256,13 +319,16 @@ def _update(
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
-    fused: FusedBackward | None,
+    finish: Callable[[], Tensor] | None,
     tracker: Tracker,
+    scaler: Scaler | None = None,
 ) -> None:
     tracker.category = "workspace"
     tracker.reset_peak()
-    if fused:
-        fused.finish()
+    if scaler:
+        scaler.unscale(trainable.values())
+    if finish:
+        finish()
     else:
         norm = gradient_norm(trainable.values())
         update(optimizer, norm, candidate.max_grad_norm)

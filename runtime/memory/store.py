@@ -30,6 +30,7 @@ SOURCES = (
     "runtime/objective.py",
     "runtime/offloaded.py",
     "runtime/optimizers.py",
+    "runtime/ranks.py",
     "runtime/stand_in.py",
     "runtime/step.py",
     "runtime/families/*.py",

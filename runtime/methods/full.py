@@ -45,16 +45,17 @@ def export(
     names = [c.name for c in model.components if c.name != model.trained_component]
     source = base_folder(model, names)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _present(source, names):
-        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-    shutil.copyfile(source / "model_index.json", folder / "model_index.json")
-    save_component(built.model, values, dtype, folder / model.trained_component)
-
-
-def _present(source: Path, names: list[str]) -> list[str]:
-    """Those of `names`, and what else the base's index lists, that have a folder there."""
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    return [name for name in names if name in index and (source / name).is_dir()]
+    for name, entry in index.items():
+        if not isinstance(entry, list) or name == model.trained_component:
+            continue
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+        else:
+            index[name] = [None, None]  # a part that the pipeline can do without, not downloaded
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    save_component(built.model, values, dtype, folder / model.trained_component)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from attrs import define
 from torch import Tensor, nn
 
+from runtime.modules import blocks_of
 from runtime.offload.host import host_like, new_stream
 
 _uncounted: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
@@ -27,7 +28,19 @@ _resize = torch.ops.inductor.resize_storage_bytes_  # one that the memory tracke
 def chosen(count: int, offloaded: int) -> list[int]:
     """Which of `count` blocks wait on the host: `offloaded` of them, spread evenly."""
     offloaded = min(offloaded, count)
+    apart = spacing(count, offloaded)
+    if apart:
+        return list(range(apart // 2, count, apart))
     return [(2 * n + 1) * count // (2 * offloaded) for n in range(offloaded)]
+
+
+def spacing(count: int, offloaded: int) -> int:
+    """From each of the `offloaded` blocks that wait to the next one, where that is always equally
+    many; 0 where it is not, and where none waits."""
+    if not 0 < offloaded <= count:
+        return 0
+    apart = round(count / offloaded)
+    return apart if len(range(apart // 2, count, apart)) == offloaded else 0
 
 
 def offload_blocks(
@@ -38,7 +51,7 @@ def offload_blocks(
 
     To be called once weights and adapters are in place. What requires gradients does not wait.
     """
-    blocks = [block for name in lists for block in getattr(model, name)]
+    blocks = blocks_of(model, lists)
     numbers = chosen(len(blocks), offloaded) if offloaded else []
     waiting = [_frozen(blocks[number], device) for number in numbers]
     there = {id(weight.tensor) for block in waiting for weight in block}

@@ -95,7 +95,7 @@ def test_one_device_unless_more_are_asked_for(two: Path) -> None:
     plan = plan_of(two, "train.batch_size=1", "launch.devices=3")
     assert (plan.steps.ranks, plan.steps.batches_per_epoch, plan.steps.per_epoch) == (3, 11, 4)
     assert decision(plan, "launch.devices") == ("3", "--set")
-    assert decision(plan, "launch.strategy") == ("ddp", "default")
+    assert decision(plan, "launch.strategy") == ("ddp", "pass memory")
 
 
 def test_a_strategy_for_one_device_is_refused(two: Path) -> None:

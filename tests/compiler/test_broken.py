@@ -82,7 +82,7 @@ def test_several_mistakes_of_all_kinds_are_told_at_once(
         text = text.replace(old, new, 1)
     monkeypatch.chdir(world)
     assert sorted(fault.code for fault in told(world, text).diagnostics) == [
-        "fp16-unsupported", "missing-key", "missing-path", "unknown-key", "wrong-type",
+        "fp16-overflow", "missing-key", "missing-path", "unknown-key", "wrong-type",
     ]  # fmt: skip
     text = text.replace('base = "bsae"', 'base = "base"')
     assert sorted(fault.code for fault in told(world, text).diagnostics) == [

@@ -18,6 +18,7 @@ from compiler.passes.balance import spelt
 from compiler.plan import Plan
 from runtime.data.order import Order
 from tests.compiler.recipes import codes, compiled, make_base, make_pictures
+from tuner.plan_view import text
 
 HEAD = """\
 name = "try"
@@ -124,6 +125,41 @@ def test_class_images(tmp_path: Path) -> None:
     assert [(s.regularisation, s.loss_weight) for s in sources] == [(False, 1.0), (True, 0.5)]
     path = project(tmp_path / "b", (2, ""), (3, "regularisation = {}"))
     assert made(compiled(path))[0].sources[1].loss_weight == 1.0
+
+
+ADAPTER = '[adapter]\nkind = "lora"\n'
+KEPT = 'regularisation = { target = "base" }'
+
+
+def adapted(folder: Path, *sources: tuple[int, str]) -> Path:
+    path = project(folder, *sources)
+    path.write_text(path.read_text() + ADAPTER)
+    return path
+
+
+def test_the_base_as_target(tmp_path: Path) -> None:
+    path = adapted(tmp_path, (2, ""), (3, KEPT + "\nresolution = [64, 96]"))
+    plan = made(compiled(path))[0]
+    assert [s.target for s in plan.sources] == ["image", "base", "base"]
+    shown = " ".join(text(plan, recipe="r.toml", verbose=True).split())
+    assert "what the base predicts is learned" in shown
+
+
+@pytest.mark.parametrize(
+    ("sources", "adapter", "words"),
+    [
+        ([(2, ""), (3, KEPT)], False, "would need a second copy of the model"),
+        ([(2, KEPT), (3, KEPT)], True, "nothing would be learned"),
+    ],
+)
+def test_a_target_without_a_frozen_base_or_anything_to_learn(
+    tmp_path: Path, sources: list[tuple[int, str]], adapter: bool, words: str
+) -> None:
+    result = compiled((adapted if adapter else project)(tmp_path, *sources))
+    assert result.plan is None and codes(result) == ["conflict"]
+    (found,) = result.diagnostics
+    assert words in found.message and found.path.endswith("regularisation.target")
+    assert found.help
 
 
 def test_what_is_held_out_is_not_trained(tmp_path: Path) -> None:

@@ -103,3 +103,58 @@ def test_two_masks_and_odd_sizes(tmp_path: Path) -> None:
     make_pictures(tmp_path / "masks", [(64, 32)])
     result = compiled(path)
     assert codes(result) == ["mask-size"] and "64x32" in result.diagnostics[0].message
+
+
+def of_two(tmp_path: Path, default: str, first: str, second: str) -> Compiled:
+    """Two sources of the same pictures with `[data] mask = default` and these entries."""
+    path = masked(tmp_path, 'from = "alpha"')
+    text = path.read_text().replace('mask = { from = "alpha" }', first)
+    head, tail = text.split("[[data.source]]")
+    again = f'[[data.source]]\nid = "b"\npath = "pictures"\n{PLACE}\n{second}\n\n[train]'
+    tail = tail.replace("[train]", again, 1)
+    path.write_text(head.replace("[data]", f"[data]\n{default}") + "[[data.source]]" + tail)
+    return compiled(path)
+
+
+def test_masks_for_all_sources(tmp_path: Path) -> None:
+    default = 'mask = { from = "file", folder = "masks", missing = "whole", floor = 0.1 }'
+    whole = Mask(kind="file", floor=0.1, folder=str(tmp_path / "masks"), missing="whole")
+    plan, manifest = made(of_two(tmp_path, default, "", 'mask = "none"'))
+    assert [source.mask for source in plan.sources] == [whole, None]
+    assert [bool(sample.mask) for sample in manifest] == [True] * 4 + [False] * 6
+    values = {d.key: (d.value, d.source) for d in plan.decisions}
+    assert values["data.mask.floor"][0] == "0.1"
+    assert values["data.source[0].mask.floor"] == ("0.1", "inherited")
+    assert values["data.source[1].mask"][0] == "none"
+
+
+def test_a_source_completes_its_own_masks(tmp_path: Path) -> None:
+    """Key by key, but nothing of files for masks that are no files."""
+    default = 'mask = { from = "file", folder = "masks", missing = "whole", floor = 0.1 }'
+    own = 'mask = { from = "file", floor = 0.3 }'
+    plan, _ = made(of_two(tmp_path, default, own, 'mask = { from = "alpha" }'))
+    assert [source.mask for source in plan.sources] == [
+        Mask(kind="file", floor=0.3, folder=str(tmp_path / "masks"), missing="whole"),
+        Mask(kind="alpha", floor=0.1),
+    ]
+    keys = [decision.key for decision in plan.decisions]
+    assert len(keys) == len(set(keys))
+    values = {d.key: (d.value, d.source) for d in plan.decisions}
+    assert values["data.source[0].mask.missing"] == ("whole", "inherited")
+    assert values["data.source[1].mask.floor"] == ("0.1", "inherited")
+
+
+@pytest.mark.parametrize(
+    ("default", "code", "path"),
+    [
+        ('mask = { from = "file" }', "missing-key", "data.mask"),
+        ('mask = { from = "file", folder = "gone" }', "missing-path", "data.mask.folder"),
+        ('mask = { from = "file", folder = "masks" }', "missing-masks", "data.mask"),
+        ('mask = { from = "alpha", suffix = "_" }', "no-effect", "data.mask.suffix"),
+        ('mask = "none"', "wrong-type", "data.mask"),
+    ],
+)
+def test_what_is_refused_of_all_sources(tmp_path: Path, default: str, code: str, path: str) -> None:
+    result = of_two(tmp_path, default, "", "")
+    assert result.plan is None and {*codes(result)} == {code}
+    assert {fault.path for fault in result.diagnostics} == {path}

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiler.plan import Checkpoints
 from runtime import checkpoints, files
 from runtime.checkpoints import Snapshot
 from runtime.errors import RunFailed
+from runtime.saving import prune
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,8 +80,9 @@ def test_a_torn_one_is_replaced_and_a_complete_one_kept(tmp_path):
 def test_keep(tmp_path):
     for step in (1, 2, 3, 4):
         checkpoints.save(tmp_path, snapshot(step))
-    assert checkpoints.prune(tmp_path, 0) == []
-    gone = checkpoints.prune(tmp_path, 2)
+    metrics = tmp_path.parent / "metrics.jsonl"
+    assert prune(tmp_path, Checkpoints(every=1, keep=0), metrics) == []
+    gone = prune(tmp_path, Checkpoints(every=1, keep=2), metrics)
     assert [p.name for p in gone] == ["step-000001", "step-000002"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
@@ -136,13 +139,15 @@ def test_killed_while_saving(tmp_path):
     """A writer is killed again and again; no reader ever sees a torn checkpoint."""
     script = f"""
         from pathlib import Path
+        from compiler.plan import Checkpoints
         from runtime import checkpoints
+        from runtime.saving import prune
         from tests.runtime.test_checkpoints import snapshot
         folder = Path({str(tmp_path)!r})
         print("ready", flush=True)
         for step in range(1, 1000):
             checkpoints.save(folder, snapshot(step, size=1 << 16))
-            checkpoints.prune(folder, 2)
+            prune(folder, Checkpoints(every=1, keep=2), folder / "none")
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from compiler import costs
 from compiler.data.prompts import prompts_of
 from compiler.memory import Candidate
-from compiler.plan import Layout, Plan, Prompt
+from compiler.plan import Plan, Prompt
 from runtime import speeds
 from runtime.data.store import INDEX, SHARDS
 from runtime.events import Silent
@@ -39,9 +39,10 @@ def simulated(plan: Plan) -> Plan:
         max_grad_norm=plan.max_grad_norm,
         ema_on_device=False,
         accumulate=1,
-        layout=Layout(),
+        layout=plan.memory.layout,
         shapes=tuple({(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets}),
         device="cpu",
+        keeps_base=any(source.target == "base" for source in plan.sources),
     )
     found = RuntimeMemoryModel().simulate(candidate)
     counts = {"trainable": found.trainable, "adapted": found.adapted_modules, "flops": found.flops}
@@ -205,3 +206,17 @@ def test_short_runs_measure_nothing(tmp_path, ran):
     )
     assert not speeds.remember(tmp_path / "s.json", plan, None)
     assert not (tmp_path / "s.json").exists()
+
+
+def test_operations_of_what_the_base_predicts(tmp_path: Path) -> None:
+    """The simulated step counts as one without them, and their source as a forward pass more."""
+    sources = [source_of(draw_data(tmp_path / name, SIZES[:2])) for name in ("dog", "class")]
+    kept = [sources[0], evolve(sources[1], target="base")]
+    plain, more = (
+        simulated(tiny_plan("sd3", make_tiny("sd3", tmp_path / "base"), given, tmp_path / "run")[0])
+        for given in (sources, kept)
+    )
+    assert more.memory.counts["flops"] == plain.memory.counts["flops"] > 0
+    half = costs.forward_share(plain) / 2
+    assert costs.train_flops(more) == pytest.approx(costs.train_flops(plain) * (1 + half))
+    assert costs.validate_flops(more) == costs.validate_flops(plain)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from attrs import evolve
 from diffusers import SanaTransformer2DModel
+from safetensors.torch import load_file
 
 from compiler.data.counts import bucket_rows
 from compiler.data.manifest import Manifest
-from compiler.plan import Evaluation, HeldOut, Plan
+from compiler.plan import Checkpoints, Evaluation, HeldOut, Plan
 from runtime import checkpoints, rng
 from runtime.data.cache import Cache
 from runtime.data.fill import prompt_embeddings, sample_keys
@@ -196,3 +197,28 @@ def test_a_service_is_told_of_the_untrained_model_too(tmp_path: Path) -> None:
         tracker.metrics(1, {"loss": 1.0})
         tracker.close()
     assert service.told == [0, 1]
+
+
+def test_the_best_checkpoint_stays_and_is_the_result(make: Any) -> None:
+    """Kept although newer ones push it out; with the average, that is judged and exported."""
+    rules = Checkpoints(every=1, keep=1, best="evaluation/loss", result="best")
+    plan, manifest = make(steps=8, lr=0.3, checkpoints=rules)  # so high that training gets worse
+    plan = evolve(plan, evaluation=evolve(plan.evaluation, every=2))
+    events = Interrupting(*NEVER)
+    outcome = execute(plan, manifest, events)
+    folder = Path(plan.run_folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["evaluation/loss"] for row in rows if "evaluation/loss" in row}
+    assert sorted(losses) == [0, 2, 4, 6, 8]
+    best = min((2, 4, 6, 8), key=lambda step: losses[step])
+    assert best != 8, losses
+    found = checkpoints.complete(folder / "checkpoints")
+    assert [checkpoints.step_of(each) for each in found] == [best, 8]
+    assert f"the result is that of step {best}, the best by evaluation/loss" in events.texts
+    average = checkpoints.load(found[0]).ema
+    assert average is not None and outcome.result is not None
+    (file,) = outcome.result.glob("*.safetensors")
+    exported = load_file(file)
+    assert len(exported) == len(average)
+    for tensor in exported.values():
+        assert any(torch.equal(tensor, other) for other in average.values())

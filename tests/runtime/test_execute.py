@@ -348,6 +348,13 @@ def test_a_full_disk_loses_nothing_older(make, monkeypatch):
     assert_equal(whole, plan)
 
 
+def test_a_run_folder_that_can_not_be_written_is_said(make):
+    plan, manifest = make()
+    (Path(plan.run_folder) / "run.log").mkdir(parents=True)
+    with pytest.raises(RunFailed, match=r"run\.log"):
+        execute(plan, manifest, Interrupting(*NEVER))
+
+
 def test_scores(make):
     plan, manifest = make(
         steps=2,

@@ -61,6 +61,16 @@ def check(step: Candidate) -> None:
         {"rank": 4, "layout": Layout(offload_blocks=99)},
         {"rank": 4, "layout": Layout(offload_blocks=99, offload_activations=True)},
         {"rank": 4, "accumulate": 3, "ema": True, "device": "cpu", "compute": "float32"},
+        {"rank": 4, "layout": Layout(offload_blocks=15, offload_activations=True)},
+        {"rank": 4, "layout": Layout(offload_blocks=10, activation_checkpointing=1)},
+        {"layout": Layout(fused_backward=True), "max_grad_norm": 0.0, "ema": True},
+        {
+            "layout": Layout(fused_backward=True, activation_checkpointing=1),
+            "max_grad_norm": 0.0,
+            "trained": "bfloat16",
+            "optimizer": "adamw-8bit",
+        },
+        {"rank": 4, "layout": Layout(fused_backward=True), "max_grad_norm": 0.0},
         {"checkpointing": 1, "trained": "bfloat16"},
         {"trained": "float32", "optimizer": "radam", "fused": False},
         {"trained": "bfloat16", "optimizer": "sgd", "checkpointing": 2, "max_grad_norm": 0.0},
@@ -82,8 +92,7 @@ def test_every_block_of_the_second_kind() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 4, "layout": Layout(offload_blocks=3)},
-        {"layout": Layout(fused_backward=True), "max_grad_norm": 0.0},
+        {"rank": 4, "layout": Layout(offload_blocks=13)},
         {"rank": 4, "checkpointing": 12},
         {"rank": 4, "dual": [0, 5]},
     ],

@@ -79,6 +79,16 @@ def test_masks(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_a_target_of_the_base(family: str, checkpointing: int) -> None:
+    """One more pass, which saves nothing, and its prediction."""
+    plain = small(family, rank=4, checkpointing=checkpointing)
+    check(attrs.evolve(plain, keeps_base=True))
+    more = real(attrs.evolve(plain, keeps_base=True)).peak - real(plain).peak
+    assert more >= 0
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
 def test_wide_picture(family: str) -> None:
     check(small(family, shapes=((320, 128, 3),), compute="bfloat16"))
 

@@ -447,3 +447,36 @@ def test_host_state_does_not_follow_training():
     before = saved["state"][0]["exp_avg"].clone()
     train(optimizer, {"p": p}, range(2, 4))
     assert torch.equal(saved["state"][0]["exp_avg"], before)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_which_ones_may_update_rows_of_weights_apart(name):
+    """A rank of a sharded run has some rows of each weight, or none of a small one."""
+    needs(name)
+    torch.manual_seed(0)
+    facts = OPTIMIZERS[name]
+    changes = {"d0": 0.1} if name == "prodigy" else {}  # or its steps are too small to be seen
+    start = {"matrix": torch.randn(6, 40), "bias": torch.randn(5)}
+    if not facts.whole:
+        start["single"] = torch.randn(1, 8)
+    gradients = [{n: 2 * t + torch.randn(t.shape) for n, t in start.items()} for _ in range(5)]
+
+    def trained(part):
+        """The weights after five steps on what `part` takes of each."""
+        mine = {n: nn.Parameter(part(t).clone()) for n, t in start.items()}
+        optimizer = make_optimizer(planned(name, **changes), mine.items(), CPU)
+        for gradient in gradients:
+            for n, parameter in mine.items():
+                parameter.grad = part(gradient[n]).clone()
+            optimizer.step()
+        return mine
+
+    whole = trained(lambda tensor: tensor)
+    first = trained(lambda tensor: tensor[: -(-len(tensor) // 2)])
+    second = trained(lambda tensor: tensor[-(-len(tensor) // 2) :])
+    parts = {n: torch.cat([first[n], second[n]]) for n in start}
+    alike = all(torch.allclose(parts[n], whole[n], rtol=1e-6, atol=1e-7) for n in start)
+    if facts.whole:
+        assert not alike, facts.whole
+    else:
+        assert alike, "a fact says that it goes row by row"

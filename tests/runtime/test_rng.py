@@ -55,7 +55,7 @@ def test_moments_and_independence() -> None:
     assert max(abs(near), abs(halves)) < 5 / math.sqrt(8 * count)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 8, 8), (0,)])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 8, 8), (0,), (40, 64, 64)])
 def test_each_slot_has_its_own(shape: tuple[int, ...]) -> None:
     together = rng.normals(shape, 1, "noise", 9, range(2, 6))
     assert together.dtype == torch.float32 and together.shape == (4, *shape)
@@ -63,6 +63,9 @@ def test_each_slot_has_its_own(shape: tuple[int, ...]) -> None:
         assert torch.equal(row, rng.normal(shape, 1, "noise", 9, slot))
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(lambda slot: rng.normal(shape, 1, "noise", 9, slot), range(2, 6)))
+        for threads in (1, 2, 3, 9):
+            shared = rng.normals(shape, 1, "noise", 9, range(2, 6), pool, threads)
+            assert torch.equal(shared, together)
     assert torch.equal(torch.stack(again), together)
     if torch.Size(shape).numel():
         others = [(2, "noise", 9, 2), (1, "posterior", 9, 2), (1, "noise", 8, 2)]

@@ -8,6 +8,8 @@ are multiples of 8 (the pipeline: of 32), SD3 of 16, up to 192 pixels.
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,10 +48,16 @@ def make_tiny(family: str, folder: Path, seed: int = 0, **transformer: Any) -> P
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = {"sana": _sana, "sd3": _sd3}[family](transformer)
-        _wake(pipeline.transformer)
+        pipeline = _maker(family)(transformer)
+        _wake(getattr(pipeline, FAMILIES[family].trained_component))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _maker(family: str) -> Callable[[dict[str, Any]], Any]:
+    """Others than the first two have a module each."""
+    own = {"sana": _sana, "sd3": _sd3}.get(family)
+    return own or import_module(f"tests.runtime.tinies.{family}").pipeline
 
 
 def tiny_model(
@@ -146,11 +154,11 @@ def _sana(overrides: dict[str, Any]) -> SanaPipeline:
 
 
 def _sd3(overrides: dict[str, Any]) -> StableDiffusion3Pipeline:
-    tokenizers = [_clip_tokenizer(pad) for pad in ("<|endoftext|>", "!")]
+    tokenizers = [clip_tokenizer(pad) for pad in ("<|endoftext|>", "!")]
     clips = [_clip(tokenizers[0], 16, "quick_gelu"), _clip(tokenizers[1], 24, "gelu")]
-    t5_tokenizer = _t5_tokenizer()
+    tokenizer_3 = t5_tokenizer()
     t5 = T5Config(
-        vocab_size=len(t5_tokenizer),
+        vocab_size=len(tokenizer_3),
         d_model=48,
         d_kv=8,
         d_ff=32,
@@ -192,7 +200,7 @@ def _sd3(overrides: dict[str, Any]) -> StableDiffusion3Pipeline:
         text_encoder_2=clips[1],
         tokenizer_2=tokenizers[1],
         text_encoder_3=T5EncoderModel(t5).eval(),
-        tokenizer_3=t5_tokenizer,
+        tokenizer_3=tokenizer_3,
     )
 
 
@@ -221,7 +229,7 @@ def _gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True)
 
 
-def _clip_tokenizer(pad: str) -> CLIPTokenizer:
+def clip_tokenizer(pad: str) -> CLIPTokenizer:
     """One token a letter; `</w>` marks the last one of a word."""
     letters = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
@@ -229,7 +237,7 @@ def _clip_tokenizer(pad: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     """One token a letter, two for the commonest words."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     pieces += [("\u2581a", -1.0), ("\u2581of", -1.0), *((letter, -3.0) for letter in LETTERS)]

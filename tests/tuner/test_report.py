@@ -342,3 +342,34 @@ def test_nothing_to_draw_is_no_chart(values: list[float]) -> None:
 def test_any_range_can_be_drawn(values: list[float]) -> None:
     drawn = chart("x", list(enumerate(values, 1)), smooth=True)
     assert Page(drawn).count("polyline") == 2 and "nan" not in drawn
+
+
+def _judged(folder: Path, values: dict[int, float], key: str) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": n, key: value}) + "\n" for n, value in values.items())
+
+
+def test_what_was_judged_has_curves(tmp_path: Path) -> None:
+    plan = quickstart()
+    rules = evolve(plan.checkpoints, best="evaluation/loss")
+    run = fake_run(tmp_path / "run", evolve(plan, checkpoints=rules))
+    _judged(run, {0: 0.9, 100: 0.5, 200: 0.6}, "evaluation/loss")
+    _judged(run, {0: 0.8, 100: 0.4, 200: 0.5}, "evaluation/loss/cats")
+    _judged(run, {0: 20.0, 200: 25.5}, "evaluation/clip_score")
+    for step in (100, 200):
+        place = run / "checkpoints" / f"step-{step:06d}"
+        place.mkdir(parents=True)
+        (place / "state.json").write_text(json.dumps({"step": step, "files": {}}))
+    page = page_of(run)
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels[4:] == [
+        "Evaluation loss: 0.9 at first, 0.6 at last",
+        "Evaluation loss: cats: 0.8 at first, 0.5 at last",
+        "CLIP score: 20 at first, 25.5 at last",
+    ]
+    assert "the triangle marks step 100, the best that is kept" in page.text
+    assert "Evaluation loss 0.6 from 0.9" in page.text and "CLIP score 25.5 from 20" in page.text
+    other = fake_run(tmp_path / "other")
+    assert compare([run, other], tmp_path / "both.html") == DONE
+    both = Page((tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert any("CLIP score at last: 25.5" in str(attrs.get("aria-label")) for _, attrs in both.tags)

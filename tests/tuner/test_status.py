@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from attrs import evolve
 from compiler import lock
 from compiler.plan import lock_path
 from tests.tuner.examples import quickstart
+from tuner.curve import sparkline
 from tuner.exits import DONE, REFUSED
 from tuner.noting import NOTE, Noted
 from tuner.progress import progress
@@ -178,3 +179,38 @@ def test_no_torch_on_the_way(run: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 3
+
+
+def judged(folder: Path, values: Mapping[int, float], key: str = "evaluation/loss") -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": n, key: value}) + "\n" for n, value in values.items())
+
+
+def test_what_was_judged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(run, 50)
+    judged(run, {0: 0.9, 20: 0.5, 40: 0.3, 50: 0.4})
+    judged(run, {0: 20.0, 50: 25.5}, "evaluation/clip_score")
+    saved(run, 20)
+    saved(run, 50)
+    found = told(run)
+    assert found.evaluation_losses == [(0, 0.9), (20, 0.5), (40, 0.3), (50, 0.4)]
+    assert found.clip_scores == [(0, 20.0), (50, 25.5)]
+    assert found.best is None and found.loss == pytest.approx(0.02)
+    assert show_status(run, as_json=False) == DONE
+    text = " ".join(capsys.readouterr().out.split())
+    assert "evaluation 0.4 at step 50; 0.9 at first, best 0.3 at step 40" in text
+    assert sparkline([0.9, 0.5, 0.3, 0.4]) in text
+    assert "clip score 25.5 at step 50; 20 at first, best 25.5 at step 50" in text
+    plan = read_run(run).plan
+    assert plan is not None
+    rules = evolve(plan.checkpoints, best="evaluation/loss")
+    lock_path(run).write_text(lock.dumps(evolve(plan, checkpoints=rules)))
+    assert told(run).best == 50  # 40 was better, but is not kept
+    assert show_status(run, as_json=False) == DONE
+    assert "the best of those kept is that of step 50" in capsys.readouterr().out
+
+
+def test_a_line_of_blocks() -> None:
+    assert sparkline([0.0, 1.0]) == "\u2581\u2588"
+    assert sparkline([2.0, 2.0, 2.0]) == "\u2584" * 3
+    assert len(sparkline([float(n) for n in range(100)], 10)) == 10

@@ -99,6 +99,16 @@ def test_the_cause_is_told_and_who_had_it(tmp_path: Path) -> None:
         ended(tmp_path, 70, 1, 1)
 
 
+def test_who_was_told_to_end_because_another_one_was_killed_has_not_stopped(tmp_path: Path) -> None:
+    """Rank 0 filled the cache and took SIGTERM for a wish; with Ctrl-C it would have been one."""
+    found = {"status": "stopped", "step": 0, "measured": {}, "result": None}
+    worker._write(tmp_path / launch.OUTCOME, found)
+    with pytest.raises(RunFailed, match=r"rank 1 was killed \(SIGKILL\)"):
+        ended(tmp_path, 130, -9)
+    assert ended(tmp_path, 130, 130).status == "stopped"
+    assert ended(tmp_path, 130, -9, stopped=True).status == "stopped"
+
+
 def test_ctrl_c_before_there_is_anything_to_save(tmp_path: Path) -> None:
     outcome = ended(tmp_path, 130, -2, stopped=True)
     assert (outcome.status, outcome.step, outcome.result) == ("stopped", 0, None)

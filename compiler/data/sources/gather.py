@@ -27,7 +27,7 @@ from compiler.data.scan import (
 from compiler.data.sources.columns import list_arrow, list_parquet
 from compiler.data.sources.listing import Entry, Listing, Wanted
 from compiler.data.sources.remote import FAILED, is_url, picture_path
-from compiler.data.sources.spots import Spot
+from compiler.data.sources.spots import Spot, without_ending
 from compiler.data.sources.tables import list_table
 from compiler.data.sources.tars import list_tar
 from compiler.data.stamp import Stamp
@@ -131,7 +131,7 @@ def _listed(spot: Spot, path: str, stamp: Stamp, wanted: Wanted, index: Index | 
 
 def _name(found: _Gathered, spot: Spot) -> None:
     """Give each item the key by which the source knows it; see the package's first lines."""
-    shards = {path: os.path.splitext(os.path.relpath(path, spot.root))[0] for path in spot.files}
+    shards = {path: without_ending(os.path.relpath(path, spot.root)) for path in spot.files}
     times = Counter(_plain(item.entry) for item in found.items)
     taken: set[str] = set()
     kept: list[_Item] = []

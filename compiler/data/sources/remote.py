@@ -6,8 +6,9 @@
     https://.../a.jpg               one picture, as a row of a table says it
 
 A plan opens no connection. `tuner run` copies what a recipe names into the user's cache folder,
-once, and notes there what it copied; every plan after that reads the copy. A copy is taken as it
-is until it is deleted: what changes at its origin is not noticed.
+once, and notes there what it copied, and in which state; every plan after that reads the copy. A
+run asks whether the origin of a source is still in that state, and copies what has changed. Single
+pictures on the web, of which there may be millions, are taken as they are until they are deleted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,22 @@ def copied(downloads: Path, remote: Remote) -> str | None:
         return None
 
 
-def note_of(root: str, files: Sequence[str], open: str) -> str:
-    """What `copied` reads: the folder of copies, those in it, and what of it is the source."""
-    return json.dumps({"root": root, "files": list(files), "open": open})
+def note_of(
+    root: str, files: Sequence[str], open: str, marks: Mapping[str, str] | None = None
+) -> str:
+    """What `copied` reads: the folder of copies, those in it, and what of it is the source. `marks`
+    tell the states of the originals."""
+    found = {"root": root, "files": list(files), "open": open, "marks": dict(marks or {})}
+    return json.dumps(found)
+
+
+def marks_of(downloads: Path, remote: Remote) -> dict[str, str]:
+    """By name: the state that an original had when it was copied; of some it is not known."""
+    try:
+        marks: Any = json.loads(read_small(note_path(downloads, remote)))["marks"]
+        return {str(name): str(mark) for name, mark in marks.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def picture_path(downloads: Path, url: str) -> Path:

@@ -26,6 +26,11 @@ from compiler.data.sources.remote import HUB
 Kind = Literal["folder", "webdataset", "parquet", "arrow", "table"]
 ENDINGS: dict[str, Kind] = {
     ".tar": "webdataset",
+    ".tar.gz": "webdataset",
+    ".tgz": "webdataset",
+    ".tar.bz2": "webdataset",
+    ".tar.xz": "webdataset",
+    ".tar.zst": "webdataset",
     ".parquet": "parquet",
     ".pq": "parquet",
     ".arrow": "arrow",
@@ -57,7 +62,7 @@ def name_of(path: str) -> str:
     name = Path(path.partition("@")[0] if path.startswith(HUB) else path)
     if glob.has_magic(path):
         name = name.parent
-    return name.stem if name.suffix.lower() in ENDINGS else name.name
+    return without_ending(name.name)
 
 
 def spot_of(path: Path, asked: str, files: Sequence[str]) -> Spot | None:
@@ -233,4 +238,12 @@ def _pattern(name: str) -> str:
 
 
 def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    stem, last = os.path.splitext(name.lower())
+    both = os.path.splitext(stem)[1] + last
+    return both if both in ENDINGS else last
+
+
+def without_ending(name: str) -> str:
+    """The name of a container, or its path, without what tells its kind."""
+    ending = _ending(name)
+    return name[: -len(ending)] if ending in ENDINGS else name

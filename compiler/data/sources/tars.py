@@ -3,7 +3,8 @@
 A member `dog/00.jpg` takes its caption from the member `dog/00.txt` or `dog/00.json`, as in a
 folder. Members are told by content as files are. Only plain members count: links, devices and
 sparse members are faults if they claim to be pictures, and so is a picture with an absolute name
-or one with `..` in it. A compressed tar can't be read at a place, so it is refused.
+or one with `..` in it. A compressed tar is listed in one pass from start to end; places are those
+in what it expands to, which a run unpacks once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import shutil
 import tarfile
+from collections.abc import Callable
+from tempfile import SpooledTemporaryFile
 from typing import IO, Any, cast
 
 from attrs import define, evolve, field
@@ -20,10 +24,15 @@ from compiler.data.captions import COMPANION, MAX_BYTES, lines_of_json, lines_of
 from compiler.data.headers import Foreign, claims_picture, header_of
 from compiler.data.quick_headers import Size
 from compiler.data.scan import COMPANIONS, Fault
-from compiler.data.sources.listing import Entry, Listing, SourceUnfit, Wanted
+from compiler.data.sources.compressed import DAMAGED, Forward, compression, expanded
+from compiler.data.sources.listing import Entry, Listing, Wanted
 from compiler.files import at_once
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_HELD = 16 << 20  # bytes of a member of a compressed tar that are held in memory
+_LARGEST = 1 << 30  # bytes of a picture in one
+
+Body = Callable[[tarfile.TarInfo], IO[bytes]]
+"""The content of a member, as a file."""
 
 
 @define
@@ -38,19 +47,20 @@ class _Found:
 def list_tar(path: str, wanted: Wanted) -> Listing:
     """All pictures of the tar at `path`, with their captions' lines.
 
-    Raises OSError where it can't be opened, and SourceUnfit where it is compressed.
+    Raises OSError where it can't be opened, and SourceUnfit where it is compressed in a way that
+    can't be read here.
     """
     found = _Found()
-    with open(path, "rb", opener=at_once) as file:
-        _refuse_compressed(path, file)
+    with open(path, "rb", opener=at_once) as raw:
+        file, body = _opened(raw)
         try:
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
                 kept: Any = tar
                 while (member := tar.next()) is not None:
                     kept.members.clear()  # or it would hold all of them
-                    _add(found, member, file, wanted)
+                    _add(found, member, body, wanted)
                 _judge_end(found, file, kept.offset)
-        except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError) as error:
+        except (tarfile.TarError, OverflowError, *DAMAGED) as error:
             found.faults.append(("", f"not a whole tar: {error}"))
     return Listing(
         entries=tuple(_captioned(entry, found) for entry in found.entries),
@@ -60,17 +70,24 @@ def list_tar(path: str, wanted: Wanted) -> Listing:
     )
 
 
-def _refuse_compressed(path: str, file: IO[bytes]) -> None:
-    head = file.read(6)
-    file.seek(0)
-    for start, name in _COMPRESSED.items():
-        if head.startswith(start):
-            raise SourceUnfit(
-                "unreadable-source",
-                f"`{os.path.basename(path)}` is compressed ({name}): it can only be read from "
-                "start to end, and pictures are read one by one",
-                help="unpack it to a plain .tar; pictures are compressed already",
-            )
+def _opened(raw: IO[bytes]) -> tuple[IO[bytes], Body]:
+    """The tar in a file, be it compressed, and what opens its members."""
+    kind = compression(raw)
+    if not kind:
+        return raw, lambda member: _window(raw, member)
+    stream = cast(IO[bytes], Forward(expanded(raw, kind)))
+
+    def body(member: tarfile.TarInfo) -> IO[bytes]:
+        held = SpooledTemporaryFile(_HELD)  # noqa: SIM115 (closed with its last name)
+        shutil.copyfileobj(_window(stream, member), held, 1 << 20)
+        held.seek(0)
+        return cast(IO[bytes], held)
+
+    return stream, body
+
+
+def _window(file: IO[bytes], member: tarfile.TarInfo) -> IO[bytes]:
+    return cast(IO[bytes], Window(file, member.offset_data, member.size))
 
 
 def _judge_end(found: _Found, file: IO[bytes], offset: int) -> None:
@@ -80,7 +97,7 @@ def _judge_end(found: _Found, file: IO[bytes], offset: int) -> None:
         found.faults.append(("", "not a whole tar: it is damaged, or its end is missing"))
 
 
-def _add(found: _Found, member: tarfile.TarInfo, file: IO[bytes], wanted: Wanted) -> None:
+def _add(found: _Found, member: tarfile.TarInfo, body: Body, wanted: Wanted) -> None:
     name = _plain(member.name)
     if member.isdir():
         return
@@ -91,7 +108,7 @@ def _add(found: _Found, member: tarfile.TarInfo, file: IO[bytes], wanted: Wanted
     stem, ending = posixpath.splitext(name)
     if ending.lower() in COMPANIONS:
         if not wrong and ending.lower() == COMPANION.get(wanted.captions.kind):
-            found.texts[stem] = _lines(file, member, wanted)
+            found.texts[stem] = _lines(body, member, wanted)
         return
     if wrong:
         if claims_picture(name):
@@ -99,8 +116,7 @@ def _add(found: _Found, member: tarfile.TarInfo, file: IO[bytes], wanted: Wanted
         else:
             found.others += 1
         return
-    window = Window(file, member.offset_data, member.size)
-    header = header_of(name, cast(IO[bytes], window), member.size)
+    header = header_of(name, body(member), member.size)
     if isinstance(header, Foreign):
         found.others += 1
     elif isinstance(header, Size):
@@ -133,13 +149,15 @@ def _wrong(name: str, member: tarfile.TarInfo) -> str:
         return "not a plain member of the tar"
     if name.startswith("/") or ".." in name.split("/"):
         return "a name that leads out of the tar"
+    if member.size > _LARGEST:
+        return f"longer than {_LARGEST >> 20:,} MiB: this is no picture"
     return ""
 
 
-def _lines(file: IO[bytes], member: tarfile.TarInfo, wanted: Wanted) -> tuple[str, ...] | str:
+def _lines(body: Body, member: tarfile.TarInfo, wanted: Wanted) -> tuple[str, ...] | str:
     if member.size > MAX_BYTES:
         return f"longer than {MAX_BYTES:,} bytes: this is no caption"
-    data = Window(file, member.offset_data, member.size).read(member.size) or b""
+    data = body(member).read(member.size) or b""
     if wanted.captions.kind == "json":
         lines = lines_of_json(data, wanted.captions.key, member.name)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +165,33 @@ def test_all_photographs_give_the_same_plan_and_keys(tmp_path: Path, data_root: 
         keys = sample_keys(plan, manifest, family_of("sana"), Cache(Path(plan.cache_folder)))
         seen.add((plan.manifest, plan.buckets, tuple(keys)))
     assert len(seen) == 1
+
+
+def test_compressed_tars_give_the_same_plan_keys_and_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    make_tiny("sana", tmp_path / "base")
+    told = {f"{n}.png": (encoded(picture(70, 70, seed=n), "PNG"), f"a, {n}") for n in range(5)}
+    plain = (tmp_path / pack(tmp_path, told)["webdataset"]).read_bytes()
+    seen = set()
+    for ending, packed in {
+        "tar": plain,
+        "tar.gz": gzip.compress(plain),
+        "tar.xz": lzma.compress(plain),
+    }.items():
+        (tmp_path / ending).mkdir()
+        (tmp_path / ending / f"pictures.{ending}").write_bytes(packed)
+        result = compile_kind(tmp_path, "webdataset", f"{ending}/pictures.{ending}", 2)
+        plan, manifest = result.plan, result.manifest
+        assert plan is not None and manifest is not None
+        cache, family = Cache(tmp_path / ending / "cache"), family_of("sana")
+        fill_latents(plan, manifest, family, cache, Silent())
+        keys = sample_keys(plan, manifest, family, cache)
+        values = tuple(tuple(cache.get(key)["mean"].flatten().tolist()) for key in keys)
+        seen.add((plan.buckets, tuple(keys), values))
+    assert len(seen) == 1
+    assert len(list((tmp_path / "xdg/tuner/unpacked").iterdir())) == 2
 
 
 def test_hashes_inside_containers_are_remembered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import os
@@ -16,8 +17,9 @@ from typing import ClassVar
 import pytest
 
 from compiler.data.sources.remote import FAILED, Remote, copied, hub_parts, is_remote, picture_path
+from compiler.plan import lock_path
 from runtime.data import downloads
-from runtime.data.downloads import copy_pictures, copy_sources
+from runtime.data.downloads import changed_sources, copy_pictures, copy_sources
 from runtime.errors import MachineUnfit, RunFailed
 from tests.compiler.data import containers
 from tests.compiler.data.pictures import encoded, picture
@@ -33,9 +35,16 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     pages: ClassVar[dict[str, bytes | int]] = {}
     asked: ClassVar[list[str]] = []
+    states: ClassVar[bool] = False  # whether it says in which state a page is
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def answer(self, *, body: bool) -> None:
         page = self.pages.get(self.path, 404)
         if isinstance(page, int):
             self.send_error(page)
@@ -43,8 +52,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         cut = self.path.startswith("/cut")
         self.send_header("Content-Length", str(len(page) + 7 * cut))
+        if self.states:
+            self.send_header("ETag", hashlib.sha256(page).hexdigest())
         self.end_headers()
-        self.wfile.write(page)
+        if body:
+            self.wfile.write(page)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -53,7 +65,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def web() -> Iterator[str]:
     Server.pages = {f"/{name}": data for name, (data, _) in TOLD.items()}
-    Server.asked = []
+    Server.asked, Server.states = [], False
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -267,3 +279,133 @@ def test_a_run_copies_first_and_offline_does_not(
     assert Server.asked == []  # something else is wrong: nothing is copied
     made = compile_copied(path, [], offline=False)
     assert made.manifest is not None and len(made.manifest) == 5 and len(Server.asked) == 6
+
+
+def test_a_store_that_has_changed(tmp_path: Path) -> None:
+    """What changed, came or went is noticed by its state, be its size the same; no more is copied
+    than what changed."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    remote, said = Remote(url="memory://changing/a", files=()), []
+    opened: list[str] = []
+    try:
+        store.pipe({f"/changing/a/{name}": name.encode() for name in ("x.jpg", "y.jpg", "z.jpg")})
+        copy_sources([remote], tmp_path, quiet)
+        assert changed_sources([remote], tmp_path, said.append) == []
+        store.pipe({"/changing/a/y.jpg": b"Y.JPG", "/changing/a/new.jpg": b"new"})
+        store.rm("/changing/a/z.jpg")
+        assert changed_sources([remote], tmp_path, said.append) == [remote]
+        real = type(store).open
+        type(store).open = lambda self, path, *a, **k: (
+            opened.append(path) or real(self, path, *a, **k)
+        )
+        try:
+            copy_sources([remote], tmp_path, said.append, again=True)
+        finally:
+            type(store).open = real
+        assert sorted(map(os.path.basename, opened)) == ["new.jpg", "y.jpg"]
+        folder = Path(copied(tmp_path, remote) or "")
+        there = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert there == {"x.jpg": b"x.jpg", "y.jpg": b"Y.JPG", "new.jpg": b"new"}
+        assert changed_sources([remote], tmp_path, said.append) == []
+        assert said == [
+            f"copying memory://changing/a again, because it has changed, into {tmp_path}"
+        ]
+    finally:
+        store.store.clear()
+
+
+def test_a_copy_that_was_interrupted_while_the_original_changed(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    remote = Remote(url="memory://torn/a", files=())
+    real = downloads.shutil.copyfileobj
+    done: list[int] = []
+
+    def interrupted(*given: object) -> None:
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        real(*given)  # type: ignore[arg-type]
+
+    try:
+        store.pipe({"/torn/a/x.jpg": b"old", "/torn/a/y.jpg": b"old"})
+        downloads.shutil.copyfileobj = interrupted  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            copy_sources([remote], tmp_path, quiet)
+        downloads.shutil.copyfileobj = real
+        assert copied(tmp_path, remote) is None
+        store.pipe({"/torn/a/x.jpg": b"new"})
+        copy_sources([remote], tmp_path, quiet)
+        folder = Path(copied(tmp_path, remote) or "")
+        assert (folder / "x.jpg").read_bytes() == b"new"
+        assert (folder / "y.jpg").read_bytes() == b"old"
+    finally:
+        downloads.shutil.copyfileobj = real
+        store.store.clear()
+
+
+def test_a_file_on_the_web_that_has_changed(tmp_path: Path, web: str) -> None:
+    remote, said = Remote(url=f"{web}/t.jsonl", files=()), []
+    Server.pages["/t.jsonl"] = b"first"
+    copy_sources([remote], tmp_path, quiet)  # this server says nothing of states
+    Server.pages["/t.jsonl"] = b"other"
+    assert changed_sources([remote], tmp_path, said.append) == [] and said == []
+    Server.states = True
+    copy_sources([remote], tmp_path, quiet, again=True)
+    assert Path(copied(tmp_path, remote) or "").read_bytes() == b"other"
+    assert changed_sources([remote], tmp_path, said.append) == []
+    Server.pages["/t.jsonl"] = b"third"
+    assert changed_sources([remote], tmp_path, said.append) == [remote]
+    Server.pages["/t.jsonl"] = 503
+    assert changed_sources([remote], tmp_path, said.append) == []
+    assert "can't be asked whether it has changed, its copy is used: HTTP Error 503" in said[0]
+    assert Path(copied(tmp_path, remote) or "").read_bytes() == b"other"
+
+
+def test_a_run_takes_what_has_changed_unless_it_was_begun(
+    tmp_path: Path,
+    web: str,
+    project: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tuner.compiling.compile_here", lambda path, more: compiled(path, *more))
+    Server.states = True
+    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
+    lines = [json.dumps(row) for row in rows]
+    Server.pages["/t.jsonl"] = "\n".join(lines[:3]).encode()
+    path = project(f'path = "{web}/t.jsonl"')
+    first = compile_copied(path, [], offline=False)
+    assert first.manifest is not None and len(first.manifest) == 3 and first.plan is not None
+    Server.pages["/t.jsonl"] = "\n".join(lines).encode()
+    kept = compile_copied(path, [], offline=True)
+    assert kept.manifest is not None and len(kept.manifest) == 3
+    assert "is not asked whether it has changed (--offline)" in capsys.readouterr().err
+    lock = lock_path(Path(first.plan.run_folder))
+    lock.parent.mkdir(parents=True)
+    lock.write_text("")
+    begun = compile_copied(path, [], offline=False)
+    assert begun.manifest is not None and len(begun.manifest) == 3
+    assert "goes on with it" in capsys.readouterr().err
+    lock.unlink()
+    again = compile_copied(path, [], offline=False)
+    assert again.manifest is not None and len(again.manifest) == 5
+    assert "again, because it has changed," in capsys.readouterr().err
+
+
+def test_a_data_set_of_the_hub_that_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = hub(tmp_path / "snapshots" / "abc", [])
+    now = ["abc"]
+    info = types.SimpleNamespace(
+        dataset_info=lambda name, revision: types.SimpleNamespace(sha=now[0])
+    )
+    module.HfApi = lambda: info  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    remote = Remote(url="hub:a/b", files=())
+    copy_sources([remote], tmp_path / "d", quiet)
+    assert changed_sources([remote], tmp_path / "d", quiet) == []
+    now[0] = "def"
+    assert changed_sources([remote], tmp_path / "d", quiet) == [remote]

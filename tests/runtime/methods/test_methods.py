@@ -234,7 +234,7 @@ def test_weights_can_be_set_and_read(folder: Path) -> None:
     ("adapter", "change", "message"),
     [
         (True, {"weights": "bfloat16"}, "can't compute in float32"),
-        (False, {"compute": "float16"}, "loss scaling"),
+        (False, {"trained": "float16"}, "float16 weights can't be trained"),
     ],
 )
 def test_number_formats_that_do_not_go_together(

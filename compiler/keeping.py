@@ -1,0 +1,56 @@
+"""Which checkpoints stay: one rule, by which runs delete and plans count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import lcm
+from typing import Any
+
+from compiler.occasions import Occasions
+from compiler.plan import EVALUATION, Checkpoints
+
+LOSS = f"{EVALUATION}loss"
+"""The mean over all held-out images and noise levels; behind a slash, that of one source."""
+CLIP_SCORE = f"{EVALUATION}clip_score"
+"""The mean over all validation pictures."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether the best checkpoint is that with the highest value; else with the lowest."""
+    return metric == CLIP_SCORE
+
+
+def best_of(rows: Iterable[Mapping[str, Any]], metric: str, steps: Iterable[int]) -> int | None:
+    """The one of `steps` at which `metric` was best by the metrics in `rows`; of equals the first.
+    None where it was measured at none of them."""
+    among = set(steps)
+    found = {
+        int(row["step"]): float(row[metric])
+        for row in rows
+        if int(row["step"]) in among and isinstance(row.get(metric), int | float)
+    }
+    sign = -1.0 if higher_is_better(metric) else 1.0
+    return min(found, key=lambda step: (sign * found[step], step), default=None)
+
+
+def doomed(steps: Sequence[int], rules: Checkpoints, best: int | None) -> list[int]:
+    """Those of `steps` (in order) whose checkpoints go. The newest always stays: runs go on from
+    it."""
+    if not rules.keep:
+        return []
+    return [
+        step
+        for step in steps[: -rules.keep]
+        if step != best and not (rules.keep_every and step % rules.keep_every == 0)
+    ]
+
+
+def at_once(rules: Checkpoints, total: int) -> int:
+    """The most checkpoints that lie there at once: a new one is written before an old one goes."""
+    made = Occasions(rules.every, total)
+    if not rules.keep or len(made) <= rules.keep + 1:
+        return len(made)
+    extra = 0
+    if rules.keep_every and rules.every:
+        extra = (made[-rules.keep - 1] - 1) // lcm(rules.keep_every, rules.every)
+    return min(len(made), rules.keep + 1 + extra + bool(rules.best))

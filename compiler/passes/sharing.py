@@ -1,0 +1,117 @@
+"""How several devices share the work: each the whole model, or a share of every weight."""
+
+from __future__ import annotations
+
+from compiler import plan
+from compiler.draft import Draft
+from compiler.optimizers import OPTIMIZERS
+from compiler.spans import KeyPath
+
+STRATEGY: KeyPath = ("launch", "strategy")
+RESHARD: KeyPath = ("launch", "reshard_after_forward")
+
+
+def resolve_sharing(draft: Draft) -> None:
+    """Fill in `draft.sharing`. What is left open is "ddp"; `choose_sharded` may change it."""
+    launch = draft.recipe.launch
+    if launch.devices in ("auto", 1):
+        _refuse_for_one(draft)
+        return
+    if launch.strategy == "fsdp":
+        draft.sharing = plan.Sharing(
+            strategy="fsdp", reshard=launch.reshard_after_forward is not False
+        )
+        reason, where = shardable(draft)
+        if reason:
+            draft.error(
+                "not-sharded",
+                where if draft.given(where) else STRATEGY,
+                f'"fsdp" can\'t share this model out: {reason}',
+                help='strategy = "ddp" in [launch]',
+            )
+    elif draft.given(RESHARD) and launch.strategy == "ddp":
+        draft.error(
+            "no-effect",
+            RESHARD,
+            '`reshard_after_forward` is of strategy "fsdp"; under "ddp" nothing is gathered',
+            of="key",
+        )
+
+
+def choose_sharded(draft: Draft) -> bool:
+    """Turn to "fsdp" if the recipe leaves it open and nothing stands against it."""
+    steps, launch = draft.steps, draft.recipe.launch
+    several = steps is not None and steps.ranks > 1
+    if not several or launch.strategy != "auto" or shardable(draft)[0]:
+        return False
+    draft.sharing = plan.Sharing(strategy="fsdp", reshard=launch.reshard_after_forward is not False)
+    return True
+
+
+def decide_sharing(draft: Draft, why: str) -> None:
+    """Record what the strategy came to be; `why` holds where the recipe leaves it open."""
+    several = draft.steps is not None and draft.steps.ranks > 1
+    sharing = draft.sharing
+    why = why if several else "one device has nothing to share"
+    draft.decide(STRATEGY, sharing.strategy, by="decided", why=why)
+    if sharing.strategy != "fsdp":
+        draft.decide(RESHARD, "none", by="decided", why="nothing is gathered")
+    else:
+        why = "a block's weights are gathered twice, and only its own are there"
+        draft.decide(RESHARD, sharing.reshard, by="decided", why=why)
+
+
+def shardable(draft: Draft) -> tuple[str, KeyPath]:
+    """Why the weights can't be dealt out, and the key that says so; "" if they can."""
+    if draft.device not in ("cpu", "cuda"):
+        return f"{draft.device} devices have no connections to gather over", ("launch", "device")
+    if draft.optimizer is not None:
+        row = OPTIMIZERS[draft.optimizer.name]
+        if row.not_by_rows:
+            return f"`{row.name}` can't: {row.not_by_rows}", ("train", "optimizer", "name")
+    if draft.precision is not None and draft.precision.compute == "float16":
+        why = "float16 gradients are scaled, and would overflow in sums over devices"
+        return why, ("precision", "compute")
+    if draft.speed.compile != "off":
+        return "a compiled block can't wait for its weights to be gathered", ("speed", "compile")
+    if draft.recipe.speed.compile == "regional":
+        why = "blocks that are gathered are not compiled here"
+        return why, ("speed", "compile")
+    return _of_model(draft)
+
+
+def _of_model(draft: Draft) -> tuple[str, KeyPath]:
+    nothing: KeyPath = ()
+    if draft.model is None:
+        return "", nothing
+    trained = draft.model.family.trained_component
+    kind = draft.quantize.get(trained, "none")
+    if kind != "none":
+        why = f"weights in {kind} are codes and scales, which would stay whole on each device"
+        return why, ("model", trained, "quantize")
+    offload = draft.recipe.memory.offload
+    if not isinstance(offload, str) and offload.activations is True:
+        why = "activations that wait on the host are not tested with gathered weights"
+        return why, ("memory", "offload", "activations")
+    if not isinstance(offload, str) and offload.blocks not in ("auto", 0):
+        why = "a block that waits on the host can't be gathered from the devices"
+        return why, ("memory", "offload", "blocks")
+    for number, source in enumerate(draft.sources):
+        if source.target == "base":
+            why = (
+                f"source `{source.id}` learns what the base predicts, which is one more pass, and "
+                "all devices must gather equally often"
+            )
+            return why, ("data", "source", number, "regularisation", "target")
+    return "", nothing
+
+
+def _refuse_for_one(draft: Draft) -> None:
+    for path in (STRATEGY, RESHARD):
+        if draft.recipe.launch.devices == 1 and draft.given(path):
+            draft.error(
+                "no-effect",
+                path,
+                f"`{path[-1]}` says how several devices share the work; this recipe trains on one",
+                of="key",
+            )

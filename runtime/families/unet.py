@@ -1,0 +1,76 @@
+"""What the families with a UNet of Diffusers have in common at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiler.plan import Model
+from runtime.batch import Batch
+from runtime.families import common
+from runtime.noise_table import timesteps
+
+
+class UNetFamily(common.Stock):
+    """Loading, latents and prediction; what is said to the model beside is each family's own."""
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+        """See `Family.encode_pixels`: mean and standard deviation of the posterior."""
+        codec: Any = vae
+        with torch.no_grad():
+            posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+
+    def latents(
+        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
+    ) -> Tensor:
+        """See `Family.latents`. Without `noise`, the posterior's mean."""
+        drawn = cached["mean"].float()
+        if noise is not None:
+            drawn = drawn + cached["std"].float() * noise
+        return drawn * float(vae_config["scaling_factor"])
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See `Family.predict`: the noise or v. The time is the table's, from 0 to 999."""
+        beside = {name: t for name, t in text.items() if name != "encoder_hidden_states"}
+        prediction: Tensor = model(
+            sample=noisy,
+            timestep=timesteps(sigmas),
+            encoder_hidden_states=text["encoder_hidden_states"],
+            added_cond_kwargs=beside or None,
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
+        """See `Family.decode`."""
+        vae = parts["vae"]
+        unscaled = latents / vae.config.scaling_factor
+        pixels: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+        return pixels
+
+    def _example(
+        self,
+        model: Model,
+        width: int,
+        height: int,
+        batch_size: int,
+        text: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> Batch:
+        """A batch of zeros with this `text`."""
+        config = common.config_of(model, "unet")
+        factor = self.card.vae_factor(common.config_of(model, "vae"))
+        shape = (batch_size, config["in_channels"], height // factor, width // factor)
+        return Batch(
+            latents=torch.zeros(shape, device=device),
+            noise=torch.zeros(shape, device=device),
+            sigmas=torch.full((batch_size,), 0.5, device=device),
+            kept=torch.full((batch_size,), 0.5, device=device),
+            text=text,
+        )

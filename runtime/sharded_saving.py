@@ -1,0 +1,144 @@
+"""Checkpoints of a sharded run: each rank writes its own part, complete or absent as a whole.
+
+    checkpoints/step-000400/
+        shards/         weights, average and optimizer state (torch.distributed.checkpoint)
+        optimizer.pt    what of the optimizer's state is no row of a weight
+        state.json      as in every checkpoint, see `runtime.checkpoints`
+
+Any number of ranks can go on from one, and so can a run that is not sharded. Names in `shards` are
+"weights.NAME", "ema.NAME" and "optimizer.NUMBER.KEY".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from runtime import files
+from runtime.checkpoints import Snapshot, is_complete, latest, load, read_state, write_state
+from runtime.ema import Ema
+from runtime.errors import RunFailed
+from runtime.optimizers import load_state, to_host
+from runtime.ranks import Ranks
+from runtime.saved import folder_of
+from runtime.shard_files import SHARDS, joined
+from runtime.sharded import Shards
+
+
+def save(
+    checkpoints: Path,
+    head: Snapshot,
+    shards: Shards,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    ranks: Ranks,
+) -> Path:
+    """Write a checkpoint, all ranks together; returns its folder. `head` says what `state.json` is
+    to hold. Raises RunFailed if it can't be written; older checkpoints are untouched then."""
+    target = folder_of(checkpoints, head.step)
+    there = is_complete(target) and read_state(target)["plan"] == head.plan
+    if ranks.told("there" if there else "") == "there":
+        return target
+    tensors, rest = _parts(shards, optimizer, ema)
+    try:
+        whole = files.partial_folder(target) if ranks.leads else nullcontext(files.beside(target))
+        with whole as folder:
+            ranks.told("")  # the folder is there
+            save_shards(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+            if ranks.leads:
+                with (folder / "optimizer.pt").open("wb") as file:
+                    torch.save(rest, file)
+                write_state(folder, head, sharded=True)
+    except (OSError, CheckpointException, RuntimeError) as error:
+        if isinstance(error, RunFailed):
+            raise
+        older = latest(checkpoints)
+        raise RunFailed(
+            f"could not save the checkpoint of step {head.step}: {_first_line(error)}",
+            help=f"free space below {checkpoints} and run again: it goes on from "
+            + (f"step {read_state(older)['step']}" if older else "the start"),
+        ) from error
+    ranks.told("")  # it has its name
+    return target
+
+
+def restore(folder: Path, shards: Shards, optimizer: torch.optim.Optimizer, ema: Ema | None) -> int:
+    """Set this rank's part to what a checkpoint holds, sharded or not, by any number of ranks;
+    returns the updates done. Raises RunFailed if its format is not ours."""
+    state = read_state(folder)
+    names = list(shards.pieces)
+    if state.get("sharded"):
+        rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        found = _own_rows(folder / SHARDS, shards)
+    else:
+        snapshot = load(folder)
+        rest, found = dict(snapshot.optimizer), {}
+        found |= _cut(shards, "weights", snapshot.weights)
+        found |= _cut(shards, "ema", snapshot.ema or {})
+        for number, kept in rest["state"].items():
+            piece = shards.pieces[names[number]]
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == piece.whole.shape:
+                    kept[key] = value[piece.rows].clone()
+    states = {k.partition(".")[2]: v for k, v in found.items() if k.startswith("optimizer.")}
+    rest = joined(rest, states)
+    with torch.no_grad():
+        for name, piece in shards.pieces.items():
+            piece.mine.copy_(found[f"weights.{name}"])
+    load_state(optimizer, rest)
+    if ema is not None and f"ema.{names[0]}" in found:
+        ema.load_state({name: found[f"ema.{name}"] for name in names})
+    return int(state["step"])
+
+
+def _parts(
+    shards: Shards, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each rank writes of its own, and what rank 0 writes for all."""
+    tensors = {f"weights.{n}": p.dealt(p.mine.detach()) for n, p in shards.pieces.items()}
+    if ema is not None:
+        for name, rows in ema.average.items():
+            tensors[f"ema.{name}"] = shards.pieces[name].dealt(rows)
+    state = optimizer.state_dict()
+    pieces = list(shards.pieces.values())
+    rest = {number: dict(kept) for number, kept in state["state"].items()}
+    for number, kept in state["state"].items():
+        for key, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == pieces[number].mine.shape:
+                tensors[f"optimizer.{number}.{key}"] = pieces[number].dealt(value)
+                del rest[number][key]
+    return tensors, to_host({**state, "state": rest})
+
+
+def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:
+    """This rank's rows of every tensor in `folder`, in host memory where the average is there."""
+    reader = FileSystemReader(folder)
+    stated: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    names = list(shards.pieces)
+    held = {}
+    for key, of in stated.items():
+        kind, _, name = key.partition(".")
+        number = name.partition(".")[0]
+        piece = shards.pieces[names[int(number)] if kind == "optimizer" else name]
+        held[key] = piece.dealt(torch.empty_like(piece.mine, dtype=of.properties.dtype))
+    load_shards(held, storage_reader=reader, no_dist=True)
+    return {key: tensor.to_local().detach() for key, tensor in held.items()}
+
+
+def _cut(shards: Shards, kind: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": tensor[shards.pieces[name].rows] for name, tensor in whole.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    failures = getattr(error, "failures", {})
+    cause = next((found[0] for found in failures.values()), error)
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]

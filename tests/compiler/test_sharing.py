@@ -1,0 +1,132 @@
+"""How several devices share the work: what is chosen, and what can't go with sharded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from compiler.memory import Candidate, Simulation
+from compiler.plan import Phase, Sharing
+from tests.compiler.recipes import GPU, RECIPE, codes, compiled, project
+
+MIB = 2**20
+ADAPTER = '[adapter]\nkind = "lora"\nrank = 4\n'
+FSDP = ("launch.devices=2", 'launch.strategy="fsdp"')
+
+
+class Shared:
+    """Memory of which each rank needs its share, if it is sharded; nothing else helps."""
+
+    def simulate(self, candidate: Candidate) -> Simulation:
+        """See `MemoryModel.simulate`."""
+        sharded = candidate.sharing.strategy == "fsdp"
+        needed = 1000 * MIB // (candidate.ranks if sharded else 1)
+        phase = Phase(name="train", device_bytes=needed, host_bytes=0, parts={"weights": needed})
+        return Simulation(
+            phases=(phase,),
+            parameters=10**6,
+            trainable=10**6,
+            adapted_modules=0,
+            flops=10**9,
+            seconds=0.0,
+        )
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    return project(tmp_path, RECIPE.replace("batch_size = 4", "batch_size = 1"))
+
+
+def decision(result, key: str) -> tuple[str, str]:
+    (found,) = (d for d in result.plan.decisions if d.key == key)
+    return found.value, found.why
+
+
+def budget(size: str) -> str:
+    return f'memory.budget="{size}"'
+
+
+def test_whole_models_as_long_as_they_fit(full: Path) -> None:
+    """Then sharded ones, if nothing stands against it and the recipe leaves it open."""
+    cases = {
+        (budget("1100 MiB"),): "ddp",
+        (budget("600 MiB"),): "fsdp",
+        ('memory.budget="none"',): "ddp",
+    }
+    for overrides, strategy in cases.items():
+        found = compiled(full, "launch.devices=2", *overrides, machine=GPU, memory_model=Shared())
+        assert found.plan is not None, found.diagnostics
+        assert found.plan.sharing == Sharing(strategy=strategy)
+        assert decision(found, "launch.strategy")[0] == strategy
+    for stays in ('launch.strategy="ddp"', 'train.optimizer.name="muon"'):
+        found = compiled(
+            full, "launch.devices=2", budget("600 MiB"), stays, machine=GPU, memory_model=Shared()
+        )
+        assert "does-not-fit" in codes(found)
+    found = compiled(full, budget("600 MiB"), machine=GPU, memory_model=Shared())
+    assert "does-not-fit" in codes(found), "one device has nobody to share with"
+
+
+def test_what_the_recipe_says_is_done(full: Path) -> None:
+    found = compiled(full, *FSDP, "launch.reshard_after_forward=false").plan
+    assert found is not None and found.sharing == Sharing(strategy="fsdp", reshard=False)
+    assert compiled(full, *FSDP).plan.sharing.reshard
+    assert compiled(full).plan.sharing == Sharing()
+
+
+REFUSED = {
+    'train.optimizer.name="adafactor"': "train.optimizer.name",
+    'train.optimizer.name="adamw-8bit"': "train.optimizer.name",
+    'train.optimizer.name="adamw-offload"': "train.optimizer.name",
+    "memory.offload={activations=true}": "memory.offload.activations",
+    'speed.compile="regional"': "speed.compile",
+    'launch.device="mps"': "launch.device",
+}
+
+
+@pytest.mark.parametrize(("override", "path"), REFUSED.items())
+def test_what_cant_be_sharded_is_refused_by_name(full: Path, override: str, path: str) -> None:
+    found = compiled(full, *FSDP, override)
+    (fault,) = (f for f in found.diagnostics if f.code == "not-sharded")
+    assert fault.path == path
+    assert 'strategy = "ddp"' in fault.help
+
+
+def test_quantised_weights_and_base_targets_are_refused(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + ADAPTER)
+    for override, blamed in (
+        ('model.transformer.quantize="int8"', "model.transformer.quantize"),
+        ("memory.offload={blocks=2}", "memory.offload.blocks"),
+    ):
+        found = compiled(path, *FSDP, override, machine=GPU)
+        (fault,) = (f for f in found.diagnostics if f.code == "not-sharded")
+        assert fault.path == blamed
+
+
+def test_settings_without_effect_are_refused(full: Path) -> None:
+    for overrides in (
+        ("launch.devices=1", "launch.reshard_after_forward=true"),
+        ("launch.devices=2", 'launch.strategy="ddp"', "launch.reshard_after_forward=true"),
+    ):
+        (fault,) = compiled(full, *overrides).diagnostics
+        assert (fault.code, fault.path) == ("no-effect", "launch.reshard_after_forward")
+
+
+def test_a_sharded_run_is_offered_no_saving_that_it_cant_take(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + ADAPTER + '[model.transformer]\nquantize = "auto"\n')
+    asked: list[Candidate] = []
+
+    class Noted(Shared):
+        def simulate(self, candidate: Candidate) -> Simulation:
+            asked.append(candidate)
+            return super().simulate(candidate)
+
+    compiled(path, *FSDP, budget("100 MiB"), machine=GPU, memory_model=Noted())
+    assert asked
+    for one in asked:
+        assert one.layout == evolve(
+            one.layout, offload_activations=False, offload_blocks=0, fused_backward=False
+        )
+        assert all(part.quantize == "none" for part in one.model.components if part.trained)
