@@ -38,3 +38,4 @@ bench-gpu-memory *arguments:
 generate:
     {{python}} -m tuner schema --out recipes/recipe.schema.json
     {{python}} -m tuner reference --out docs/reference.md
+    {{python}} -m tuner reference --families --out docs/families.md

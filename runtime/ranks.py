@@ -370,10 +370,14 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
-            raise RanksLost(text.strip().splitlines()[0][:200]) from error
+        if is_disconnected(error):
+            raise RanksLost(str(error).strip().splitlines()[0][:200]) from error
         raise
+
+
+def is_disconnected(error: BaseException) -> bool:
+    """Whether it is the connections' own: a peer is gone."""
+    return isinstance(error, dist.DistError) or any(n in str(error) for n in ("gloo", "NCCL"))
 
 
 def join() -> Group:

@@ -47,6 +47,7 @@ class Piece:
 
     whole: nn.Parameter  # the model's own: a DTensor
     mine: nn.Parameter  # this rank's rows of it, in the same memory
+    host: DeviceMesh  # the ranks, for tensors in host memory
 
     @property
     def rows(self) -> slice:
@@ -65,9 +66,10 @@ class Piece:
     def dealt(self, rows: Tensor) -> DTensor:
         """`rows`, of the form of `mine`, as this rank's part of a tensor of the form of `whole`."""
         whole = self.of
+        there = rows.device.type == whole.device_mesh.device_type  # else it would be moved
         return DTensor.from_local(
             rows,
-            whole.device_mesh,
+            whole.device_mesh if there else self.host,
             [Shard(0)],
             run_check=False,
             shape=whole.shape,
@@ -121,12 +123,16 @@ def sharded_parts(model: nn.Module) -> Iterator[FSDPModule]:
 
 def pieces_of(model: nn.Module) -> dict[str, Piece]:
     """The trained weights of a sharded model by name."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert isinstance(parameter, DTensor), "all of the model is sharded"
-            mine = nn.Parameter(parameter.to_local().detach())
-            found[name] = Piece(whole=parameter, mine=mine)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, Piece] = {}
+    host: DeviceMesh | None = None
+    for name, parameter in trained:
+        assert isinstance(parameter, DTensor), "all of the model is sharded"
+        mesh = parameter.device_mesh
+        if host is None:
+            host = mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", (mesh.size(),))
+        mine = nn.Parameter(parameter.to_local().detach())
+        found[name] = Piece(whole=parameter, mine=mine, host=host)
     return found
 
 

@@ -28,7 +28,7 @@ from runtime.checkpoints import Snapshot, is_complete, latest, load, read_state,
 from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.optimizers import load_state, to_host
-from runtime.ranks import Ranks
+from runtime.ranks import Ranks, RanksLost, is_disconnected
 from runtime.saved import folder_of
 from runtime.shard_files import SHARDS, joined
 from runtime.sharded import Shards
@@ -61,6 +61,8 @@ def save(
     except (OSError, CheckpointException, RuntimeError) as error:
         if isinstance(error, RunFailed):
             raise
+        if is_disconnected(_cause(error)):
+            raise RanksLost(_first_line(error)) from error
         older = latest(checkpoints)
         raise RunFailed(
             f"could not save the checkpoint of step {head.step}: {_first_line(error)}",
@@ -120,7 +122,7 @@ def _parts(
 
 
 def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:
-    """This rank's rows of every tensor in `folder`, in host memory where the average is there."""
+    """This rank's rows of every tensor in `folder`, in host memory."""
     reader = FileSystemReader(folder)
     stated: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     names = list(shards.pieces)
@@ -129,7 +131,8 @@ def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:
         kind, _, name = key.partition(".")
         number = name.partition(".")[0]
         piece = shards.pieces[names[int(number)] if kind == "optimizer" else name]
-        held[key] = piece.dealt(torch.empty_like(piece.mine, dtype=of.properties.dtype))
+        rows = torch.empty(piece.mine.shape, dtype=of.properties.dtype)
+        held[key] = piece.dealt(rows)
     load_shards(held, storage_reader=reader, no_dist=True)
     return {key: tensor.to_local().detach() for key, tensor in held.items()}
 
@@ -139,6 +142,12 @@ def _cut(shards: Shards, kind: str, whole: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _first_line(error: BaseException) -> str:
-    failures = getattr(error, "failures", {})
-    cause = next((found[0] for found in failures.values()), error)
+    cause = _cause(error)
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What one of the ranks raised, if it was while they wrote together."""
+    failures = getattr(error, "failures", {})
+    found: BaseException = next((found[0] for found in failures.values()), error)
+    return found

@@ -276,11 +276,16 @@ def schema(out: OutOption = None) -> int:
 
 
 @app.command()
-def reference(out: OutOption = None) -> int:
+def reference(
+    out: OutOption = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="What is supported of which model, instead.")
+    ] = False,
+) -> int:
     """Write a page of every key of a recipe."""
     from tuner.reference import write_reference
 
-    return write_reference(out)
+    return write_reference(out, families=families)
 
 
 @app.command()

@@ -14,6 +14,7 @@ MAX_FILLED = 3
 MATTERS = (  # what is filled in and shown without -v, the most telling first
     "memory.activation_checkpointing",
     "launch.device",
+    "launch.strategy",
     "train.timesteps.shift",
     "precision.compute",
     "precision.trained",

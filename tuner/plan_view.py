@@ -299,6 +299,9 @@ def _arithmetic(plan: Plan) -> str:
     return f"{words}; {counted(steps.total, 'step')} = {counted(whole, 'epoch')} + {rest:,}"
 
 
+LEARNT = {"flow": "flow matching", "epsilon": "noise prediction", "v": "v-prediction"}
+
+
 def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     optimizer, objective = plan.optimizer, plan.objective
     fused = " (fused)" if optimizer.fused else ""
@@ -307,7 +310,7 @@ def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     lines = section("train", words, where(plan, "train.optimizer.lr", recipe))
     weighting = "" if objective.weighting == "none" else f", weighted by {objective.weighting}"
     lines += wrapped(
-        f"{objective.prediction} matching, timesteps {_levels(objective)}, "
+        f"{LEARNT[objective.prediction]}, timesteps {_levels(objective)}, "
         f"{_loss(objective)}{weighting}",
         "  ",
         "    ",
@@ -329,7 +332,11 @@ def _levels(objective: Objective) -> str:
     if objective.sampling == "beta":
         words += f" ({number(objective.alpha)}, {number(objective.beta)})"
     by_size = objective.shift_by_size is not None
-    words += ", shift by resolution" if by_size else f", shift {number(objective.shift)}"
+    if objective.table is not None:
+        table = objective.table.schedule.replace("_", " ")
+        words += f" over {table} betas" + ", to pure noise" * objective.table.zero_terminal_snr
+    else:
+        words += ", shift by resolution" if by_size else f", shift {number(objective.shift)}"
     if (objective.min_sigma, objective.max_sigma) != (0.0, 1.0):
         words += f", sigma {number(objective.min_sigma)} to {number(objective.max_sigma)}"
     return words + (", stratified" if objective.stratified else "")
@@ -369,6 +376,8 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     window = plan.steps.accumulate * plan.steps.ranks
     batch = max(min(b.batch_size, b.samples) for b in plan.buckets) * window
     train = f"{counted(plan.steps.total, 'step')} of up to {counted(batch, 'sample')}"
+    if plan.steps.ranks > 1:
+        train += f" on {plan.steps.ranks} devices ({plan.sharing.strategy})"
     told += f", {counted(encoders, 'encoder')}{cached_words(texts)}"
     rows = [
         (sign(texts), "cache text", told),

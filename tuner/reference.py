@@ -33,8 +33,12 @@ a download.
 COLUMNS = ("key", "takes", "range", "default", "what it is")
 
 
-def write_reference(path: Path | None) -> int:
-    """The page to `path`, or to stdout."""
+def write_reference(path: Path | None, *, families: bool = False) -> int:
+    """The page to `path`, or to stdout; with `families` that of the model families."""
+    if families:
+        from tuner import families_page
+
+        return deliver(families_page.text(), path)
     return deliver(text(), path)
 
 

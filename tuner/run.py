@@ -32,6 +32,7 @@ ACCEPTABLE = (
     "optimizer.arguments",
     "schedule",
     "steps",
+    "sharing",
     "objective",
     "max_grad_norm",
 )

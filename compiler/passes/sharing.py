@@ -52,10 +52,11 @@ def decide_sharing(draft: Draft, why: str) -> None:
     """Record what the strategy came to be; `why` holds where the recipe leaves it open."""
     several = draft.steps is not None and draft.steps.ranks > 1
     sharing = draft.sharing
+    by = "decided" if several else "default"
     why = why if several else "one device has nothing to share"
-    draft.decide(STRATEGY, sharing.strategy, by="decided", why=why)
+    draft.decide(STRATEGY, sharing.strategy, by=by, why=why)
     if sharing.strategy != "fsdp":
-        draft.decide(RESHARD, "none", by="decided", why="nothing is gathered")
+        draft.decide(RESHARD, "none", why="nothing is gathered")
     else:
         why = "a block's weights are gathered twice, and only its own are there"
         draft.decide(RESHARD, sharing.reshard, by="decided", why=why)

@@ -116,7 +116,11 @@ class Store:
             return self._writer
         if self._reader is None and self.path.exists():
             with self._explained():
-                self._reader = self._for_reading()
+                reader = self._for_reading()
+                if reader.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                    self._reader = reader
+                else:  # whoever made the file was killed before its tables were there
+                    reader.close()
         return self._reader
 
     def _for_reading(self) -> sqlite3.Connection:
@@ -135,7 +139,7 @@ class Store:
             try:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("PRAGMA synchronous=FULL")
-                database.executescript(_TABLES)
+                database.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
             except BaseException:
                 database.close()
                 raise

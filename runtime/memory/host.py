@@ -48,6 +48,9 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
     if candidate.adapter is None:
         kept += trace.save.get("weights", 0)
+    sharded = candidate.ranks > 1 and candidate.sharing.strategy == "fsdp"
+    if sharded:  # each rank writes its own part
+        kept = -(-kept // candidate.ranks)
     if candidate.device == "cpu":
         return dict.fromkeys(("train", "update", "validate", "save"), kept)
     vae = next(c for c in candidate.model.components if c.name == "vae")
@@ -56,6 +59,8 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
         waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
     found = dict.fromkeys(("train", "update", "validate", "save"), kept + waiting)
     found["load"] = trace.largest + trace.host  # weights come one at a time
+    if sharded:  # or all of them, to be dealt out from there
+        found["load"] = sum(trace.load.values())
     return found
 
 

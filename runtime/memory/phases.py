@@ -41,6 +41,15 @@ class Tokens:
         ones = torch.ones(shape, dtype=torch.int64, device=self.device)
         return SimpleNamespace(input_ids=ones, attention_mask=ones.clone())
 
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """None was added."""
+        return {}
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of `text`, of which none is an embedding that was learned."""
+        return text.split()
+
     def encode(self, text: str) -> list[int]:
         """About as many numbers as `text` has tokens."""
         return [1] * (len(text) // CHARACTERS)
@@ -123,9 +132,11 @@ def scheduler_of(candidate: Candidate) -> Any:
     stock = scheduler.set_timesteps
 
     def set_timesteps(*arguments: Any, **options: Any) -> None:
-        stock(*arguments, **options)
         if hasattr(scheduler, "set_begin_index"):
+            stock(*arguments, **options)
             scheduler.set_begin_index(0)
+        else:  # its table is on the host, where it looks up with the timesteps themselves
+            stock(*arguments, **{**options, "device": "cpu"})
 
     set_timesteps.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
     scheduler.set_timesteps = set_timesteps

@@ -150,5 +150,7 @@ def _table(plan: Plan, step: int) -> str:
 
 
 def _shift(plan: Plan) -> str:
+    if plan.objective.table is not None:
+        return f"{plan.objective.table.schedule} betas"
     by_size = plan.objective.shift_by_size is not None
     return "shift by resolution" if by_size else f"shift {plan.objective.shift:g}"

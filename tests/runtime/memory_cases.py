@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Literal
 
 from compiler.families import FAMILIES
 from compiler.memory import Candidate
+from compiler.noise import noise_table
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import (
     Adapter,
@@ -98,14 +100,12 @@ SMALL_PARTS: dict[str, dict[str, dict[str, Any]]] = {
 BASES = {"sana": SANA, "sd3": "stabilityai/stable-diffusion-3.5-medium"}
 
 
-def known(
-    base: str, parts: Mapping[str, Mapping[str, Any]] | None = None, **transformer: Any
-) -> Model:
-    """A published model as a plan states it; `transformer` overrides its configuration, `parts`
-    that of other components."""
+def known(base: str, parts: Mapping[str, Mapping[str, Any]] | None = None, **trained: Any) -> Model:
+    """A published model as a plan states it; `trained` overrides the configuration of the trained
+    component, `parts` that of others."""
     card, entry = next((c, k) for c in FAMILIES.values() for k in c.known if k.base == base)
     configs = {name: dict(config) for name, config in entry.configs.items()}
-    configs["transformer"].update(transformer)
+    configs[card.trained_component].update(trained)
     for name, changes in (parts or {}).items():
         configs[name].update(changes)
     return Model(
@@ -114,14 +114,14 @@ def known(
         local=False,
         revision="",
         init="pretrained",
-        trained_component="transformer",
+        trained_component=card.trained_component,
         components=tuple(
             Component(
                 name=name,
                 class_name=class_name,
                 parameters=entry.parameters.get(name, 0),
                 dtype="float32" if name == "vae" else "bfloat16",
-                trained=name == "transformer",
+                trained=name == card.trained_component,
             )
             for name, class_name in card.components.items()
         ),
@@ -166,7 +166,8 @@ def candidate(
         precision=Precision(compute=compute, weights=compute, trained=trained, cache="float32"),
         text=Text(max_length=tokens or card.prompt_length, instruction=()),
         objective=Objective(
-            prediction="flow",
+            prediction=card.prediction,
+            table=noise_table(card, json.loads(model.configs["scheduler"])),
             sampling="logit-normal",
             logit_mean=0.0,
             logit_std=1.0,
@@ -202,4 +203,7 @@ def small(family: str, **overrides: Any) -> Candidate:
         "compute": "float32",
         **overrides,
     }
-    return candidate(known(BASES[family], SMALL_PARTS[family], **SMALL[family]), **given)
+    if family in BASES:
+        return candidate(known(BASES[family], SMALL_PARTS[family], **SMALL[family]), **given)
+    tiny = import_module(f"tests.runtime.tinies.{family}")
+    return candidate(known(tiny.BASE, tiny.PARTS, **tiny.SMALL), **given)

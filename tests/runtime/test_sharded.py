@@ -13,6 +13,7 @@ import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from compiler.plan import Ema, Sharing
 from runtime import checkpoints
@@ -149,3 +150,25 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(shared, tmp_path):
     assert (tmp_path / "said").read_text() == f"stopped {stopped}"
     assert stopped >= saved + 3
     assert [row["step"] for row in metrics_of(plan)] == list(range(1, stopped + 1))
+
+
+def test_a_rank_that_cant_write_leaves_older_checkpoints_alone(shared):
+    plan, _, manifest = shared("sana", "lora", 2, 1, steps=6, every=2)
+
+    def full_disk(rank: int) -> None:
+        stock, saves = FileSystemWriter.write_data, []
+
+        def write_data(self, *arguments):
+            saves.append(1)
+            if rank == 1 and len(saves) == 2:
+                raise OSError(28, "No space left on device")
+            return stock(self, *arguments)
+
+        FileSystemWriter.write_data = write_data
+
+    assert [wait(pid) for pid in start([(plan, manifest)], 2, full_disk)] == [1, 1]
+    folder = Path(plan.run_folder)
+    said = (folder / "failed-0").read_text()
+    assert "could not save the checkpoint of step 4" in said
+    assert "No space left on device" in said and "goes on from step 2" in said
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]

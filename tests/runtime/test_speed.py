@@ -66,6 +66,12 @@ def traced(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_module, "BACKEND", "aot_eager")
 
 
+@pytest.fixture
+def counted(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made and nothing is done with them."""
+    monkeypatch.setattr(speed_module, "BACKEND", "eager")
+
+
 def made(
     folder: Path, adapter: Adapter | None = None, speed: Speed | None = None, **rest: Any
 ) -> tuple[Family, Built]:
@@ -125,7 +131,7 @@ def test_three_compiled_steps_equal_plain_ones(folder: Path, fresh: None) -> Non
     alike(plain, quick, start, 1e-4)
 
 
-def test_there_is_one_graph_for_each_shape_and_kind_of_block(folder: Path, traced: None) -> None:
+def test_there_is_one_graph_for_each_shape_and_kind_of_block(folder: Path, counted: None) -> None:
     """Drawing and evaluation add none, and names stay."""
     family, built = made(folder, LORA, REGIONAL, layout=Layout(activation_checkpointing=1))
     _, plain = made(folder, LORA)
@@ -143,15 +149,14 @@ def test_there_is_one_graph_for_each_shape_and_kind_of_block(folder: Path, trace
 @pytest.mark.parametrize(
     ("base", "how"),
     [
-        ("sd3", {"precision": MIXED}),
         ("sd3", {"precision": HALF}),
-        ("sana", {"layout": Layout(activation_checkpointing=2)}),
-        ("sana", {"layout": Layout(offload_blocks=2)}),
+        ("sana", {"layout": Layout(activation_checkpointing=2, offload_blocks=2)}),
         ("sana", {"layout": Layout(offload_activations=True)}),
         ("sana", {"quantize": "int8"}),
-        ("sana", {"quantize": "nf4"}),
+        pytest.param("sd3", {"precision": MIXED}, marks=pytest.mark.slow),
+        pytest.param("sana", {"quantize": "nf4"}, marks=pytest.mark.slow),
     ],
-    ids=["mixed", "half", "checkpointing", "blocks", "activations", "int8", "nf4"],
+    ids=["half", "blocks", "activations", "int8", "mixed", "nf4"],
 )
 def test_it_goes_with(
     base: str,
@@ -175,7 +180,7 @@ def test_it_goes_with(
 
 
 def test_padded_prompts_change_nothing_but_the_number_of_shapes(
-    tiny_sana: Path, traced: None
+    tiny_sana: Path, counted: None
 ) -> None:
     family, built = made(tiny_sana, LORA, evolve(REGIONAL, tokens=12))
     _, plain = made(tiny_sana, LORA)
@@ -193,7 +198,7 @@ def test_padded_prompts_change_nothing_but_the_number_of_shapes(
     assert graphs() == KINDS["sana"]
 
 
-def test_more_shapes_than_the_limit_are_an_error(tiny_sd3: Path, traced: None) -> None:
+def test_more_shapes_than_the_limit_are_an_error(tiny_sd3: Path, counted: None) -> None:
     """And not a run that is slower than it would be uncompiled."""
     family, built = made(tiny_sd3, LORA, REGIONAL)
     with CONFIG.patch(recompile_limit=3):

@@ -25,7 +25,7 @@ from runtime.data import cache as caching
 from runtime.data.cache import Cache, CacheIncomplete, Entry
 from runtime.data.hashes import FileGone, file_hashes, folder_hash
 from runtime.data.keep import ORPHAN_SECONDS, damaged, sweep
-from runtime.data.store import CacheDamaged, CacheNotWritable
+from runtime.data.store import INDEX, CacheDamaged, CacheNotWritable
 from tests.compiler.data.pictures import settle
 
 
@@ -100,6 +100,23 @@ def test_reading_writes_nothing_and_finds_nothing(tmp_path: Path) -> None:
         cache.get(key(1))
     cache.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_an_index_whose_maker_was_killed_is_empty(tmp_path: Path) -> None:
+    """The file is there before its tables are, with or without SQLite's header."""
+    for number, make in enumerate(("", "PRAGMA journal_mode=WAL")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / INDEX).touch()
+        database = sqlite3.connect(folder / INDEX)
+        database.execute(make)
+        database.close()
+        cache = Cache(folder)
+        assert cache.missing([key(1)]) == {key(1)}
+        cache.put(key(1), {"x": torch.ones(3)})
+        cache.flush()
+        assert cache.missing([key(1)]) == set()
+        cache.close()
 
 
 def test_entries_count_only_after_flush(tmp_path: Path) -> None:

@@ -14,6 +14,28 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tests.runtime.tiny import clip_tokenizer
 
+# For the memory: small, but with every kind of layer of the published ones.
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SMALL: dict[str, Any] = {
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 48,
+    "attention_head_dim": 4,
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    },
+    "vae": {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4},
+}
+
 BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
