@@ -28,8 +28,8 @@ from runtime.families import family_of
 from runtime.machine import cuda_devices, look, versions
 from runtime.memory import phases
 from runtime.memory.allocator import AllocatorTracker
-from runtime.memory.simulate import CUDA_CONTEXT, RuntimeMemoryModel, worst
-from runtime.memory.step import run_step
+from runtime.memory.simulate import CUDA_CONTEXT, RuntimeMemoryModel
+from runtime.memory.step import run_step, worst
 from runtime.memory.tracker import rounded
 from tests.runtime.memory_cases import candidate, known
 

@@ -31,6 +31,13 @@ CODES: Mapping[str, Code] = {
         '[launch]\ndevice = "cpu"\n[speed]\nattention = "flash"',
         '[launch]\ndevice = "cpu"\n[speed]\nattention = "native"',
     ),
+    "bad-adapter": Code(
+        "a file to start from that is no such adapter",
+        "`from` names an adapter's file of the same kind and ranks, as a run leaves it. Its header "
+        "tells; the message says what it is instead.",
+        '[adapter]\nkind = "lora"\nfrom = "prompts.txt"',
+        '[adapter]\nkind = "lora"',
+    ),
     "bad-address": Code(
         "text that is no repository or address",
         "A repository of the hub is an owner and a name with a slash between. A webhook is told "
@@ -299,7 +306,7 @@ CODES: Mapping[str, Code] = {
         'mask = { from = "alpha" }',
     ),
     "missing-package": Code(
-        "an optimizer, a kernel, a crop or a tracker whose package is not here",
+        "something the recipe asks for whose package is not here",
         "The recipe is right and plans everywhere, but it can't be run on this machine before what "
         "it needs is there.",
         '[train.optimizer]\nname = "lion"  # without the package torch-optimi',

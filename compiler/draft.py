@@ -35,6 +35,25 @@ class ModelFacts:
     configs: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     known: KnownModel | None
+    index: dict[str, Any] = Factory(dict)  # of a folder: what its model_index.json says
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the longest encoder, as one samples with this base."""
+        own = self.known.prompt_length if self.known else None
+        return self.family.prompt_length if own is None else own
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that one samples with."""
+        own = self.known.guidance if self.known else None
+        return self.family.guidance if own is None else own
+
+    @property
+    def inference_steps(self) -> int:
+        """The steps that one samples with."""
+        own = self.known.inference_steps if self.known else None
+        return self.family.inference_steps if own is None else own
 
     @property
     def native_resolution(self) -> int:

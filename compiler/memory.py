@@ -16,6 +16,7 @@ from compiler.plan import (
     Phase,
     Precision,
     Sharing,
+    Sprint,
     Text,
 )
 
@@ -42,11 +43,13 @@ class Candidate:
     shapes: tuple[tuple[int, int, int], ...]  # of all buckets: width, height (pixels), batch size
     pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
     guidance: float = 0.0  # of validation
+    evaluated: tuple[tuple[int, int, int], ...] = ()  # as `shapes`, of held-out pictures
     device: str
     ranks: int = 1
     sharing: Sharing = field(factory=Sharing)
     masked: bool = False  # whether samples of some source have masks
     attention: AttentionKernel = "native"  # of the trained component
+    sprint: Sprint | None = None
     keeps_base: bool = False  # whether samples of some source learn what the base predicts
 
 

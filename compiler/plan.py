@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from attrs import asdict, field, frozen
 
+from compiler.adapters import AdapterKind
+
 PLAN_FORMAT = 1
 
 Device = Literal["cpu", "cuda", "mps", "xpu"]
@@ -63,15 +65,45 @@ class Model:
 
 
 @frozen(kw_only=True)
-class Adapter:
-    """An adapter; a plan without one is a full fine-tune."""
+class Ranked:
+    """The rank of the modules that `pattern` matches in full."""
 
-    kind: Literal["lora"]
+    pattern: str
     rank: int
+
+
+@frozen(kw_only=True)
+class Scaled:
+    """The alpha of the modules that `pattern` matches in full."""
+
+    pattern: str
+    alpha: float
+
+
+@frozen(kw_only=True)
+class Adapter:
+    """An adapter; a plan without one is a full fine-tune. What a kind can be told stands in
+    `compiler.adapters`; the rest keeps its default."""
+
+    kind: AdapterKind
+    rank: int  # 0: of a kind without
     alpha: float
     dropout: float
-    init: str  # as peft names it: "gaussian" or "kaiming"
+    init: str  # a name of `compiler.adapters.Init`; "": the only one of its kind
     targets: tuple[str, ...]  # module name patterns (regular expressions, full match)
+    exclude: tuple[str, ...] = ()  # such patterns: what they match is not adapted
+    ranks: tuple[Ranked, ...] = ()  # the first that matches a module counts
+    alphas: tuple[Scaled, ...] = ()
+    scaling: Literal["rank", "sqrt-rank"] = "rank"
+    rank_dropout: float = 0.0  # chance of a row of the update
+    module_dropout: float = 0.0  # chance of a whole module's update
+    factor: int = 0  # of LoKr: size to be near to; 0: the root of each edge
+    decompose_both: bool = False
+    block_size: int = 0  # of OFT and BOFT
+    block_share: bool = False
+    butterfly_factors: int = 0  # of BOFT
+    start: str = ""  # file of an adapter to start from
+    start_digest: str = ""  # SHA-256 of that file
 
 
 @frozen(kw_only=True)
@@ -102,6 +134,7 @@ class Text:
 
     max_length: int  # tokens, of the longest encoder
     instruction: tuple[str, ...]  # lines put before each prompt; empty for none
+    zeros_for_empty: bool | None = None  # of the negative prompt; None: the pipeline knows no such
 
 
 @frozen(kw_only=True)
@@ -305,6 +338,30 @@ class Objective:
     ]
     gamma: float = 5.0  # of both SNR weightings
     offset_noise: float = 0.0
+    guidance: float | None = None  # told to a model that was distilled from it; None: nothing is
+
+
+@frozen(kw_only=True)
+class Sprint:
+    """Distillation into a model of one to four steps, see `runtime.methods.sprint`. Updates of the
+    student and of the discriminator take turns, the student's first."""
+
+    teacher_time: float  # what the base takes for the end of the flow; the student takes 1
+    sigma_data: float  # deviation of what the student is given
+    guidance: tuple[float, ...]  # scales, one of which is drawn for each sample
+    guidance_embeds_scale: float  # what they are multiplied by for the network
+    mean: float  # of log(s tan t), the student's angles
+    std: float
+    discriminator_mean: float  # the same of the discriminator's
+    discriminator_std: float
+    tangent_warmup: int  # steps
+    consistency_weight: float
+    adversarial_weight: float  # 0: there is no discriminator, and all updates are the student's
+    heads: tuple[int, ...]  # blocks whose output a head judges
+    largest_angle: float
+    largest_share: float  # of the samples judged that start from `largest_angle`
+    misaligned_pairs: bool  # pictures beside another's prompt are fakes too
+    discriminator: Optimizer
 
 
 @frozen(kw_only=True)
@@ -475,6 +532,7 @@ class Plan:
     optimizer: Optimizer
     schedule: Schedule
     objective: Objective
+    sprint: Sprint | None = None
     max_grad_norm: float  # 0: no clipping
     ema: Ema | None = None
     guard: Guard = field(factory=Guard)

@@ -60,6 +60,9 @@ SYNONYMS = {
     "flow_schedule_auto_shift": "train.timesteps.shift",
     "flow_beta_schedule_alpha": "train.timesteps.beta",  # theirs is the density of the noise
     "flow_beta_schedule_beta": "train.timesteps.alpha",
+    "guidance_scale": "train.guidance",
+    "training_guidance_scale": "train.guidance",
+    "flux_guidance_value": "train.guidance",
     "snr_gamma": "train.loss.weighting",
     "min_snr_gamma": "train.loss.weighting",
     "loss_type": "train.loss.kind",

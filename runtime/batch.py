@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 
@@ -25,6 +25,7 @@ class Batch:
     weights: Tensor | None = None  # (B,) float32, per-sample loss weights; None: all 1
     mask: Tensor | None = None  # (B, 1, h, w) float32, weights of places, mean 1; None: all 1
     keeps_base: bool = False  # learn what the base predicts without adapter, not the velocity
+    draws: Mapping[str, Tensor] = field(factory=dict)  # (B, ...) each, of a method's own
 
     def parts(self, size: int) -> list[Batch]:
         """The batch in parts of at most `size` samples (0: whole), each a view of it."""
@@ -41,6 +42,7 @@ class Batch:
                 weights=None if self.weights is None else self.weights[start : start + size],
                 mask=None if self.mask is None else self.mask[start : start + size],
                 keeps_base=self.keeps_base,
+                draws={name: each[start : start + size] for name, each in self.draws.items()},
             )
             for start in range(0, count, size)
         ]

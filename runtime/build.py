@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compiler.plan import Adapter, Layout, Model, Precision, Speed
+from compiler.plan import Adapter, Layout, Model, Precision, Speed, Sprint
 from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES, component_of
@@ -38,6 +38,7 @@ def build(
     seed: int,
     sharded: bool = False,
     speed: Speed = AS_WRITTEN,
+    sprint: Sprint | None = None,
 ) -> Built:
     """The trained component on `device`, with its adapter, in training mode.
 
@@ -64,7 +65,9 @@ def build(
         component = family.load(model, name, dtype, place, seed=start)
     # Masters beside the model's weights are for computing in another type than is trained.
     kept = evolve(precision, compute=precision.trained) if sharded else precision
-    if adapter is None:
+    if sprint is not None:
+        built = _distilled(model, component, precision, layout, family, device, sprint, seed)
+    elif adapter is None:
         built = full.prepare(component, kept)
     else:
         built = lora.prepare(component, adapter, kept, seed)
@@ -77,6 +80,29 @@ def build(
     if layout.offload_activations:
         offload_activations(built.model)
     built.model.train()
+    return built
+
+
+def _distilled(
+    model: Model,
+    student: nn.Module,
+    precision: Precision,
+    layout: Layout,
+    family: Family,
+    device: torch.device,
+    sprint: Sprint,
+    seed: int,
+) -> Built:
+    """A student made of `student`, beside its teacher, which is the base once more."""
+    from runtime.methods import sprint as method
+
+    name, dtype = model.trained_component, DTYPES[precision.compute]
+    if next(student.parameters()).is_meta:
+        teacher: nn.Module = family.empty(model, name, dtype, device)
+    else:
+        teacher = family.load(model, name, dtype, device)
+    built = method.prepare(student, teacher, sprint, precision, seed)
+    checkpoint_blocks(teacher, family.card.blocks, layout.activation_checkpointing)
     return built
 
 

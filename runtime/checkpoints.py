@@ -3,6 +3,8 @@
     checkpoints/step-000400/
         weights.safetensors     what is trained, by parameter name
         ema.safetensors         its average, if the plan has one
+    rival.safetensors       of a discriminator: its weights and what else it holds
+    rival.pt                its optimizer's state
         optimizer.pt            the optimizer's state (torch.save, loads with weights_only)
         state.json              steps done, position, plan, versions, the loss scale, and the size
                                 of each file
@@ -58,6 +60,8 @@ class Snapshot:
     ema: Mapping[str, Tensor] | None
     versions: Mapping[str, str]
     scaler: Mapping[str, Any] | None = None  # the loss scale's, where there is one
+    rival: Mapping[str, Tensor] | None = None  # weights and buffers of what is trained in turns
+    rival_optimizer: Mapping[str, Any] | None = None
 
 
 def save(checkpoints: Path, snapshot: Snapshot) -> Path:
@@ -87,6 +91,10 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         save_file(_packed(snapshot.ema), folder / "ema.safetensors")
     with (folder / "optimizer.pt").open("wb") as file:
         torch.save(dict(snapshot.optimizer), file)
+    if snapshot.rival is not None and snapshot.rival_optimizer is not None:
+        save_file(_packed(snapshot.rival), folder / "rival.safetensors")
+        with (folder / "rival.pt").open("wb") as file:
+            torch.save(dict(snapshot.rival_optimizer), file)
     write_state(folder, snapshot)
 
 
@@ -120,6 +128,11 @@ def load(folder: Path) -> Snapshot:
         )
     optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     ema: Mapping[str, Tensor] | None = None
+    rival: Mapping[str, Tensor] | None = None
+    rival_optimizer: Mapping[str, Any] | None = None
+    if "rival.safetensors" in state["files"]:
+        rival = load_file(folder / "rival.safetensors")
+        rival_optimizer = torch.load(folder / "rival.pt", map_location="cpu", weights_only=True)
     if state.get("sharded"):
         kinds = read_whole(folder / SHARDS)
         weights, ema = kinds["weights"], kinds["ema"] or None
@@ -137,4 +150,6 @@ def load(folder: Path) -> Snapshot:
         ema=ema,
         versions=state["versions"],
         scaler=state.get("scaler"),
+        rival=rival,
+        rival_optimizer=rival_optimizer,
     )

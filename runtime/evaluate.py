@@ -127,7 +127,8 @@ class Judge:
         texts = [self._cache.read(self._captions, self._first_caption(int(row))) for row in chosen]
         collated = self._family.collate_text(texts)
         if self._family.card.size_conditions:
-            collated |= self._family.size_conditions(frames(self._manifest, chosen))
+            shown = frames(self._manifest, chosen, self._cache, self._latents)
+            collated |= self._family.size_conditions(shown)
         text = {name: tensor.to(self._device) for name, tensor in collated.items()}
         mask = self._mask(chosen)
         self._cache.let_go()

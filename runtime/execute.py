@@ -36,10 +36,12 @@ from runtime.events import Events
 from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
+from runtime.families.sana_sprint import FAMILY as SPRINT
+from runtime.families.sana_sprint import few_steps, scheduler
 from runtime.fused_backward import FusedBackward
 from runtime.host_copy import HostCopy
 from runtime.journal import EVENTS, Journal
-from runtime.loop import Actions, Trained, due, train
+from runtime.loop import Actions, Side, Trained, due, train
 from runtime.machine import versions
 from runtime.measured import measured
 from runtime.methods import full, lora
@@ -361,8 +363,24 @@ def _prepare(context: Context) -> tuple[Built, Trained, int]:
         fused=FusedBackward(built.model, built.trainable, optimizer) if fused else None,
         shards=shards,
         scaler=scaler_for(plan.precision, context.device),
+        method=built.method,
+        rival=_rival(plan, built, context.device),
     )
     return built, trained, _resume(context, built, trained)
+
+
+def _rival(plan: Plan, built: Built, device: torch.device) -> Side | None:
+    """The discriminator of a distillation, with an optimizer of its own."""
+    if plan.sprint is None or built.rival is None:
+        return None
+    facts = plan.sprint.discriminator
+    return Side(
+        parameters=built.rival.trainable,
+        optimizer=make_optimizer(facts, built.rival.trainable.items(), device),
+        buffers=built.rival.buffers,
+        lr=facts.lr,
+        name="discriminator_",
+    )
 
 
 def _is_sharded(context: Context) -> bool:
@@ -385,6 +403,7 @@ def _built(context: Context) -> Built:
             seed=plan.seed,
             sharded=apart,
             speed=plan.speed,
+            sprint=plan.sprint,
         )
     except ValueError as error:
         raise RunFailed(f"the model can't be built as planned: {error}") from error
@@ -410,7 +429,18 @@ def _load(saved: Path, built: Built, trained: Trained) -> int:
         trained.ema.load_state(snapshot.ema)
     if trained.scaler is not None and snapshot.scaler is not None:
         trained.scaler.load_state(snapshot.scaler)
+    if trained.rival is not None:
+        _load_rival(trained.rival, snapshot)
     return snapshot.step
+
+
+@torch.no_grad()
+def _load_rival(rival: Side, snapshot: Snapshot) -> None:
+    """Raises KeyError where the checkpoint is of a run without one, which resuming refuses."""
+    saved, optimizer = snapshot.rival or {}, snapshot.rival_optimizer or {}
+    for name, tensor in rival.state.items():
+        tensor.copy_(saved[name])
+    load_optimizer(rival.optimizer, dict(optimizer))
 
 
 def _go_back(context: Context, built: Built, trained: Trained) -> None:
@@ -515,8 +545,15 @@ def _copied(
     context: Context, built: Built, trained: Trained, room: HostCopy, step: int, epoch: int
 ) -> Snapshot:
     """The run's state after `step` updates, in host memory."""
-    tree = (state(built), trained.optimizer.state_dict(), trained.ema and trained.ema.average)
-    weights, optimizer, average = room.take(tree)
+    rival = trained.rival
+    tree = (
+        state(built),
+        trained.optimizer.state_dict(),
+        trained.ema and trained.ema.average,
+        rival and rival.state,
+        rival and rival.optimizer.state_dict(),
+    )
+    weights, optimizer, average, rivals, rivals_optimizer = room.take(tree)
     return Snapshot(
         step=step,
         epoch=epoch,
@@ -526,6 +563,8 @@ def _copied(
         ema=average,
         versions=versions(),
         scaler=trained.scaler.state() if trained.scaler else None,
+        rival=rivals,
+        rival_optimizer=rivals_optimizer,
     )
 
 
@@ -631,6 +670,8 @@ def _export(context: Context, built: Built, trained: Trained) -> None:
                 method.export(built, plan.model, context.family, place, weights=average)
         with files.partial_folder(target) as place:
             method.export(built, plan.model, context.family, place, weights=weights)
+            if plan.sprint is not None:
+                few_steps(plan.sprint, place)
             if both and plan.adapter is None and average is not None:
                 component = f"{plan.model.trained_component}_ema"
                 full.save_component(built.model, average, None, place / component)
@@ -660,7 +701,8 @@ def _results(
 
 def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) -> Painter | None:
     """What draws the plan's pictures; None where it has no prompts. The VAE waits on the host."""
-    plan, family = context.plan, context.family
+    plan = context.plan
+    family = context.family if plan.sprint is None else SPRINT
     if not (plan.validation.prompts and context.ranks.leads):
         return None
     if plan.validation.score:
@@ -678,7 +720,9 @@ def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) ->
         family=family,
         model=trained.model,
         vae=family.load(plan.model, "vae", DTYPES[vae.dtype], host),
-        scheduler=family.load(plan.model, "scheduler", torch.float32, host),
+        scheduler=family.load(plan.model, "scheduler", torch.float32, host)
+        if plan.sprint is None
+        else scheduler(plan.sprint),
         positive=prompt_embeddings(plan, family, context.cache, texts),
         negative=negative[plan.validation.negative],
         ema=trained.ema,
@@ -696,6 +740,10 @@ def _check_space(context: Context, trained: Trained) -> None:
     count = sum(p.numel() for p in trained.parameters.values())
     weights = sum(p.nbytes for p in trained.parameters.values())
     needed = weights + saved_bytes(plan.optimizer.name, plan.precision.trained, count)
+    if (rival := trained.rival) is not None:
+        count = sum(p.numel() for p in rival.parameters.values())
+        needed += sum(p.nbytes for p in rival.parameters.values())
+        needed += saved_bytes(plan.optimizer.name, plan.precision.trained, count)
     if trained.ema is not None:
         needed += 4 * count
     folder.check_space(context.folder, needed)

@@ -18,7 +18,7 @@ Nothing is carried over that the metrics do not hold: a run that goes on reads t
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -76,25 +76,25 @@ class Guard:
         self._most = most
         self.skipped = 0
         self.overflowed = 0
-        self._running = {name: Running() for name in WATCHED}
+        self._running: dict[str, Running] = defaultdict(Running)
         for row in history:
             if SKIPPED in row:
                 self.skipped = int(row[SKIPPED])
             elif OVERFLOWED in row:
                 self.overflowed = int(row[OVERFLOWED])
             else:
-                self._spikes({name: float(row[name]) for name in WATCHED if name in row})
+                self._spikes({name: float(row[name]) for name in row if name.endswith(WATCHED)})
 
-    def judge(self, loss: float, norm: float, scale: float = 0.0) -> dict[str, Any]:
+    def judge(self, loss: float, norm: float, scale: float = 0.0, of: str = "") -> dict[str, Any]:
         """What a step's metrics say of it besides its numbers; {} for a step like the others.
-        `scale` is the loss scale it ran under, 0 without one."""
+        `scale` is the loss scale it ran under, 0 without one. `of` begins the numbers' names."""
         if overflowed(loss, norm, scale):
             self.overflowed += 1
             return {OVERFLOWED: self.overflowed}
         if not finite(loss, norm):
             self.skipped += 1
             return {SKIPPED: self.skipped}
-        spikes = self._spikes({"loss": loss, "grad_norm": norm})
+        spikes = self._spikes({f"{of}loss": loss, f"{of}grad_norm": norm})
         return {SPIKE: spikes} if spikes else {}
 
     @property

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +35,14 @@ from runtime.guard import (
     unfit_inputs,
     what,
 )
+from runtime.methods.base import LOSS, Method
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.pace import Pace, used_of
 from runtime.ranks import ALONE, Ranks, RanksLost, connected
 from runtime.rng import seed_torch
 from runtime.scaler import Scaler
-from runtime.step import gradient_norm, micro_step, update
+from runtime.step import gradient_norm, method_step, micro_step, update
 from runtime.stop import Stop
 from runtime.track import Tracker
 
@@ -48,7 +50,24 @@ if TYPE_CHECKING:
     from runtime.data.feed import Window
     from runtime.sharded import Shards
 
+RIVALS = 1  # updates take turns: of two, the second one is the rival's
 LOG_EVERY = 10  # steps between two readings of an accelerator's metrics; reading waits for it
+
+
+@frozen(kw_only=True)
+class Side:
+    """What one update changes. `name` begins the names of its metrics."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    buffers: dict[str, Tensor] = field(factory=dict)  # the rest of its state
+    lr: float | None = None  # None: the plan's, on its schedule
+    name: str = ""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Weights and buffers by name: the tensors themselves."""
+        return {name: each.detach() for name, each in (self.parameters | self.buffers).items()}
 
 
 @frozen(kw_only=True)
@@ -63,6 +82,14 @@ class Trained:
     fused: FusedBackward | None = None  # updates weights in the backward pass; None: after it
     shards: Shards | None = None  # where each rank holds a part of every weight
     scaler: Scaler | None = None  # of the loss, where gradients are float16
+    method: Method | None = None  # what an update computes; None: the family's own loss
+    rival: Side | None = None  # what is trained in turns with it
+
+    def turn(self, step: int) -> Side:
+        """What the update after `step` others changes."""
+        if self.rival is not None and step % 2 == RIVALS:
+            return self.rival
+        return Side(parameters=self.parameters, optimizer=self.optimizer)
 
 
 @frozen(kw_only=True)
@@ -92,12 +119,14 @@ class Row:
     names: Sequence[str]
     fused: bool = False  # weights were updated in the backward pass, before `grad_norm` was known
     scale: Tensor | None = None  # of the loss
+    of: str = ""  # begins the names of its numbers
+    more: Mapping[str, Tensor] = field(factory=dict)  # other numbers of it
 
     @property
     def numbers(self) -> Tensor:
-        """(3,): loss, gradient norm, scale of the loss (0: not scaled)."""
+        """Loss, gradient norm, scale of the loss (0: not scaled), and the other numbers."""
         scale = torch.zeros_like(self.loss) if self.scale is None else self.scale
-        return torch.stack((self.loss, self.grad_norm, scale))
+        return torch.stack((self.loss, self.grad_norm, scale, *self.more.values()))
 
 
 @mutable(kw_only=True)
@@ -123,18 +152,22 @@ class Ledger:
         """Read and report what waits. Raises RunFailed where too many steps were bad."""
         if not self.rows:
             return
-        values = torch.stack([row.numbers for row in self.rows]).tolist()
+        numbers = [row.numbers for row in self.rows]
+        flat = torch.cat(numbers).tolist()  # one wait for the device
+        ends = accumulate(len(each) for each in numbers)
+        values = [flat[end - len(each) : end] for each, end in zip(numbers, ends, strict=True)]
         seconds = (time.perf_counter() - self.since) / len(self.rows)
         rows, self.rows = self.rows, []
-        for row, (loss, norm, scale) in zip(rows, values, strict=True):
-            verdict = self.guard.judge(loss, norm, scale)
+        for row, (loss, norm, scale, *more) in zip(rows, values, strict=True):
+            verdict = self.guard.judge(loss, norm, scale, row.of)
             if SKIPPED in verdict:
                 verdict |= self._passed_over(row, loss, norm)
-            numbers = {"loss": loss, "grad_norm": norm}
+            shown = dict(zip(row.more, more, strict=True))
+            shown |= {f"{row.of}loss": loss, f"{row.of}grad_norm": norm}
             metrics: dict[str, Any] = {
                 "epoch": row.epoch,
-                **{name: value for name, value in numbers.items() if math.isfinite(value)},
-                "lr": row.lr,
+                **{name: value for name, value in shown.items() if math.isfinite(value)},
+                f"{row.of}lr": row.lr,
                 "samples": row.samples,
                 "seconds": seconds,
                 **({"loss_scale": scale} if scale else {}),
@@ -206,8 +239,8 @@ def train(
                 actions.checkpoint(done, window.epoch)
             raise
         done += 1
-        if trained.ema is not None:
-            trained.ema.update(done)
+        if trained.ema is not None and trained.turn(done - 1) is not trained.rival:
+            trained.ema.update(done if trained.rival is None else -(-done // 2))
         ledger.add(row)
         actions.check()
         ended = done == plan.steps.total
@@ -244,7 +277,8 @@ def _can_save(trained: Trained, ranks: Ranks) -> bool:
 
 def _let_go(trained: Trained, device: torch.device) -> None:
     """Drop what the step that failed has left, to have room for saving what the last one made."""
-    for parameter in (*trained.model.parameters(), *trained.parameters.values()):
+    rivals = trained.rival.parameters.values() if trained.rival else ()
+    for parameter in (*trained.model.parameters(), *trained.parameters.values(), *rivals):
         parameter.grad = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -260,15 +294,25 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
 
     Each rank runs its own; from the sums on, all do and have the same.
     """
-    lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
-    set_lr(trained.optimizer, lr)
+    side, method = trained.turn(window.step), trained.method
+    lr = side.lr
+    if lr is None:
+        lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
+    set_lr(side.optimizer, lr)
     fused, scaler, shards = trained.fused, trained.scaler, trained.shards
     losses: list[Tensor] = []
+    more: list[dict[str, Tensor]] = []
+    if method is not None:
+        method.begin(window.step)
     size = plan.steps.micro_batch
     parts = list(ranks.parts(window, size))
     behind = shards.behind(len(parts)) if shards else 0  # asked before anything is gathered
     for index, batch in parts:
         seed_torch(plan.seed, "model", window.step, index)
+        if method is not None:
+            more.append(method_step(method, batch, window.step, window.samples))
+            losses.append(more[-1].pop(LOSS))
+            continue
         with updating() if fused else nullcontext():
             losses.append(
                 micro_step(
@@ -288,10 +332,10 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
     if shards:
         shards.collect()
     else:
-        ranks.sum_gradients(trained.parameters.values())
+        ranks.sum_gradients(side.parameters.values())
     if scaler:
         scaler.unscale(trained.parameters.values())
-    norm = norm_of(trained)
+    norm = norm_of(trained, side)
     row = Row(
         step=window.step + 1,
         epoch=window.epoch,
@@ -303,26 +347,30 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         names=ranks.names(window),
         fused=fused is not None,
         scale=scaler.scale if scaler else None,
+        of=side.name,
+        more={name: torch.cat([each[name] for each in more]).mean() for name in more[0]}
+        if more
+        else {},
     )
-    if not guard(plan, trained.optimizer, row, window, ranks):
-        trained.optimizer.zero_grad(set_to_none=True)
+    if not guard(plan, side.optimizer, row, window, ranks):
+        side.optimizer.zero_grad(set_to_none=True)
     elif not fused:
         # Some optimizers round at random: alike in all ranks, whatever batches they had.
         seed_torch(plan.seed, "update", window.step)
         with updating():
-            update(trained.optimizer, norm, plan.max_grad_norm)
+            update(side.optimizer, norm, plan.max_grad_norm)
     if scaler:
         scaler.update(~torch.isfinite(norm))
     return row
 
 
-def norm_of(trained: Trained) -> Tensor:
-    """L2 norm over all gradients together, float32."""
+def norm_of(trained: Trained, side: Side) -> Tensor:
+    """L2 norm over all of the side's gradients together, float32."""
     if trained.fused:
         return trained.fused.finish()
     if trained.shards:
         return trained.shards.norm()
-    return gradient_norm(trained.parameters.values())
+    return gradient_norm(side.parameters.values())
 
 
 def guard(

@@ -16,7 +16,10 @@ from runtime.data.feed import Window
 from runtime.loop import Trained, one_update
 from runtime.machine import look, versions
 from runtime.memory.measure import measure
-from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, worst
+from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT
+from runtime.memory.step import worst
+from runtime.methods.sprint import Distillation
+from runtime.methods.sprint_draws import example
 from runtime.optimizers import state_tensors
 
 
@@ -67,11 +70,17 @@ def planned_peaks(plan: Plan) -> dict[str, dict[str, int]]:
 def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:
     """Bytes of live tensors at the worst moment of one update, over the largest buckets."""
     shapes = [(b.width, b.height, b.batch_size) for b in plan.buckets]
-    return max(_update_peak(plan, trained, device, shape) for shape in worst(shapes))
+    last = plan.steps.total - 1
+    steps = [last] if trained.rival is None else [last + 1, last + 2]  # one of each side
+    return max(
+        _update_peak(plan, trained, device, shape, step)
+        for shape in worst(shapes)
+        for step in steps
+    )
 
 
 def _update_peak(
-    plan: Plan, trained: Trained, device: torch.device, shape: tuple[int, int, int]
+    plan: Plan, trained: Trained, device: torch.device, shape: tuple[int, int, int], step: int
 ) -> int:
     width, height, batch_size = shape
     batches = tuple(
@@ -82,8 +91,10 @@ def _update_peak(
         batches = tuple(masked(batch) for batch in batches)
     if any(source.target == "base" for source in plan.sources):
         batches = tuple(evolve(batch, keeps_base=True) for batch in batches)
+    if plan.sprint is not None:
+        batches = tuple(example(plan.sprint, batch, step) for batch in batches)
     window = Window(
-        step=plan.steps.total - 1,
+        step=step,
         epoch=plan.steps.epochs,
         batches=batches,
         samples=batch_size * len(batches),
@@ -93,7 +104,15 @@ def _update_peak(
         "batch": [
             t
             for b in batches
-            for t in (b.latents, b.noise, b.sigmas, b.kept, *b.text.values(), b.mask)
+            for t in (
+                b.latents,
+                b.noise,
+                b.sigmas,
+                b.kept,
+                *b.text.values(),
+                b.mask,
+                *b.draws.values(),
+            )
             if t is not None
         ],
         **_resident(trained),
@@ -104,8 +123,17 @@ def _update_peak(
 
 def _resident(trained: Trained) -> dict[str, Iterable[Tensor]]:
     """What is there before a step, as the plan names it."""
+    method, rival = trained.method, trained.rival
+    others = method.others if isinstance(method, Distillation) else []
     return {
-        "weights": [*trained.model.parameters(), *trained.model.buffers()],
+        "weights": [
+            each
+            for model in (trained.model, *others)
+            for each in (*model.parameters(), *model.buffers())
+        ],
         "adapter": list(trained.parameters.values()),
-        "optimizer": state_tensors(trained.optimizer),
+        "optimizer": [
+            *state_tensors(trained.optimizer),
+            *(state_tensors(rival.optimizer) if rival else ()),
+        ],
     }

@@ -77,9 +77,8 @@ def prepare(plan: Plan) -> None:
         torch.backends.cudnn.allow_tf32 = plan.speed.tf32
     if plan.speed.compile != "off":
         config: Any = torch._dynamo.config
-        most = len(pass_shapes(plan.buckets, plan.steps.micro_batch)) * _depth(
-            plan
-        )  # if no two blocks were alike
+        count = len(pass_shapes(plan.buckets, plan.steps.micro_batch))
+        most = count * _depth(plan)  # if no two blocks were alike
         config.recompile_limit = max(config.recompile_limit, most)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
 

@@ -17,6 +17,7 @@ from compiler.plan import Objective, Precision
 from runtime.batch import Batch
 from runtime.families.base import Family
 from runtime.families.common import DTYPES, inference
+from runtime.methods.base import LOSS, Method
 from runtime.methods.frozen import adapters_off
 from runtime.objective import noised, per_sample_loss
 
@@ -45,6 +46,16 @@ def micro_step(
     return losses.detach()
 
 
+def method_step(
+    method: Method, batch: Batch, step: int, window_samples: float
+) -> dict[str, Tensor]:
+    """As `micro_step`, of a method's own losses. Returns all of them, (B,) each."""
+    found = method.losses(batch, step)
+    losses = found[LOSS] if batch.weights is None else found[LOSS] * batch.weights
+    (losses.sum() / window_samples).backward()  # type: ignore[no-untyped-call]
+    return {**found, LOSS: losses.detach()}
+
+
 def forward_losses(
     family: Family, model: nn.Module, batch: Batch, objective: Objective, precision: Precision
 ) -> Tensor:
@@ -52,6 +63,8 @@ def forward_losses(
     compute = DTYPES[precision.compute]
     noisy = noised(batch, objective).to(compute)
     text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
+    if objective.guidance is not None:
+        text["guidance"] = torch.full_like(batch.sigmas, objective.guidance)
     target = None
     if batch.keeps_base:
         with inference(model), adapters_off(model):

@@ -6,6 +6,7 @@ is loaded by Diffusers' own pipeline, and draws the picture that the run drew.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
 from compiler.plan import Plan
 from runtime.events import Silent
 from runtime.execute import execute
@@ -139,6 +142,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def load_lora(pipeline: Any, card: FamilyCard, folder: Path) -> None:
+    """As a person does."""
+    if card.lora_loader == "pipeline":
+        pipeline.load_lora_weights(folder)
+        return
+    trained = getattr(pipeline, card.trained_component)
+    setattr(pipeline, card.trained_component, PeftModel.from_pretrained(trained, folder))
+
+
 def check_picture(family: Path, plan: Plan, case: str) -> None:
     """Diffusers alone draws what the run drew, up to rounding of its last bits."""
     run, card = Path(plan.run_folder), FAMILIES[family.name]
@@ -146,14 +158,14 @@ def check_picture(family: Path, plan: Plan, case: str) -> None:
     kind = getattr(diffusers, card.pipeline)
     if "lora" in case:
         pipeline = kind.from_pretrained(family / "base", dtype=dtype)
-        pipeline.load_lora_weights(run / "lora")
+        load_lora(pipeline, card, run / "lora")
     else:
         pipeline = kind.from_pretrained(run / "model", dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"use_resolution_binning": False} if family.name == "sana" else {}
+    known = inspect.signature(pipeline.__call__).parameters
+    options = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
     drawn = pipeline(
         "a photo of sks dog",
-        negative_prompt="",
         width=64,
         height=64,
         guidance_scale=3.0,

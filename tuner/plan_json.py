@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attrs import fields_dict
+
 from compiler.costs import Disk, Outlook
 from compiler.diagnostics import Diagnostic, to_json
 from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
-from compiler.plan import Plan, plain
+from compiler.plan import Objective, Plan, plain
 from compiler.schedules import multiplier
 from compiler.site import Counted, Present
 from tuner.plan_memory import peak
@@ -44,13 +46,13 @@ def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
         "name seed run_folder cache_folder device adapter precision speed text sources buckets "
-        "optimizer objective max_grad_norm ema guard decisions track track_project publish"
+        "sharing optimizer objective max_grad_norm ema guard decisions track track_project publish"
     )
     return {
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
         "model": tree["model"] | {"parameters": _parameters(plan)},
-        "objective": {"shift_by_size": None} | tree["objective"],
+        "objective": dict.fromkeys(fields_dict(Objective)) | tree["objective"],
         "sources": [{"mask": None} | source for source in tree["sources"]],
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},

@@ -63,7 +63,7 @@ def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
     hints = typing.get_type_hints(plan.Plan)
     names = (
         "name seed run_folder cache_folder device model adapter precision speed text sources "
-        "buckets "
+        "buckets sharing "
         "optimizer objective max_grad_norm ema guard decisions track track_project publish steps "
         "schedule checkpoints validation evaluation memory"
     )

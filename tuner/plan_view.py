@@ -309,9 +309,10 @@ def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     words += f", clip {number(plan.max_grad_norm)}" if plan.max_grad_norm else ", no clipping"
     lines = section("train", words, where(plan, "train.optimizer.lr", recipe))
     weighting = "" if objective.weighting == "none" else f", weighted by {objective.weighting}"
+    told = "" if objective.guidance is None else f", told guidance {number(objective.guidance)}"
     lines += wrapped(
         f"{LEARNT[objective.prediction]}, timesteps {_levels(objective)}, "
-        f"{_loss(objective)}{weighting}",
+        f"{_loss(objective)}{weighting}{told}",
         "  ",
         "    ",
     )

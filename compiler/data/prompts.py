@@ -17,10 +17,11 @@ class Prompt:
 
 
 def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
-    """Each distinct prompt that a run needs: captions, dropout, validation."""
+    """Each distinct prompt that a run needs: captions, dropout, validation,
+    and what a teacher is guided away from."""
     held_out = manifest.held_out.captions if manifest.held_out else ()
     wanted = [Prompt(text, False) for text in (*manifest.captions, *held_out)]
-    if any(source.captions.dropout > 0 for source in plan.sources):
+    if plan.sprint or any(source.captions.dropout > 0 for source in plan.sources):
         wanted.append(Prompt("", True))
     if plan.validation.prompts:
         wanted += [Prompt(prompt.text, False) for prompt in plan.validation.prompts]

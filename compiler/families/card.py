@@ -16,6 +16,10 @@ class KnownModel:
     resolution: int  # pixels it was made for
     configs: Mapping[str, Mapping[str, Any]]  # component -> configuration as Diffusers stores it
     parameters: Mapping[str, int]  # component -> parameters
+    # Where its own model card says other than the family's pipeline:
+    prompt_length: int | None = None
+    guidance: float | None = None
+    inference_steps: int | None = None
 
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -82,6 +86,22 @@ class FamilyCard:
     pipeline_options: Mapping[str, Any] = field(factory=dict)
     """What else the pipeline's class must be given."""
     size_conditions: bool = False  # the model is told each picture's size and crop
+    overflowing: tuple[str, ...] = ()
+    """Components beside the trained one that can't run in fp16; a vae that says `force_upcast =
+    false` can."""
+    zeros_for_empty: bool | None = None
+    """Whether an empty negative prompt is zeros where the base's model_index.json doesn't say
+    (`force_zeros_for_empty_prompt`). None: it is always encoded."""
+    packed: int = 1
+    """Latents along the edge of a square that the pipeline makes one token's channels of, before
+    the model's own patches."""
+    guidance_key: str = ""
+    """Key of the trained component's configuration that says whether the model is told a guidance
+    scale, because it was distilled from guidance. "": no model of the family is."""
+    negative_prompts: bool = True  # the pipeline's guidance needs a negative prompt
+    lora_loader: Literal["pipeline", "peft"] = "pipeline"
+    """What loads a LoRA: Diffusers' pipeline, or peft alone where that has no `load_lora_weights`.
+    """
 
     def multiple(self, configs: Configs) -> int:
         """Pixels that both edges must divide by: VAE down-sampling times patch size."""
@@ -89,8 +109,16 @@ class FamilyCard:
         if self.trained_component == "unet":  # halves its picture once less than it has levels
             step = 2 ** (len(trained["block_out_channels"]) - 1)
         else:
-            step = int(trained.get("patch_size") or 1)
+            step = self.patch(trained)
         return self.vae_factor(configs["vae"]) * int(step)
+
+    def patch(self, transformer: Mapping[str, Any]) -> int:
+        """Latents along the edge of one token, by the transformer's configuration."""
+        return int(transformer.get("patch_size") or 1) * self.packed
+
+    def told_guidance(self, trained: Mapping[str, Any]) -> bool:
+        """Whether a model of this configuration is told a guidance scale."""
+        return bool(self.guidance_key and trained.get(self.guidance_key))
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         """How many pixels one latent stands for, along an edge."""

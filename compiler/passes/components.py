@@ -151,7 +151,8 @@ def _format(draft: Draft, facts: ModelFacts, name: str, recipe: ComponentRecipe)
 
 def _overflow(draft: Draft, facts: ModelFacts, name: str) -> None:
     """A text encoder or autoencoder in float16."""
-    if facts.family.fp16_overflows:
+    mended = name == "vae" and facts.configs["vae"].get("force_upcast") is False
+    if facts.family.fp16_overflows or (name in facts.family.overflowing and not mended):
         draft.error(
             "fp16-overflow",
             _at(name, "weights"),

@@ -15,6 +15,7 @@ from typing import Any
 from attrs import asdict, evolve, frozen
 
 from compiler import plan
+from compiler.adapters import OF_THE_BASE
 from compiler.devices import peak_flops
 from compiler.draft import Draft, spelt
 from compiler.memory import Candidate, Simulation
@@ -149,6 +150,8 @@ def _fewer_bits(draft: Draft) -> tuple[plan.Quantisation, ...]:
     assert draft.model is not None
     recipe = getattr(draft.recipe.model, draft.model.family.trained_component)
     if recipe.quantize != "auto" or draft.adapter is None or _sharded(draft):
+        return ()
+    if draft.adapter.init in OF_THE_BASE:  # which must give its weights exactly
         return ()
     kind = draft.adapter.kind
     return tuple(

@@ -261,6 +261,7 @@ def _budget(draft: Draft) -> int:
 def _candidate(draft: Draft) -> Candidate:
     assert draft.precision and draft.text and draft.objective and draft.optimizer and draft.steps
     drawn = draft.validation if draft.validation and draft.validation.prompts else None
+    groups = draft.evaluation.groups if draft.evaluation else ()
     return Candidate(
         model=model_plan(draft),
         adapter=draft.adapter,
@@ -281,6 +282,7 @@ def _candidate(draft: Draft) -> Candidate:
         ),
         pictures=drawn.sizes if drawn else (),
         guidance=drawn.guidance if drawn else 0.0,
+        evaluated=tuple(sorted({(g.width, g.height, min(g.batch_size, g.images)) for g in groups})),
         device=draft.device,
         attention=draft.speed.attention,
         masked=any(source.mask for source in draft.sources),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.files import read_small
 from compiler.noise import noise_table, predicted
-from compiler.plan import Adapter
+from compiler.passes.adapter import resolve_adapter
+from compiler.safetensors import header_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HEADER_LIMIT = 100 * 2**20  # bytes; a safetensors header is never longer
 
 
 def resolve_model(draft: Draft) -> None:
@@ -30,7 +29,7 @@ def resolve_model(draft: Draft) -> None:
     if draft.model is None:
         return
     draft.decide(("model", "base"), draft.model.base)
-    draft.adapter = _adapter(draft, family)
+    draft.adapter = resolve_adapter(draft, family)
     _text(draft, family)
     _init(draft)
 
@@ -140,6 +139,7 @@ def _local(draft: Draft, family: FamilyCard, folder: Path) -> ModelFacts | None:
         configs=configs,
         parameters=counts,
         known=None,
+        index=index,
     )
 
 
@@ -217,99 +217,24 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _parameters(folder: Path) -> int:
     """Parameters in a component's safetensors files, from their headers alone."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        total += sum(_elements(entry) for entry in _header(path).values())
-    return total
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Header of a safetensors file: 8 bytes of length, then JSON; {} if it is none."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > HEADER_LIMIT:
-                return {}
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError, struct.error):
-        return {}
-    return header if isinstance(header, dict) else {}
-
-
-def _elements(entry: Any) -> int:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        return 0
-    count = 1
-    for size in shape:
-        count *= int(size)
-    return count
-
-
-def _adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
-    recipe = draft.recipe.adapter
-    if recipe is None:
-        return None
-    alpha = float(recipe.rank) if recipe.alpha == "auto" else float(recipe.alpha)
-    draft.decide(("adapter", "rank"), recipe.rank)
-    draft.decide(("adapter", "alpha"), alpha, by="decided", why="alpha = rank, so the scale is 1")
-    return Adapter(
-        kind=recipe.kind,
-        rank=recipe.rank,
-        alpha=alpha,
-        dropout=recipe.dropout,
-        init=recipe.init,
-        targets=_targets(draft, family),
-    )
-
-
-def _targets(draft: Draft, family: FamilyCard) -> tuple[str, ...]:
-    assert draft.recipe.adapter is not None
-    asked = draft.recipe.adapter.targets
-    where = ("adapter", "targets")
-    if asked == "auto":
-        draft.decide(where, family.default_targets, by=f"family {family.name}")
-        return family.target_sets[family.default_targets]
-    draft.decide(where, asked)
-    if isinstance(asked, tuple):
-        for number, pattern in enumerate(asked):
-            _check_pattern(draft, (*where, number), pattern)
-        if not asked:
-            draft.error("no-targets", where, "an adapter without targets trains nothing")
-        return asked
-    if asked in family.target_sets:
-        return family.target_sets[asked]
-    if _check_pattern(draft, where, asked):
-        return (asked,)
-    return ()
-
-
-def _check_pattern(draft: Draft, where: tuple[str | int, ...], pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        draft.error(
-            "bad-pattern",
-            where,
-            f"`{pattern}` is neither a named set nor a valid pattern: {error}",
-            help=f"named sets: {choices(tuple(FAMILIES[draft.recipe.model.family].target_sets))}",
-        )
-        return False
-    return True
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    headers = [header for path in paths if (header := header_of(path)) is not None]
+    return sum(prod(shape) for header in headers for shape in header.shapes.values())
 
 
 def _text(draft: Draft, family: FamilyCard) -> None:
     from compiler.plan import Text
 
-    asked = draft.recipe.text
-    length = family.prompt_length if asked.max_length == "auto" else asked.max_length
+    assert draft.model is not None
+    asked, usual = draft.recipe.text, draft.model.prompt_length
+    length = usual if asked.max_length == "auto" else asked.max_length
     by = f"family {family.name}"
     draft.decide(("text", "max_length"), length, by=by, why="as the pipeline at inference")
-    if length != family.prompt_length:
+    if length != usual:
         draft.warn(
             "text-length",
             ("text", "max_length"),
-            f"{length} tokens in training, but the pipeline uses {family.prompt_length}",
+            f"{length} tokens in training, but the pipeline uses {usual}",
         )
     wanted = bool(family.instruction) if asked.instruction == "auto" else asked.instruction
     if wanted and not family.instruction:
@@ -326,7 +251,18 @@ def _text(draft: Draft, family: FamilyCard) -> None:
                 ("text", "instruction"),
                 "trained without the instruction that the pipeline puts before prompts",
             )
-    draft.text = Text(max_length=length, instruction=family.instruction if wanted else ())
+    draft.text = Text(
+        max_length=length,
+        instruction=family.instruction if wanted else (),
+        zeros_for_empty=_zeros_for_empty(draft.model),
+    )
+
+
+def _zeros_for_empty(facts: ModelFacts) -> bool | None:
+    """Whether an empty negative prompt is zeros, as the base says."""
+    usual = facts.family.zeros_for_empty
+    stated = facts.index.get("force_zeros_for_empty_prompt")
+    return stated if usual is not None and isinstance(stated, bool) else usual
 
 
 def _init(draft: Draft) -> None:

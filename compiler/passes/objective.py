@@ -13,6 +13,9 @@ from compiler.noise import level, noise_table, predicted, shift_of, trained_entr
 from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("train", "timesteps")
+TOLD = 1.0
+"""Guidance that a model distilled from it is told in training, by default: none beyond the picture
+itself. A model so trained is still guided at inference."""
 OWNERS = {
     "mean": "logit-normal",
     "std": "logit-normal",
@@ -35,6 +38,7 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
     shift, rule = _shift(draft) if prediction == "flow" else _unshifted(draft)
     _unused_timestep_keys(draft, sampling)
     table = _table(draft, prediction)
+    guidance = _guidance(draft)
     if not _judge_loss(draft, prediction):
         return None
     made = plan.Objective(
@@ -57,8 +61,29 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
         weighting=loss.weighting,
         gamma=float(loss.gamma),
         offset_noise=float(draft.recipe.train.noise.offset),
+        guidance=guidance,
     )
     return made if _has_levels(draft, made) else None
+
+
+def _guidance(draft: Draft) -> float | None:
+    """What a model distilled from guidance is told of it in training; None: it is told nothing."""
+    assert draft.model is not None
+    family, where, asked = draft.model.family, ("train", "guidance"), draft.recipe.train.guidance
+    if family.told_guidance(draft.model.configs[family.trained_component]):
+        value = TOLD if asked == "auto" else float(asked)
+        draft.decide(where, value, by="decided", why="pictures are learned as they are")
+        return value
+    draft.decide(where, "not used", by=f"family {family.name}", why="this base is told none")
+    if asked != "auto":
+        draft.error(
+            "not-in-family",
+            where,
+            f"this {family.title} is told no guidance scale: it was not distilled from guidance",
+            help="leave `guidance` out; of pictures drawn, it is said in `[validation]`",
+            of="key",
+        )
+    return None
 
 
 def _unshifted(draft: Draft) -> tuple[float, None]:
@@ -156,10 +181,11 @@ def _shift(draft: Draft) -> tuple[float, plan.ShiftRule | None]:
 def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
     """The family's rule, with what the base's own scheduler says of it."""
     assert draft.model is not None
-    facts = draft.model.family.token_shift
+    family = draft.model.family
+    facts = family.token_shift
     if facts is None:
         return None
-    transformer = draft.model.configs[draft.model.family.trained_component]
+    transformer = draft.model.configs[family.trained_component]
 
     def stated(key: str, otherwise: float) -> float:
         value = scheduler.get(key)
@@ -167,7 +193,7 @@ def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
 
     base = int(stated("base_image_seq_len", facts.base_tokens))
     return plan.ShiftRule(
-        patch=int(transformer.get("patch_size") or 1),
+        patch=family.patch(transformer),
         base_tokens=base,
         max_tokens=max(int(stated("max_image_seq_len", facts.max_tokens)), base + 1),
         base_shift=float(stated("base_shift", facts.base_shift)),

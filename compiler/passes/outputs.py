@@ -79,14 +79,22 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         _nothing_to_draw(draft)
     by = f"family {family.name}"
     every = in_steps(draft, ("validation", "every"), recipe.every, steps) if prompts else 0
-    guidance = family.guidance if recipe.guidance == "auto" else float(recipe.guidance)
-    sampling_steps = family.inference_steps if recipe.steps == "auto" else recipe.steps
+    guidance = draft.model.guidance if recipe.guidance == "auto" else float(recipe.guidance)
+    sampling_steps = draft.model.inference_steps if recipe.steps == "auto" else recipe.steps
     sizes = _sizes(draft) if prompts else ()
     if prompts:
         draft.decide(("validation", "every"), f"{every} steps" if every else "off")
         draft.decide(("validation", "guidance"), guidance, by=by, why="the pipeline's default")
         draft.decide(("validation", "steps"), sampling_steps, by=by, why="the pipeline's default")
-    if recipe.negative and guidance <= 1:
+    if recipe.negative and not family.negative_prompts:
+        draft.error(
+            "not-in-family",
+            ("validation", "negative"),
+            f"{family.title} uses no negative prompts: it was distilled from guidance",
+            help="leave `negative` out",
+            of="key",
+        )
+    elif recipe.negative and guidance <= 1:
         draft.error(
             "no-effect",
             ("validation", "negative"),

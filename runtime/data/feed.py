@@ -20,16 +20,18 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from compiler.data.geometry import shown_to_model
 from compiler.data.manifest import Manifest
 from compiler.plan import DataSource, Plan
 from runtime import rng
 from runtime.batch import Batch
 from runtime.data import masks
-from runtime.data.cache import Cache, Entry
-from runtime.data.fill import sample_keys
+from runtime.data.cache import Cache, Entry, Located
+from runtime.data.fill import OFFSET, sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
 from runtime.families.base import Family, Framed
+from runtime.methods.sprint_draws import NEGATIVE, draws
 from runtime.noise_levels import noise_levels, timestep_uniforms
 from runtime.noise_table import kept_at
 from runtime.objective import place_weights
@@ -80,7 +82,8 @@ class Feed:
         self._embedding = lru_cache(EMBEDDINGS)(partial(cache.read, self._captions))
         if rank == 0:
             cache.used_by(plan.run_folder, self._latents, self._captions)
-        unconditional = [keys.key("", negative=True)] if any(self._dropout) else []
+        wanted = any(self._dropout) or plan.sprint is not None
+        unconditional = [keys.key("", negative=True)] if wanted else []
         self._unconditional = [cache.get(key) for key in unconditional]
 
     def windows(self, start: int) -> Iterator[Window]:
@@ -141,7 +144,11 @@ class Feed:
         ]
         collated = self._family.collate_text(text)
         if self._family.card.size_conditions:
-            collated |= self._family.size_conditions(frames(self._manifest, batch.rows))
+            shown = frames(self._manifest, batch.rows, self._cache, self._latents)
+            collated |= self._family.size_conditions(shown)
+        if self._plan.sprint is not None:
+            empty = self._family.collate_text(self._unconditional * len(text))
+            collated |= {f"{NEGATIVE}{name}": each for name, each in empty.items()}
         self._cache.let_go()
         noise = self._noise(latents, step, slots)
         sigmas = self._sigmas(latents, step, slots, count)
@@ -155,7 +162,18 @@ class Feed:
             weights=self._weights(batch.rows),
             mask=self._mask(batch.rows),
             keeps_base=self._source(batch.rows).target == "base",
+            draws={k: v.to(self._device) for k, v in self._draws(latents, step, slots).items()},
         )
+
+    def _draws(self, latents: Tensor, step: int, slots: range) -> Mapping[str, Tensor]:
+        """What a distillation draws besides."""
+        if self._plan.sprint is None:
+            return {}
+
+        def normal(purpose: str) -> Tensor:
+            return self._normal(purpose, latents.shape, step, slots)
+
+        return draws(self._plan.sprint, self._plan.seed, step, slots, normal)
 
     def _source(self, rows: Rows) -> DataSource:
         """The one source of a batch: a bucket holds no other."""
@@ -212,17 +230,23 @@ class Feed:
         return self._embedding(numbers[which])
 
 
-def frames(manifest: Manifest, rows: Rows) -> list[Framed]:
-    """What a model may be told of these samples' sizes and cuts."""
+def frames(manifest: Manifest, rows: Rows, cache: Cache, latents: Located) -> list[Framed]:
+    """What a model may be told of these samples' sizes and cuts: the true ones, which for a cut
+    that was made by looking at the pixels stand in the cache, beside the `latents`."""
     found = []
-    for row in rows:
-        sample = manifest[int(row)]
+    for row in rows.tolist():
+        sample = manifest[row]
         cut = sample.placement
+        offset = None
+        if cut.focus:
+            x, y = cache.read(latents, row)[OFFSET].tolist()
+            offset = (x, y)
+        told = shown_to_model(sample.width, sample.height, cut, offset)
         found.append(
             Framed(
-                original=(sample.height, sample.width),
-                crop=(cut.crop_y, cut.crop_x),
-                target=(cut.height, cut.width),
+                original=(told.original_height, told.original_width),
+                crop=(told.crop_y, told.crop_x),
+                target=(told.height, told.width),
             )
         )
     return found

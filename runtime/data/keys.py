@@ -155,6 +155,7 @@ def _text_keys(plan: Plan, family: str, encoders: list[list[str]]) -> TextKeys:
                 "max_length": plan.text.max_length,
                 "instruction": list(plan.text.instruction),
                 "stored": plan.precision.cache,
+                **({"zeros_for_empty": True} if plan.text.zeros_for_empty else {}),
             }
         )
     )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from runtime import files
 from runtime.errors import RunFailed
-from runtime.export import lora_keys, mmdit
+from runtime.export import bfl, lora_keys, mmdit
 from runtime.export.base import STEM, base_tensors
+from runtime.export.conventions import Config
 from runtime.export.lazy import Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.metadata import described
@@ -21,9 +22,21 @@ from runtime.export.request import Request, config_of
 from runtime.export.weights import layers_of, merged, trained_weights
 from runtime.families.common import DTYPES, base_folder
 
-Kohya = Callable[[Mapping[str, Layer], int], dict[str, Tensor]]
-KOHYA: Mapping[str, Kohya] = {"sd3": lora_keys.kohya_sd3}
-SINGLE: Mapping[str, Callable[[Tensors, int], Tensors]] = {"sd3": mmdit.laid_out}
+Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
+"""From the layers and the trained component's configuration. Raises KeyError for a module that the
+layout does not have."""
+KOHYA: Mapping[str, Kohya] = {
+    "flux": lora_keys.kohya_flux,
+    "sd": lora_keys.kohya_unet,
+    "sd3": lambda layers, config: lora_keys.kohya_sd3(layers, int(config["num_layers"])),
+    "sdxl": lora_keys.kohya_sgm,
+}
+COMFYUI: Mapping[str, Kohya] = {"sd": lora_keys.kohya_unet, "sdxl": lora_keys.kohya_sgm}
+"""Where ComfyUI reads sd-scripts' keys, alpha included."""
+SINGLE: Mapping[str, Callable[[Tensors, Config], Tensors]] = {
+    "flux": bfl.laid_out,
+    "sd3": lambda tensors, config: mmdit.laid_out(tensors, int(config["num_layers"])),
+}
 
 
 def export(request: Request) -> Path:
@@ -50,8 +63,9 @@ def _lora(request: Request) -> None:
     assert adapter is not None
     layers = layers_of(plan, trained_weights(request.weights))
     metadata = described(request)
-    if request.format == "kohya":
-        tensors = KOHYA[plan.model.family](layers, _blocks(request))
+    foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
+    if plan.model.family in foreign:
+        tensors = _renamed(foreign[plan.model.family], layers, request)
     elif request.format == "comfyui":
         tensors = lora_keys.folded(layers, component)
     else:
@@ -64,10 +78,20 @@ def _lora(request: Request) -> None:
     write(request.out, kept, metadata)
 
 
+def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dict[str, Tensor]:
+    try:
+        return write(layers, config_of(request.weights.plan))
+    except KeyError as error:
+        raise RunFailed(
+            f"the {request.format} layout has no place for {error}",
+            help="use `--format diffusers`",
+        ) from error
+
+
 def _single(request: Request) -> None:
     layout = SINGLE[request.weights.plan.model.family]
     tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
-    write(request.out, layout(tensors, _blocks(request)), described(request))
+    write(request.out, layout(tensors, config_of(request.weights.plan)), described(request))
 
 
 def _pipeline(request: Request) -> None:
@@ -102,7 +126,3 @@ def _whole(request: Request) -> Tensors:
 
 def _dtype(request: Request) -> torch.dtype | None:
     return None if request.dtype is None else DTYPES[request.dtype]
-
-
-def _blocks(request: Request) -> int:
-    return int(config_of(request.weights.plan)["num_layers"])

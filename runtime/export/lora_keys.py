@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from runtime.export.mmdit import halves_swapped, place
+from runtime.export import bfl, mmdit
+from runtime.export.mmdit import Place, halves_swapped
+from runtime.export.sgm import published
 
 
 @frozen(kw_only=True)
@@ -60,25 +64,55 @@ def kohya_sd3(layers: Layers, blocks: int) -> dict[str, Tensor]:
     a diagonal, which gives the same update with the sum of the ranks. Alpha grows with the rank, so
     that alpha / rank stays. Raises KeyError for a module that the layout does not have.
     """
+    return _fused(layers, partial(mmdit.place, blocks=blocks))
+
+
+def kohya_flux(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """sd-scripts' keys for Flux.1 (networks/lora_flux.py), laid out as `kohya_sd3` says. Raises
+    KeyError for a module that the layout does not have."""
+    return _fused(layers, partial(bfl.place, config=config))
+
+
+def _fused(layers: Layers, place: Callable[[str], Place]) -> dict[str, Tensor]:
     grouped: dict[str, dict[int, Layer]] = {}
-    parts: dict[str, int] = {}
+    rows: dict[str, Sequence[int]] = {}
     for module, layer in layers.items():
-        there = place(module, blocks)
+        there = place(module)
         b = halves_swapped(layer.b) if there.swapped else layer.b
         kept = Layer(a=layer.a, b=b, scale=layer.scale)
         grouped.setdefault(there.module, {})[there.part] = kept
-        parts[there.module] = there.parts
+        rows[there.module] = there.rows or [b.shape[0]] * there.parts
     return {
         f"lora_unet_{module.replace('.', '_')}.{key}": tensor
         for module, found in grouped.items()
-        for key, tensor in _stacked(found, parts[module]).items()
+        for key, tensor in _stacked(found, rows[module]).items()
     }
 
 
-def _stacked(found: Mapping[int, Layer], parts: int) -> dict[str, Tensor]:
+def kohya_unet(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """sd-scripts' keys for Stable Diffusion 1 and 2 (networks/lora.py): Diffusers' own names."""
+    return _kohya(layers, lambda module: module)
+
+
+def kohya_sgm(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """sd-scripts' keys for Stable Diffusion XL (networks/lora.py, library/sdxl_original_unet.py):
+    the names of the UNet that was published. Raises KeyError for a module that it does not have."""
+    return _kohya(layers, partial(published, config=config))
+
+
+def _kohya(layers: Layers, name: Callable[[str], str]) -> dict[str, Tensor]:
+    return {
+        f"lora_unet_{name(module).replace('.', '_')}.{key}": tensor
+        for module, layer in layers.items()
+        for key, tensor in _stacked({0: layer}).items()
+    }
+
+
+def _stacked(found: Mapping[int, Layer], rows: Sequence[int] = ()) -> dict[str, Tensor]:
+    """Of the layers that share one, by their place in it; `rows` are those of each place."""
     present = [found[index] for index in sorted(found)]
     down = torch.cat([layer.a for layer in present])
-    up = _diagonal(found, parts)
+    up = _diagonal(found, rows) if len(rows) > 1 else present[0].b
     alpha = present[0].scale * down.shape[0]
     return {
         "lora_down.weight": down,
@@ -87,14 +121,13 @@ def _stacked(found: Mapping[int, Layer], parts: int) -> dict[str, Tensor]:
     }
 
 
-def _diagonal(found: Mapping[int, Layer], parts: int) -> Tensor:
-    """(parts * outputs, sum of ranks): each B in its own rows and columns, zeros elsewhere."""
+def _diagonal(found: Mapping[int, Layer], rows: Sequence[int]) -> Tensor:
+    """(sum of `rows`, sum of ranks): each B in its own rows and columns, zeros elsewhere."""
     layers: Sequence[Layer] = [found[index] for index in sorted(found)]
-    outputs = layers[0].b.shape[0]
-    up = layers[0].b.new_zeros(parts * outputs, sum(layer.b.shape[1] for layer in layers))
+    up = layers[0].b.new_zeros(sum(rows), sum(layer.b.shape[1] for layer in layers))
     column = 0
     for index in sorted(found):
-        b = found[index].b
-        up[index * outputs : (index + 1) * outputs, column : column + b.shape[1]] = b
+        b, first = found[index].b, sum(rows[:index])
+        up[first : first + rows[index], column : column + b.shape[1]] = b
         column += b.shape[1]
     return up

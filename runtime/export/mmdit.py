@@ -7,7 +7,7 @@ other, and modulations that end a stream give shift before scale (Diffusers: sca
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -27,16 +27,18 @@ class Place:
     part: int = 0
     parts: int = 1
     swapped: bool = False  # the two halves of the rows change places
+    rows: tuple[int, ...] = ()  # of each part, where they differ
 
 
-def _fused(target: str, *names: str) -> dict[str, Place]:
+def fused(target: str, *names: str) -> dict[str, Place]:
+    """Modules `names` whose rows follow each other in the layer `target`."""
     return {name: Place(target, part, len(names)) for part, name in enumerate(names)}
 
 
 BLOCK: Mapping[str, Place] = {
-    **_fused("x_block.attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
-    **_fused("x_block.attn2.qkv", "attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    **_fused("context_block.attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    **fused("x_block.attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
+    **fused("x_block.attn2.qkv", "attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    **fused("context_block.attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "attn.norm_q": Place("x_block.attn.ln_q"),
     "attn.norm_k": Place("x_block.attn.ln_k"),
     "attn2.norm_q": Place("x_block.attn2.ln_q"),
@@ -83,12 +85,22 @@ def laid_out(tensors: Tensors, blocks: int) -> Tensors:
 
     Raises KeyError for a name that the layout does not have.
     """
+    return arranged(tensors, partial(_target, blocks=blocks))
+
+
+def _target(name: str, blocks: int) -> tuple[str, Place]:
+    module, _, leaf = name.rpartition(".")
+    there = place(module, blocks)
+    return PREFIX + (f"{there.module}.{leaf}" if there.module else leaf), there
+
+
+def arranged(tensors: Tensors, target: Callable[[str], tuple[str, Place]]) -> Tensors:
+    """All tensors in another layout: `target` gives, by a tensor's name, its name there and where
+    its rows go."""
     rows: dict[str, dict[int, Lazy]] = {}
     for name, lazy in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        there = place(module, blocks)
-        target = f"{there.module}.{leaf}" if there.module else leaf
-        rows.setdefault(PREFIX + target, {})[there.part] = _swapped(lazy) if there.swapped else lazy
+        new, there = target(name)
+        rows.setdefault(new, {})[there.part] = _swapped(lazy) if there.swapped else lazy
     return {name: _joined([parts[i] for i in sorted(parts)]) for name, parts in rows.items()}
 
 

@@ -156,7 +156,8 @@ def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -
             help="use `--single-file` for what other programs read, or leave out `--format`",
         )
     if plan.adapter is not None and not merge and (why := refusal(format, family)):
-        raise Refused(why, help="use `--format diffusers`, or `--merge` for a whole model")
+        other = "use `--format diffusers`, or" if format != "diffusers" else "use"
+        raise Refused(why, help=f"{other} `--merge` for a whole model")
 
 
 def _place(weights: Weights, format: Format, *, whole: bool, single_file: bool) -> Path:

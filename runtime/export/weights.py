@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Layout, Plan
 from runtime import checkpoints
@@ -17,7 +18,7 @@ from runtime.export.lazy import Lazy, Tensors, held, in_files
 from runtime.export.lora_keys import Layer
 from runtime.export.request import Weights
 from runtime.families import family_of
-from runtime.methods.lora import NAME
+from runtime.methods.lora import NAME, file_prefix
 from runtime.optimizers import class_of, kept_weights, load_state, make_optimizer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -34,7 +35,7 @@ def trained_weights(weights: Weights) -> Tensors:
     if weights.plan.adapter is None:
         folder = weights.result / weights.plan.model.trained_component
         return in_files(_files(folder))
-    prefix = f"{weights.plan.model.trained_component}."
+    prefix = file_prefix(FAMILIES[weights.plan.model.family])
     found = in_files(_files(weights.result))
     return {_in_training(name.removeprefix(prefix)): lazy for name, lazy in found.items()}
 

@@ -7,9 +7,12 @@ from importlib import import_module
 from runtime.families.base import Family
 
 MODULES = {
+    "flux": "runtime.families.flux",
+    "pixart": "runtime.families.pixart",
     "sana": "runtime.families.sana",
     "sd": "runtime.families.sd",
     "sd3": "runtime.families.sd3",
+    "sdxl": "runtime.families.sdxl",
 }
 
 

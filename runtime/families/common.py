@@ -286,6 +286,21 @@ def pad_tokens(tensors: Sequence[Tensor], length: int) -> Tensor:
     return torch.stack([nn.functional.pad(t, (0, 0, 0, length - t.shape[0])) for t in tensors])
 
 
+def padded(
+    embeddings: Sequence[TextEmbedding], states: str, mask: str, length: int = 0
+) -> dict[str, Tensor]:
+    """A batch's `states` (B, tokens, channels) with zeros behind, and their `mask` (B, tokens) of
+    0 and 1: as long as the longest, and at least `length`."""
+    each = [embedding[states] for embedding in embeddings]
+    counts = [tokens.shape[0] for tokens in each]
+    positions = torch.arange(max(length, *counts), device=each[0].device)
+    ends = torch.tensor(counts, device=each[0].device)[:, None]
+    return {
+        states: pad_tokens(each, len(positions)),
+        mask: (positions < ends).long(),
+    }
+
+
 def cpu_generator(seed: int) -> torch.Generator:
     """A generator on the CPU, as a person gives it to a pipeline."""
     return torch.Generator("cpu").manual_seed(seed)

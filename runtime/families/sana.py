@@ -15,6 +15,29 @@ from runtime.families import common
 from runtime.families.base import TextEmbedding
 
 
+def velocity(
+    model: nn.Module,
+    noisy: Tensor,
+    times: Tensor,
+    text: Mapping[str, Tensor],
+    guidance: Tensor | None = None,
+) -> Tensor:
+    """The network's output for `noisy` (B, C, h, w) at `times` (B,), as it takes them itself.
+
+    `guidance` (B,) is what a distilled network is told of it, None for any other.
+    """
+    transformer: Any = model
+    prediction: Tensor = transformer(
+        hidden_states=noisy,
+        encoder_hidden_states=text["encoder_hidden_states"],
+        encoder_attention_mask=text["encoder_attention_mask"],
+        timestep=times,
+        guidance=guidance,
+        return_dict=False,
+    )[0]
+    return prediction
+
+
 class Sana(common.Stock):
     """SanaPipeline, SanaTransformer2DModel, AutoencoderDC and Gemma-2."""
 
@@ -71,14 +94,7 @@ class Sana(common.Stock):
     ) -> Tensor:
         """See `Family.predict`. The time is 1000 sigma, scaled as the pipeline scales it."""
         transformer: Any = model
-        prediction: Tensor = transformer(
-            hidden_states=noisy,
-            encoder_hidden_states=text["encoder_hidden_states"],
-            encoder_attention_mask=text["encoder_attention_mask"],
-            timestep=sigmas * 1000 * transformer.config.timestep_scale,
-            return_dict=False,
-        )[0]
-        return prediction
+        return velocity(model, noisy, sigmas * 1000 * transformer.config.timestep_scale, text)
 
     def example_batch(
         self,

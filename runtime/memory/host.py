@@ -9,6 +9,9 @@ from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS
 from runtime.memory.tracker import rounded
 
+TRAINED = ("train", "update", "evaluate", "validate", "save")
+"""Phases in which what is trained is there."""
+
 
 class Traced(Protocol):
     """What is needed of a trace."""
@@ -52,12 +55,12 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     if sharded:  # each rank writes its own part
         kept = -(-kept // candidate.ranks)
     if candidate.device == "cpu":
-        return dict.fromkeys(("train", "update", "validate", "save"), kept)
+        return dict.fromkeys(TRAINED, kept)
     vae = next(c for c in candidate.model.components if c.name == "vae")
     waiting = _offloaded(candidate, trace)
     if candidate.pictures:
         waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
-    found = dict.fromkeys(("train", "update", "validate", "save"), kept + waiting)
+    found = dict.fromkeys(TRAINED, kept + waiting)
     found["load"] = trace.largest + trace.host  # weights come one at a time
     if sharded:  # or all of them, to be dealt out from there
         found["load"] = sum(trace.load.values())

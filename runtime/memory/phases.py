@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from compiler.memory import Candidate
+from runtime.batch import masked
 from runtime.families.base import Family
-from runtime.families.common import DTYPES, component_class, config_of, draw
+from runtime.families.common import DTYPES, component_class, config_of, draw, inference
 from runtime.memory.tracker import Tracker
+from runtime.step import forward_losses
 
 CHARACTERS = 4  # of English text in one token, about; for the length of an instruction
 PROMPT = "a prompt"
@@ -86,6 +88,25 @@ def run_latents(
     return tracker.breakdown()
 
 
+def run_evaluation(
+    candidate: Candidate,
+    family: Family,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    tracker: Tracker,
+) -> None:
+    """The loss of one batch of held-out pictures, `tracker` being entered: no gradients."""
+    tracker.category = "batch"
+    batch = family.example_batch(candidate.model, *shape, candidate.text, device)
+    if candidate.masked:
+        batch = masked(batch)
+    tracker.category = "activations"
+    tracker.reset_peak()
+    with inference(model):
+        forward_losses(family, model, batch, candidate.objective, candidate.precision)
+
+
 def run_pictures(
     candidate: Candidate, family: Family, model: nn.Module, device: torch.device, tracker: Tracker
 ) -> dict[str, int]:
@@ -133,7 +154,11 @@ def scheduler_of(candidate: Candidate) -> Any:
 
     def set_timesteps(*arguments: Any, **options: Any) -> None:
         if hasattr(scheduler, "set_begin_index"):
-            stock(*arguments, **options)
+            try:
+                stock(*arguments, **options)
+            except NotImplementedError:  # it takes back what it put there: nothing, of meta tensors
+                stock(*arguments, **{**options, "device": "cpu"})
+                scheduler.timesteps = scheduler.timesteps.to(options["device"])
             scheduler.set_begin_index(0)
         else:  # its table is on the host, where it looks up with the timesteps themselves
             stock(*arguments, **{**options, "device": "cpu"})

@@ -38,6 +38,7 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         "load": course.load,
         "train": course.train_peak,
         "update": course.update_peak,
+        **({"evaluate": course.evaluate_peak} if candidate.evaluated else {}),
         **({"validate": course.validate_peak} if candidate.pictures else {}),
         "save": course.save,
     }
@@ -53,6 +54,8 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         "update": share | _divided(_others(course.update), candidate.ranks),
         "save": share,
     }
+    if candidate.evaluated:
+        found["evaluate"] = share | _gathered(candidate, course) | _others(course.evaluate)
     if candidate.pictures:
         vae = course.validate_peak.get("weights", 0) - course.load.get("weights", 0)
         drawing = share | _gathered(candidate, course) | _others(course.validate)

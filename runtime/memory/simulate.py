@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,10 +25,8 @@ from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import Dequantised, as_on, remembering
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.sharing import shared_parts
-from runtime.memory.step import META, Course, Form, run_step, run_update
+from runtime.memory.step import META, Course, Form, run_step, run_update, worst
 from runtime.memory.tracker import Tracker, rounded
-
-NEAR = 0.8  # buckets with fewer pixels a batch than this share of the most are never the worst
 
 # What a process holds on a CUDA device besides tensors. The context with its loaded kernels is
 # outside of PyTorch's count ("some context needs to be created on GPU", documentation of
@@ -118,6 +116,7 @@ class RuntimeMemoryModel:
             after=after,
             update=updating,
             save=affine(base.save, [(each.save, n) for each, n in longer]),
+            evaluate=_deeper(base.evaluate, [(each.evaluate, n) for each, n in longer]),
             validate=_deeper(base.validate, [(each.validate, n) for each, n in longer]),
             forms=forms,
             block_numbers=affine(
@@ -202,21 +201,6 @@ def _deeper(
     return [
         deeper(curve, [(each[index], periods) for each, periods in longer])
         for index, curve in enumerate(base)
-    ]
-
-
-def worst(shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Those of the buckets (width, height, batch size) that may need the most memory.
-
-    More pixels or a larger batch never need less, so what is no more than another in both is out.
-    """
-    sizes = {(width * height, batch): (width, height, batch) for width, height, batch in shapes}
-    most = max(pixels * batch for pixels, batch in sizes)
-    return [
-        shape
-        for (pixels, batch), shape in sorted(sizes.items(), reverse=True)
-        if pixels * batch >= NEAR * most
-        and not any(p >= pixels and b >= batch and (p, b) != (pixels, batch) for p, b in sizes)
     ]
 
 

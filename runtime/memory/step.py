@@ -26,15 +26,19 @@ from runtime.fused_backward import FusedBackward, total_norm
 from runtime.memory import phases
 from runtime.memory.curve import Curve, highest
 from runtime.memory.tracker import Tracker
+from runtime.methods.sprint import Distillation
+from runtime.methods.sprint_draws import example
 from runtime.modules import blocks_of
 from runtime.offload.host import counted
 from runtime.optimizers import make_optimizer
 from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
-from runtime.step import gradient_norm, micro_step, update
+from runtime.step import gradient_norm, method_step, micro_step, update
 
 META = torch.device("meta")
 WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
+
+NEAR = 0.8  # buckets with fewer pixels a batch than this share of the most are never the worst
 
 Form = tuple[str, tuple[int, ...], torch.dtype]
 """A trained parameter: name, shape, type."""
@@ -49,6 +53,7 @@ class Course:
     after: Mapping[str, int]  # when its gradients are complete
     update: Sequence[Curve]  # clipping, optimizer, average
     save: Mapping[str, int]  # what lies on the device between two steps
+    evaluate: Sequence[Curve]  # none without held-out pictures
     validate: Sequence[Curve]  # none without pictures
     host: int  # bytes on the host of what belongs on the device, at most in a step
     flops: int  # of one batch's passes, recomputation included, the base's not; 0: not counted
@@ -69,6 +74,11 @@ class Course:
     def update_peak(self) -> dict[str, int]:
         """Bytes by category at the worst moment of what follows the passes."""
         return highest(self.update)
+
+    @property
+    def evaluate_peak(self) -> dict[str, int]:
+        """Bytes by category at the worst moment of measuring the loss of held-out pictures."""
+        return highest(self.evaluate) if self.evaluate else {}
 
     @property
     def validate_peak(self) -> dict[str, int]:
@@ -104,12 +114,26 @@ def run_step(
         load = tracker.categories()
         optimizer = prime(candidate, built.trainable, tracker)
         ema = average(candidate, built.trainable, tracker)
+        rivals = _rivals(candidate, built, tracker)
         asked: list[int] = []
         marked = _marks_of_passes(built.model, tracker, flops, asked)
         start = flops()
         window, after, updating = _window(candidate, family, built, optimizer, ema, shape, tracker)
-        spent = flops() - start - sum(asked)
+        if rivals is not None and built.rival is not None:  # its updates take turns with the others
+            other = evolve(built, trainable=built.rival.trainable)
+            more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
+            window, updating = [*window, *more[0]], [*updating, *more[2]]
+        spent = flops() - start
+        if built.method is None:
+            spent -= sum(asked)
+        elif rivals is not None:
+            spent //= 2
         save, waiting = tracker.categories(), tracker.host_peak
+        judged: Sequence[Curve] = ()
+        if candidate.evaluated:
+            largest = worst(candidate.evaluated)[0]
+            phases.run_evaluation(candidate, family, built.model, largest, device, tracker)
+            judged = tracker.curves()
         drawn: Sequence[Curve] = ()
         if candidate.pictures:
             phases.run_pictures(candidate, family, built.model, device, tracker)
@@ -123,6 +147,7 @@ def run_step(
         after=after,
         update=updating,
         save=save,
+        evaluate=judged,
         validate=drawn,
         host=waiting,
         flops=spent * parts // min(candidate.accumulate * parts, WINDOW),
@@ -197,6 +222,14 @@ def _last_norm(norms: list[Tensor]) -> Tensor:
     return total_norm(kept)
 
 
+def _rivals(candidate: Candidate, built: Built, tracker: Tracker) -> torch.optim.Optimizer | None:
+    """The optimizer of what is trained in turns with the model."""
+    if candidate.sprint is None or built.rival is None:
+        return None
+    theirs = evolve(candidate, optimizer=candidate.sprint.discriminator)
+    return prime(theirs, built.rival.trainable, tracker)
+
+
 def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
     with device:  # peft would make its layers on the CPU first
         return build(
@@ -209,12 +242,16 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             empty=True,
             seed=0,
             speed=plan.Speed(attention=candidate.attention),
+            sprint=candidate.sprint,
         )
 
 
 def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
     """The model's tensors and the optimizer's masters are weights, the adapter's by that name."""
     parameters = list(built.model.parameters())
+    if isinstance(built.method, Distillation):
+        for other in built.method.others:
+            tracker.register([*other.parameters(), *other.buffers()], "weights")
     trained = [*built.trainable.values(), *(p for p in parameters if p.requires_grad)]
     tracker.register([*parameters, *built.model.buffers()], "weights")
     tracker.register(trained, "adapter" if adapted else "weights")
@@ -271,6 +308,7 @@ def _window(
     ema: Ema | None,
     shape: tuple[int, int, int],
     tracker: Tracker,
+    step: int = 0,
 ) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve]]:
     """One optimizer update over batches of `shape`, all on the device from the start, as in the
     loop: the course of its passes, what is live after them, and the course of what follows."""
@@ -289,11 +327,19 @@ def _window(
         batches = [masked(batch) for batch in batches]
     if candidate.keeps_base:
         batches = [evolve(batch, keeps_base=True) for batch in batches]
+    if candidate.sprint is not None:
+        batches = [example(candidate.sprint, batch, step) for batch in batches]
     tracker.reset_peak()
     samples = sum(batch.latents.shape[0] for batch in batches)
-    losses = []
+    losses: list[object] = []
+    if built.method is not None:
+        built.method.begin(step)
     for part in [p for batch in batches for p in batch.parts(candidate.micro_batch)][:WINDOW]:
         tracker.category = "activations"
+        if built.method is not None:
+            losses.append(method_step(built.method, part, step, samples))
+            tracker.register(_gradients(built), "gradients")
+            continue
         losses.append(
             micro_step(
                 family,
@@ -340,3 +386,18 @@ def _gradients(built: Built) -> Iterator[Tensor]:
     for parameter in (*built.model.parameters(), *built.trainable.values()):
         if parameter.grad is not None:
             yield parameter.grad
+
+
+def worst(shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Those of the buckets (width, height, batch size) that may need the most memory.
+
+    More pixels or a larger batch never need less, so what is no more than another in both is out.
+    """
+    sizes = {(width * height, batch): (width, height, batch) for width, height, batch in shapes}
+    most = max(pixels * batch for pixels, batch in sizes)
+    return [
+        shape
+        for (pixels, batch), shape in sorted(sizes.items(), reverse=True)
+        if pixels * batch >= NEAR * most
+        and not any(p >= pixels and b >= batch and (p, b) != (pixels, batch) for p, b in sizes)
+    ]

@@ -9,11 +9,35 @@ refreshed before a forward pass that may follow a change of their masters, whoev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from attrs import define, frozen
 from torch import Tensor, nn
+
+from runtime.batch import Batch
+
+LOSS = "loss"
+
+
+class Method(Protocol):
+    """What an update computes, where that is not the loss of one denoising pass."""
+
+    def begin(self, step: int) -> None:
+        """Called before the passes of the update after `step` others."""
+        ...
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Per sample, (B,) float32 each: "loss" is what is minimised, others are shown."""
+        ...
+
+
+@frozen(kw_only=True)
+class Rival:
+    """A second network, trained in turns with the first; `buffers` are the rest of its state."""
+
+    trainable: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
 
 
 @frozen(kw_only=True)
@@ -24,6 +48,8 @@ class Built:
     trainable: dict[str, nn.Parameter]
     parameters: int  # of the trained component, without adapter
     adapted_modules: int  # modules that carry an adapter
+    method: Method | None = None  # None: the family's own loss
+    rival: Rival | None = None
 
 
 def masters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

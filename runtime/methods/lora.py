@@ -5,6 +5,7 @@ W x + (alpha / rank) B A x with W frozen; peft holds the layers, as in Diffusers
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compiler.families.card import FamilyCard
 from compiler.plan import Adapter, Model, Precision
 from runtime import rng
 from runtime.families.base import Family
@@ -22,6 +25,8 @@ from runtime.methods.base import Built, check_names, masters, state
 from runtime.quantise.layers import num_weights, quantised_layers
 
 NAME = "default"  # peft's and Diffusers' own name for an adapter
+PEFT_ROOT = "base_model.model"  # what peft's own files put before a module's name
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int) -> Built:
@@ -30,7 +35,7 @@ def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int)
     The start is a function of (seed, module name, shape): matrix A as `init` says, B zero. Raises
     ValueError if a pattern matches no linear layer or 1x1 convolution.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     from runtime.quantise.adapters import LORA_LAYERS
 
@@ -45,8 +50,7 @@ def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int)
         target_modules="|".join(re.escape(name) for name in targets),
     )
     config._register_custom_module(LORA_LAYERS)
-    adapted: Any = model
-    adapted.add_adapter(config, adapter_name=NAME)
+    inject_adapter_in_model(config, model, NAME)  # not every class of Diffusers has `add_adapter`
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(DTYPES[precision.compute])
     trained = DTYPES[precision.trained]
@@ -103,9 +107,11 @@ def export(
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors` into `folder`, for `pipeline.load_lora_weights`.
+    """Write `pytorch_lora_weights.safetensors` into `folder`, for `pipeline.load_lora_weights`; or
+    the files of `PeftModel.from_pretrained`, where the card says that the pipeline has no loader.
 
-    Rank, alpha and targets stand in the file's metadata, so that it loads at the right strength.
+    Rank, alpha and targets stand in the file's metadata (peft's: in `adapter_config.json`), so that
+    it loads at the right strength.
     `weights` replace the trained ones; `dtype` is by default what they are trained in.
     """
     import diffusers
@@ -117,12 +123,30 @@ def export(
     layers = get_peft_model_state_dict(adapted, state_dict=dict(values), adapter_name=NAME)
     saved = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in layers.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    said = metadata(adapted.peft_config[NAME])
+    if family.card.lora_loader == "peft":
+        _write_for_peft(saved, said, folder)
+        return
     component = model.trained_component
     arguments: dict[str, Any] = {
         f"{component}_lora_layers": saved,
-        f"{component}_lora_adapter_metadata": metadata(adapted.peft_config[NAME]),
+        f"{component}_lora_adapter_metadata": said,
     }
     getattr(diffusers, family.card.pipeline).save_lora_weights(folder, **arguments)
+
+
+def file_prefix(family: FamilyCard) -> str:
+    """What `export` puts before the names of modules."""
+    return f"{PEFT_ROOT if family.lora_loader == 'peft' else family.trained_component}."
+
+
+def _write_for_peft(tensors: Mapping[str, Tensor], said: Mapping[str, Any], folder: Path) -> None:
+    """As `PeftModel.save_pretrained`, whose model would be the trained component."""
+    weights, config = PEFT_FILES
+    named = {f"{PEFT_ROOT}.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, folder / weights, metadata={"format": "pt"})
+    text = json.dumps({**said, "inference_mode": True}, indent=2, sort_keys=True)
+    (folder / config).write_text(text + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

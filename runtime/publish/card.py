@@ -105,20 +105,23 @@ def _plain(text: str) -> str:
 
 def _usage(plan: Plan) -> str:
     assert plan.publish is not None
-    pipeline = FAMILIES[plan.model.family].pipeline
+    family = FAMILIES[plan.model.family]
+    pipeline, trained = family.pipeline, f"pipeline.{family.trained_component}"
     dtype = TORCH[plan.precision.compute]
     base, hub = json.dumps(base_name(plan)), json.dumps(plan.publish.hub)
     prompt = plan.validation.prompts[0].text if plan.validation.prompts else "..."
     load = [f"pipeline = {pipeline}.from_pretrained({hub}, torch_dtype={dtype})"]
+    imports = ["import torch", f"from diffusers import {pipeline}"]
     if plan.adapter:
-        load = [
-            f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})",
-            f"pipeline.load_lora_weights({hub})",
-        ]
+        load = [f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})"]
+        if family.lora_loader == "peft":
+            imports.append("from peft import PeftModel")
+            load.append(f"{trained} = PeftModel.from_pretrained({trained}, {hub})")
+        else:
+            load.append(f"pipeline.load_lora_weights({hub})")
     return "\n".join(
         [
-            "import torch",
-            f"from diffusers import {pipeline}",
+            *imports,
             "",
             *load,
             'pipeline.to("cuda")',

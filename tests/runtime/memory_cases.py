@@ -148,6 +148,7 @@ def candidate(
     layout: Layout | None = None,
     pictures: tuple[tuple[int, int], ...] = (),
     guidance: float = 4.5,
+    evaluated: tuple[tuple[int, int, int], ...] = (),
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> Candidate:
     """A step to simulate; `rank` 0 is a full fine-tune, `tokens` 0 the family's prompt length."""
@@ -188,6 +189,7 @@ def candidate(
         layout=layout or Layout(activation_checkpointing=checkpointing),
         pictures=pictures,
         guidance=guidance,
+        evaluated=evaluated,
         shapes=shapes,
         device=device,
     )

@@ -23,6 +23,7 @@ NUMBERS = (
     "after",
     "update_peak",
     "save",
+    "evaluate_peak",
     "validate_peak",
     "host",
     "largest",
@@ -38,7 +39,13 @@ def deep(family: str, depth: int, **options: Any) -> Candidate:
     shape = {**SMALL[family], "num_layers": depth}
     if family == "sd3":
         shape["dual_attention_layers"] = options.pop("dual", [])
-    given = {"tokens": 32, "shapes": ((256, 256, 2),), "pictures": ((128, 128),), **options}
+    given = {
+        "tokens": 32,
+        "shapes": ((256, 256, 2),),
+        "pictures": ((128, 128),),
+        "evaluated": ((256, 192, 3),),
+        **options,
+    }
     return candidate(known(BASES[family], SMALL_PARTS[family], **shape), **given)
 
 

@@ -34,7 +34,7 @@ def real(step: Candidate) -> Course:
 
 def check(step: Candidate) -> None:
     simulated, measured = MODEL.course(step, step.shapes[0]), real(step)
-    for phase in ("load", "train_peak", "update_peak", "save", "validate_peak"):
+    for phase in ("load", "train_peak", "update_peak", "save", "evaluate_peak", "validate_peak"):
         assert getattr(simulated, phase) == getattr(measured, phase), phase
     assert simulated.peak == measured.peak > sum(measured.load.values())
 
@@ -101,6 +101,19 @@ def test_validation(family: str, guidance: float) -> None:
     check(step)
     found = MODEL.course(step, step.shapes[0])
     assert sum(found.validate_peak.values()) > sum(found.save.values())
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_evaluation(family: str) -> None:
+    """Passes without gradients, of pictures that may be larger than those that are trained on."""
+    plain = small(family, rank=4, compute="bfloat16", checkpointing=1)
+    step = attrs.evolve(plain, evaluated=((128, 128, 1), (320, 256, 2)), masked=True)
+    check(step)
+    found, same = (MODEL.course(s, s.shapes[0]) for s in (step, attrs.evolve(plain, masked=True)))
+    assert found.evaluate_peak and found.train_peak == same.train_peak
+    larger = attrs.evolve(step, evaluated=((512, 512, 2),))
+    more = MODEL.course(larger, larger.shapes[0])
+    assert sum(more.evaluate_peak.values()) > sum(found.evaluate_peak.values())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from attrs import evolve
 from compiler.families import FAMILIES
 from compiler.memory import Candidate, Simulation
 from compiler.plan import Phase
-from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel, worst
+from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel
+from runtime.memory.step import worst
 from runtime.memory.tracker import rounded
 from tests.runtime.memory_cases import (
     IMAGE_ATTENTION,
@@ -103,6 +104,7 @@ def test_counts() -> None:
     assert phases["latents"].host_bytes == phases["latents"].parts["weights"]
     kept = phases["save"].parts["adapter"] + phases["save"].parts["optimizer"]
     assert phases["save"].host_bytes == kept
+    assert phases["train"].host_bytes == kept  # the copy is written while training goes on
 
 
 def test_flops_of_a_full_step() -> None:

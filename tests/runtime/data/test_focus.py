@@ -15,7 +15,7 @@ from compiler.data.geometry import place
 from compiler.plan import Geometry
 from runtime.data import focus
 from runtime.data.cache import Cache
-from runtime.data.feed import Feed
+from runtime.data.feed import Feed, frames
 from runtime.data.fill import OFFSET, fill_latents, fill_text, sample_keys
 from runtime.data.pixels import decode, decode_placed
 from runtime.errors import MachineUnfit
@@ -157,3 +157,34 @@ def test_a_machine_without_opencv_is_told_what_to_install(
     with pytest.raises(MachineUnfit, match="need OpenCV") as caught:
         fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
     assert "pip install" in caught.value.help and family.loaded == []
+
+
+@opencv
+def test_models_are_told_where_the_pixels_were_cut(tmp_path: Path) -> None:
+    """What is told, taken as a place in the scaled (and mirrored) picture, has the very pixels."""
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "cats").mkdir()
+    portrait(400, 200, 250, 30, 140).save(tmp_path / "dogs" / "a.png")
+    noise(300, 200).save(tmp_path / "cats" / "c.png")
+    geometry = rule("face", flip=True)
+    plan, manifest, family = set_up(tmp_path, edit=lambda source: evolve(source, geometry=geometry))
+    cache = Cache(Path(plan.cache_folder))
+    fill_latents(plan, manifest, family, cache, Silent())
+    located = cache.locate(sample_keys(plan, manifest, family, cache))
+    told = frames(manifest, np.arange(len(manifest)), cache, located)
+    assert len(told) == 4
+    lefts = {}
+    for row, frame in enumerate(told):
+        data, sample = Path(manifest.item(row).file).read_bytes(), manifest[row]
+        cut, size = sample.placement, (sample.width, sample.height)
+        pixels, _ = decode_placed(data, cut, size)
+        edges = {"width": cut.resize_width, "height": cut.resize_height}
+        scaled = decode(data, evolve(cut, crop_x=0, crop_y=0, focus="", **edges), size)
+        (top, left), (height, width) = frame.crop, frame.target
+        assert (height, width) == pixels.shape[:2] and frame.original == size[::-1]
+        expected = scaled[top : top + height, left : left + width].astype(int)
+        assert np.abs(expected - pixels).max() <= 2, "scaled whole or in part: rounding"
+        lefts[manifest.name(row)] = left
+    spare = 256 - 128
+    assert lefts["dogs/a.png"] > spare // 2 + 20, "the cut was moved to the face"
+    assert lefts["dogs/a.png (mirrored)"] == spare - lefts["dogs/a.png"]

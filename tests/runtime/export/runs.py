@@ -20,6 +20,8 @@ from tests.runtime.tiny import make_tiny
 SD35: dict[str, Any] = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
 EVERYTHING: dict[str, tuple[str, ...]] = {
     "sd3": FAMILIES["sd3"].target_sets["all-linear"],
+    "sd": FAMILIES["sd"].target_sets["all-linear"],
+    "sdxl": FAMILIES["sdxl"].target_sets["all-linear"],
     "sana": (r"transformer_blocks\.\d+\.attn\d\.to_[qkv]", r"transformer_blocks\.\d+\.ff\..*point"),
 }
 PROMPT = "a photo of sks dog"

@@ -16,6 +16,7 @@ from compiler.families.card import FamilyCard, KnownModel
 from runtime.methods.lora import is_linear, matching
 
 KNOWN = [(card, known) for card in FAMILIES.values() for known in card.known]
+ENCODING = {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
 counted: dict[str, tuple[int, int]] = {}  # configurations are shared between models
 
 
@@ -71,9 +72,13 @@ def test_defaults_are_the_pipeline_s(card: FamilyCard) -> None:
 @pytest.mark.parametrize("card", FAMILIES.values(), ids=list(FAMILIES))
 def test_components_are_the_pipeline_s(card: FamilyCard) -> None:
     pipeline = getattr(diffusers, card.pipeline)
-    wanted = set(inspect.signature(pipeline.__init__).parameters) - {"self"}
-    given = set(pipeline._optional_components) | set(card.pipeline_options)
-    assert set(card.components) == wanted - given
+    taken = inspect.signature(pipeline.__init__).parameters
+    settings = {name for name, one in taken.items() if isinstance(one.default, bool)}
+    wanted = set(taken) - {"self"} - settings
+    optional = set(pipeline._optional_components)
+    required = set(card.components) - (optional & ENCODING)  # which SDXL can do without
+    assert required == wanted - optional - set(card.pipeline_options)
+    assert set(card.components) <= wanted
     assert list(card.components) == sorted(card.components)
 
 

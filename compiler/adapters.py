@@ -1,0 +1,168 @@
+"""The kinds of adapter: what each is, what it can be told, and where its files load.
+
+Sources are the papers named beside each, and peft 0.21, whose layers train them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Literal
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from compiler.plan import Adapter
+
+AdapterKind = Literal["lora", "dora", "lokr", "loha", "oft", "boft"]
+Init = Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"]
+
+OF_THE_BASE: frozenset[Init] = frozenset({"pissa", "olora"})
+"""Starts that take a part of the base's weights over, which then is missing there."""
+
+
+@frozen(kw_only=True)
+class AdapterFacts:
+    """One kind. `weight` is the weight that takes the place of W; s is alpha / rank, and alpha /
+    sqrt(rank) where `scaling = "sqrt-rank"`."""
+
+    kind: AdapterKind
+    title: str
+    paper: str
+    weight: str
+    keys: tuple[str, ...]  # of `[adapter]`, besides those that all kinds have
+    inits: tuple[Init, ...]  # the first is the default; (): it has one start
+    kernels: bool  # adapts convolutions of more than one pixel
+    count: str  # parameters of one module, of `inputs` (times pixels of the kernel) and `outputs`
+    file: str  # the result's, which `loads` reads
+    loads: str
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the size of its update is a rank; else it is that of the blocks it rotates."""
+        return "rank" in self.keys
+
+
+COMMON = ("kind", "targets", "exclude", "from")
+RANKED = ("rank", "alpha", "ranks", "alphas")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LYCORIS_FILE = "lycoris.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+LYCORIS_LOADS = "ComfyUI, and lycoris-lora's `create_lycoris_from_weights`"
+PEFT_LOADS = "peft's `PeftModel.from_pretrained`"
+
+ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
+    row.kind: row
+    for row in (
+        AdapterFacts(
+            kind="lora",
+            title="LoRA",
+            paper="arXiv 2106.09685",
+            weight="W + s B A",
+            keys=(*RANKED, "scaling", "dropout", "init"),
+            inits=("gaussian", "kaiming", "orthogonal", "pissa", "olora"),
+            kernels=True,
+            count="rank * (inputs + outputs)",
+            file=LORA_FILE,
+            loads="Diffusers' `load_lora_weights`",
+        ),
+        AdapterFacts(
+            kind="dora",
+            title="DoRA",
+            paper="arXiv 2402.09353",
+            weight="m V / |V| with V = W + s B A, norms of its rows",
+            keys=(*RANKED, "scaling", "dropout", "init"),
+            inits=("gaussian", "kaiming"),
+            kernels=True,
+            count="rank * (inputs + outputs) + outputs",
+            file=LORA_FILE,
+            loads="Diffusers' `load_lora_weights`",
+        ),
+        AdapterFacts(
+            kind="lokr",
+            title="LoKr",
+            paper="arXiv 2309.14859",
+            weight="W + s (C kron B A), Kronecker's product",
+            keys=(*RANKED, "rank_dropout", "module_dropout", "factor", "decompose_both"),
+            inits=(),
+            kernels=True,
+            count="",  # by how the sizes divide
+            file=LYCORIS_FILE,
+            loads=LYCORIS_LOADS,
+        ),
+        AdapterFacts(
+            kind="loha",
+            title="LoHa",
+            paper="arXiv 2108.06098",
+            weight="W + s (B1 A1) (B2 A2), each number times the other",
+            keys=(*RANKED, "rank_dropout", "module_dropout"),
+            inits=(),
+            kernels=True,
+            count="2 * rank * (inputs + outputs)",
+            file=LYCORIS_FILE,
+            loads=LYCORIS_LOADS,
+        ),
+        AdapterFacts(
+            kind="oft",
+            title="OFT",
+            paper="arXiv 2306.07280",
+            weight="W R, with R rotations of blocks of the inputs",
+            keys=("block_size", "block_share", "dropout"),
+            inits=(),
+            kernels=False,
+            count="(1 if block_share else inputs // block_size) * block_size * (block_size - 1)"
+            " // 2",
+            file=PEFT_FILE,
+            loads=PEFT_LOADS,
+        ),
+        AdapterFacts(
+            kind="boft",
+            title="BOFT",
+            paper="arXiv 2311.06243",
+            weight="d W R, with R products of rotations of blocks and d a factor for each row",
+            keys=("block_size", "butterfly_factors", "dropout"),
+            inits=(),
+            kernels=False,
+            count="butterfly_factors * inputs * block_size + outputs",
+            file=PEFT_FILE,
+            loads=PEFT_LOADS,
+        ),
+    )
+}
+
+
+def rank_of(adapter: Adapter, module: str) -> int:
+    """The rank of the adapter of `module`: by the first pattern of `ranks` that matches it."""
+    found = (r.rank for r in adapter.ranks if re.fullmatch(r.pattern, module))
+    return next(found, adapter.rank)
+
+
+def alpha_of(adapter: Adapter, module: str) -> float:
+    """The alpha of the adapter of `module`."""
+    found = (a.alpha for a in adapter.alphas if re.fullmatch(a.pattern, module))
+    return next(found, adapter.alpha)
+
+
+def scale_of(adapter: Adapter, module: str) -> float:
+    """The factor s by which the update of `module` counts. Rank-stabilised LoRA (arXiv 2312.03732)
+    divides by the root of the rank, so that large ranks don't learn less."""
+    rank, alpha = rank_of(adapter, module), alpha_of(adapter, module)
+    return alpha / (sqrt(rank) if adapter.scaling == "sqrt-rank" else rank)
+
+
+def described(adapter: Adapter) -> str:
+    """In words: "LoRA of rank 16"."""
+    row = ADAPTERS[adapter.kind]
+    if not row.ranked:
+        return f"{row.title} of blocks of {adapter.block_size}"
+    several = " and others" if adapter.ranks else ""
+    return f"{row.title} of rank {adapter.rank}{several}"
+
+
+def result_name(adapter: Adapter | None) -> str:
+    """The result's folder within that of the run."""
+    return "model" if adapter is None else adapter.kind
+
+
+RESULTS = ("model", *ADAPTERS)

@@ -1,0 +1,279 @@
+"""The adapter: its kind and sizes, what it is put on, and what it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve, fields
+
+from compiler.adapters import ADAPTERS, COMMON, OF_THE_BASE, AdapterFacts, Init, rank_of
+from compiler.diagnostics import choices
+from compiler.draft import Draft
+from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
+from compiler.plan import Adapter, Ranked, Scaled
+from compiler.safetensors import Header, header_of
+from compiler.schema import AdapterRecipe
+from compiler.spans import KeyPath
+
+WHERE: KeyPath = ("adapter",)
+RANK = 16
+BLOCK_SIZES = {"oft": 32, "boft": 8}
+
+
+def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
+    """The plan's adapter; None for a full fine-tune."""
+    recipe = draft.recipe.adapter
+    if recipe is None:
+        return None
+    row = ADAPTERS[recipe.kind]
+    _judge_keys(draft, row)
+    made = Adapter(
+        kind=recipe.kind,
+        rank=(recipe.rank or RANK) if row.ranked else 0,
+        alpha=0.0,
+        dropout=recipe.dropout or 0.0,
+        init=_init(recipe, row),
+        targets=_targets(draft, family),
+        exclude=recipe.exclude,
+        ranks=tuple(Ranked(pattern=p, rank=r) for p, r in recipe.ranks.items()),
+        scaling=recipe.scaling or "rank",
+        rank_dropout=recipe.rank_dropout or 0.0,
+        module_dropout=recipe.module_dropout or 0.0,
+        factor=recipe.factor or 0,
+        decompose_both=bool(recipe.decompose_both),
+        block_size=0 if row.ranked else recipe.block_size or BLOCK_SIZES[recipe.kind],
+        block_share=bool(recipe.block_share),
+        butterfly_factors=(recipe.butterfly_factors or 1) if recipe.kind == "boft" else 0,
+    )
+    made = _with_alphas(recipe, made) if row.ranked else made
+    for key in ("exclude", "ranks", "alphas"):
+        _check_patterns(draft, (*WHERE, key), getattr(recipe, key))
+    _record(draft, row, made)
+    _judge_start(draft, made)
+    _judge_blocks(draft, made)
+    return _with_file(draft, family, made)
+
+
+def _with_alphas(recipe: AdapterRecipe, made: Adapter) -> Adapter:
+    """Where alpha is open it follows the rank, pattern by pattern."""
+    alpha = float(made.rank) if recipe.alpha == "auto" else float(recipe.alpha)
+    alphas = [Scaled(pattern=p, alpha=float(a)) for p, a in recipe.alphas.items()]
+    if recipe.alpha == "auto":
+        alphas += [Scaled(pattern=r.pattern, alpha=float(r.rank)) for r in made.ranks]
+    return evolve(made, alpha=alpha, alphas=tuple(alphas))
+
+
+def _init(recipe: AdapterRecipe, row: AdapterFacts) -> Init | str:
+    return recipe.init or (row.inits[0] if row.inits else "")
+
+
+def _record(draft: Draft, row: AdapterFacts, made: Adapter) -> None:
+    """A decision for each key that the kind has."""
+    draft.decide((*WHERE, "kind"), made.kind)
+    for key in row.keys:
+        if key in ("ranks", "alphas"):
+            continue
+        value = getattr(made, key)
+        if key == "alpha":
+            why = "alpha = rank, so the scale is 1"
+            draft.decide((*WHERE, key), value, by="decided", why=why)
+        elif key == "factor" and not value:
+            draft.decide((*WHERE, key), "root", why="both numbers near to the root of the edge")
+        else:
+            draft.decide((*WHERE, key), value)
+
+
+def _judge_keys(draft: Draft, row: AdapterFacts) -> None:
+    for field in fields(AdapterRecipe):
+        key = str(field.metadata.get("key", field.name))
+        if draft.given((*WHERE, key)) and key not in (*COMMON, *row.keys):
+            draft.error(
+                "no-effect",
+                (*WHERE, key),
+                f"an adapter of kind `{row.kind}` takes no `{key}`",
+                help=f"it takes {choices(row.keys)}",
+                of="key",
+            )
+
+
+def _judge_start(draft: Draft, made: Adapter) -> None:
+    row, where = ADAPTERS[made.kind], (*WHERE, "init")
+    if draft.recipe.adapter is None or not row.inits:
+        return
+    if made.init not in row.inits:
+        draft.error(
+            "conflict",
+            where,
+            f"an adapter of kind `{made.kind}` can't start as `{made.init}`",
+            help=f"it can start as {choices(row.inits)}",
+        )
+    elif made.init in OF_THE_BASE:
+        _judge_base(draft, made.init)
+    ranks = [((*WHERE, "rank"), made.rank)]
+    ranks += [((*WHERE, "ranks", rule.pattern), rule.rank) for rule in made.ranks]
+    for place, rank in ranks if made.init == "orthogonal" else ():
+        if rank % 2:
+            message = f"an orthogonal start halves the rank, which {rank} does not allow"
+            draft.error("conflict", place, message, help=f"say {rank + 1}, or another `init`")
+
+
+def _judge_base(draft: Draft, init: str) -> None:
+    """What can't be where a part of the base's weights moves to the adapter."""
+    where = (*WHERE, "init")
+    if draft.trained.quantize not in ("none", "auto"):
+        draft.error(
+            "conflict",
+            where,
+            f"`{init}` takes over weights of the base, and quantised ones don't give them exactly",
+            help='leave out `quantize`, or take init = "gaussian"',
+        )
+    for source in draft.recipe.data.source:
+        if source.regularisation is not None and source.regularisation.target == "base":
+            draft.error(
+                "conflict",
+                where,
+                f'with `{init}` the base alone is not what it was, so target = "base" has no base '
+                "to ask",
+                help='take init = "gaussian", or target = "image"',
+            )
+            return
+
+
+def _judge_blocks(draft: Draft, made: Adapter) -> None:
+    if made.kind == "boft" and made.butterfly_factors > 1 and made.block_size % 2:
+        draft.error(
+            "conflict",
+            (*WHERE, "block_size"),
+            f"blocks of {made.block_size} can't be halved, as `butterfly_factors` needs",
+            help="give an even `block_size`, or leave out `butterfly_factors`",
+        )
+
+
+def _targets(draft: Draft, family: FamilyCard) -> tuple[str, ...]:
+    assert draft.recipe.adapter is not None
+    asked = draft.recipe.adapter.targets
+    where = (*WHERE, "targets")
+    if asked == "auto":
+        draft.decide(where, family.default_targets, by=f"family {family.name}")
+        return family.target_sets[family.default_targets]
+    draft.decide(where, asked)
+    if isinstance(asked, tuple):
+        _check_patterns(draft, where, asked)
+        if not asked:
+            draft.error("no-targets", where, "an adapter without targets trains nothing")
+        return asked
+    if asked in family.target_sets:
+        return family.target_sets[asked]
+    if _check_pattern(draft, where, asked):
+        return (asked,)
+    return ()
+
+
+def _check_patterns(draft: Draft, where: KeyPath, patterns: Any) -> None:
+    """Of a list, or of the keys of a table."""
+    for number, pattern in enumerate(patterns):
+        part = pattern if isinstance(patterns, dict) else number
+        _check_pattern(draft, (*where, part), pattern)
+
+
+def _check_pattern(draft: Draft, where: KeyPath, pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        named = where[1] == "targets"
+        sets = tuple(FAMILIES[draft.recipe.model.family].target_sets)
+        draft.error(
+            "bad-pattern",
+            where,
+            f"`{pattern}` is {'neither a named set nor' if named else 'not'} a valid pattern: "
+            f"{error}",
+            help=f"named sets: {choices(sets)}" if named else "patterns are regular expressions",
+        )
+        return False
+    return True
+
+
+def _with_file(draft: Draft, family: FamilyCard, made: Adapter) -> Adapter:
+    """With the file to start from, whose header must be of such an adapter."""
+    assert draft.recipe.adapter is not None
+    said, where = draft.recipe.adapter.from_, (*WHERE, "from")
+    if not said:
+        return made
+    if draft.given((*WHERE, "init")):
+        message = "an adapter that starts from a file is not initialised"
+        draft.error("no-effect", (*WHERE, "init"), message, of="key")
+    made = evolve(made, init=_from_init(made))
+    path = _file(draft.folder, said, made)
+    header = None if path is None else header_of(path)
+    if path is None:
+        draft.error("missing-path", where, f"there is no file `{said}`")
+    elif header is None:
+        message = f"`{said}` is no safetensors file, so no adapter is in it"
+        draft.error("bad-adapter", where, message, help="name the file of an adapter")
+    else:
+        problem = _mismatch(header, family.trained_component, made)
+        if problem:
+            draft.error("bad-adapter", where, f"`{said}` does not fit: {problem}")
+        digest = hashlib.sha256(header.text + str(path.stat().st_size).encode()).hexdigest()
+        return evolve(made, start=str(path), start_digest=digest)
+    return made
+
+
+def _from_init(made: Adapter) -> str:
+    """Nothing is taken from the base then."""
+    return "gaussian" if made.init in OF_THE_BASE else made.init
+
+
+def _file(folder: Path, said: str, made: Adapter) -> Path | None:
+    try:
+        path = (folder / Path(said).expanduser()).resolve()
+        path = path / ADAPTERS[made.kind].file if path.is_dir() else path
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+PARTS = {"lora": "lora_A", "dora": "lora_A", "lokr": "lokr_w", "loha": "hada_w1_b", "oft": "oft_R"}
+
+
+def _mismatch(header: Header, component: str, made: Adapter) -> str:
+    """Why the file can't be the start of such an adapter; "" if it can."""
+    part = PARTS.get(made.kind, "boft_R")
+    shapes = {name: shape for name, shape in header.shapes.items() if f".{part}" in name}
+    title = ADAPTERS[made.kind].title
+    if not shapes:
+        return f"it holds no {title} (no tensor is called `{part}`)"
+    magnitudes = any(".lora_magnitude_vector" in name for name in header.shapes)
+    if made.kind in ("lora", "dora") and magnitudes != (made.kind == "dora"):
+        return "it is a DoRA" if magnitudes else "it is a LoRA without magnitudes"
+    for name, shape in shapes.items():
+        module = name.partition(f".{part}")[0].removeprefix(f"{component}.")
+        found, wanted = _size(made, name, shape), _wanted(made, module)
+        if found is not None and wanted is not None and found != wanted:
+            word = "rank" if ADAPTERS[made.kind].ranked else "block size"
+            return f"`{name}` is of {word} {found}, the recipe's is {wanted}"
+    return ""
+
+
+def _size(made: Adapter, name: str, shape: tuple[int, ...]) -> int | None:
+    """Rank or block size, by the shape of a tensor; None where it does not tell."""
+    if made.kind == "lokr":
+        return shape[0] if name.endswith("lokr_w2_b") and shape else None
+    if made.kind == "oft":  # b (b - 1) / 2 numbers a block
+        count = shape[-1] if shape else 0
+        return int((1 + (1 + 8 * count) ** 0.5) / 2)
+    if made.kind == "boft":
+        return shape[-1] if shape else 0
+    return shape[0] if shape else 0
+
+
+def _wanted(made: Adapter, module: str) -> int | None:
+    if not ADAPTERS[made.kind].ranked:
+        return made.block_size
+    if made.kind in ("lora", "dora"):
+        return rank_of(made, module)
+    return None if made.ranks else made.rank  # LyCORIS' names don't tell dots from underscores

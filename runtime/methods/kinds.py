@@ -1,0 +1,226 @@
+"""peft's layers for each kind of adapter, and what their weights start from.
+
+Starts are functions of (seed, module name, shape) and, for some of LoRA's, of the base's weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from compiler.adapters import OF_THE_BASE, alpha_of, rank_of, scale_of
+from compiler.plan import Adapter
+from runtime import rng
+
+NAME = "default"  # peft's and Diffusers' own name for an adapter
+PART = re.compile(rf"(.+)\.((?:lora|lokr|hada|oft|boft)_\w+)\.{NAME}(?:\.weight)?")
+OVERSAMPLED = 10  # columns besides those that are wanted
+ITERATIONS = 4  # PiSSA's paper finds no gain from more
+
+
+def parts_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Module -> part (`lora_A`) -> its name in training (`X.lora_A.default.weight`)."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = PART.fullmatch(name)
+        assert match is not None, f"{name} is no adapter's"
+        found.setdefault(match[1], {})[match[2]] = name
+    return found
+
+
+def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
+    """Put an adapter on the modules called `targets`.
+
+    Raises ValueError for blocks that a module's inputs can't be cut into.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # Layers that are left out by chance would be missing in the simulated step.
+        adapter = evolve(adapter, module_dropout=0.0)
+    if adapter.block_size:
+        for name in targets:
+            _check_blocks(name, model.get_submodule(name), adapter)
+    if adapter.kind == "boft":
+        from runtime.methods.boft import insert_boft
+
+        insert_boft(model, adapter, targets)
+        return
+    adapted: Any = model
+    adapted.add_adapter(_config(adapter, targets), adapter_name=NAME)
+
+
+def _check_blocks(name: str, layer: nn.Module, adapter: Adapter) -> None:
+    inputs, size = inputs_of(layer), adapter.block_size
+    if inputs % size:
+        good = [n for n in range(2, min(inputs, 129)) if inputs % n == 0]
+        raise ValueError(
+            f"the {inputs} inputs of `{name}` can't be cut into blocks of {size}; "
+            f"block_size may be {', '.join(map(str, good))}"
+        )
+    factors = adapter.butterfly_factors
+    if factors > 1 and inputs % (size * 2 ** (factors - 1)):
+        raise ValueError(
+            f"the {inputs} inputs of `{name}` are not enough for blocks of {size} in {factors} "
+            "butterfly factors: give smaller blocks or fewer factors"
+        )
+
+
+def inputs_of(layer: nn.Module) -> int:
+    """Channels that a linear layer or 1x1 convolution takes in."""
+    channels: Any = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    return int(channels)
+
+
+def _config(adapter: Adapter, targets: Sequence[str]) -> Any:
+    """peft's configuration. Ranks are given by whole module names where they differ."""
+    import peft
+
+    from runtime.quantise.adapters import LORA_LAYERS
+
+    common = {"target_modules": "|".join(re.escape(name) for name in targets)}
+    if adapter.kind == "oft":
+        return peft.OFTConfig(
+            r=0,
+            oft_block_size=adapter.block_size,
+            block_share=adapter.block_share,
+            module_dropout=adapter.dropout,
+            **common,
+        )
+    ranks = {n: rank_of(adapter, n) for n in targets if rank_of(adapter, n) != adapter.rank}
+    alphas = {n: alpha_of(adapter, n) for n in targets if alpha_of(adapter, n) != adapter.alpha}
+    patterns = {
+        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
+    }
+    if adapter.kind in ("lora", "dora"):
+        config = peft.LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+            lora_dropout=adapter.dropout,
+            use_rslora=adapter.scaling == "sqrt-rank",
+            use_dora=adapter.kind == "dora",
+            init_lora_weights=True,  # drawn anew below, independent of torch's generator
+            **common,
+            **patterns,
+        )
+        config._register_custom_module(LORA_LAYERS)
+        return config
+    settings: dict[str, Any] = {
+        "r": adapter.rank,
+        "alpha": adapter.alpha,
+        "rank_dropout": adapter.rank_dropout,
+        "module_dropout": adapter.module_dropout,
+        **common,
+        **patterns,
+    }
+    if adapter.kind == "loha":
+        return peft.LoHaConfig(**settings)
+    return peft.LoKrConfig(
+        decompose_factor=adapter.factor or -1, decompose_both=adapter.decompose_both, **settings
+    )
+
+
+def _exactly(name: str) -> str:
+    """A pattern of peft's that matches this module alone."""
+    return f"^{re.escape(name)}"
+
+
+@torch.no_grad()
+def initialise(
+    model: nn.Module, trainable: Mapping[str, Tensor], adapter: Adapter, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Set the start of `trainable`; returns what was taken over from the base, by module.
+
+    That is (B, A) of LoRA, float32 on the host: the base then holds W - s B A. Meta tensors stay.
+    """
+    taken: dict[str, tuple[Tensor, Tensor]] = {}
+    for module, parts in parts_of(list(trainable)).items():
+        tensors = {part: trainable[name] for part, name in parts.items()}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            continue
+        if adapter.init in OF_THE_BASE:
+            layer: Any = model.get_submodule(module)
+            base = layer.get_base_layer().weight
+            scale = scale_of(adapter, module)
+            b, a = split(base.detach(), rank_of(adapter, module), scale, adapter.init, seed, module)
+            tensors["lora_A"].copy_(a.view_as(tensors["lora_A"]))
+            tensors["lora_B"].copy_(b.view_as(tensors["lora_B"]))
+            base.copy_(base.float() - (scale * b @ a).view_as(base))
+            taken[module] = (b.cpu(), a.cpu())
+        elif adapter.init == "orthogonal":
+            _orthogonal(tensors["lora_A"], tensors["lora_B"], seed, module)
+        else:
+            for part, tensor in tensors.items():
+                _start(tensor, part, parts[part], adapter, seed)
+    return taken
+
+
+def split(
+    weight: Tensor, rank: int, scale: float, init: str, seed: int, module: str
+) -> tuple[Tensor, Tensor]:
+    """B (outputs, rank) and A (rank, inputs), float32, of which s B A is the part of `weight` that
+    the adapter takes over.
+
+    PiSSA (arXiv 2404.02948, eq. 2 and 3) takes the largest singular values, found by subspace
+    iteration (Halko et al., 2011, algorithm 4.4); OLoRA (arXiv 2406.01775) the first columns of Q
+    and rows of R. Raises ValueError for a rank that the matrix does not have.
+    """
+    matrix = weight.float().flatten(1)
+    if rank > min(matrix.shape):
+        raise ValueError(
+            f"`{module}` has no {rank} singular values to start from, only {min(matrix.shape)}: "
+            "give it a smaller rank, or another `init`"
+        )
+    if init == "olora":
+        q, r = torch.linalg.qr(matrix)
+        return q[:, :rank].contiguous(), r[:rank].contiguous()
+    columns = min(rank + OVERSAMPLED, *matrix.shape)
+    drawn = rng.generator(seed, f"pissa {module}").standard_normal((matrix.shape[1], columns))
+    basis = torch.linalg.qr(matrix @ torch.from_numpy(drawn).to(matrix)).Q
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return (basis @ u[:, :rank]) * root, root[:, None] * v[:rank]
+
+
+def _orthogonal(a: Tensor, b: Tensor, seed: int, module: str) -> None:
+    """A and B of which neither is zero, but B A is: their rows and columns lie in two halves of one
+    orthogonal basis (peft's "orthogonal", with deviation 1/10)."""
+    rank = a.shape[0]
+    inputs, outputs = math.prod(a.shape[1:]), b.shape[0]
+    generator = rng.generator(seed, f"lora {module}")
+    basis = torch.linalg.qr(torch.from_numpy(generator.standard_normal((rank, rank)))).Q
+    rows = torch.from_numpy(generator.standard_normal((inputs, rank // 2))) @ basis[0::2]
+    columns = torch.from_numpy(generator.standard_normal((outputs, rank // 2))) @ basis[1::2]
+    a.copy_(rows.T.reshape(a.shape) / 10)
+    b.copy_(columns.reshape(b.shape) / 10)
+
+
+ZERO = ("lora_B", "lokr_w2", "lokr_w2_b", "hada_w2_a", "oft_R", "boft_R")
+"""What starts at zero, so that an untrained adapter changes nothing."""
+DEVIATION = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}
+"""Of LoHa's normal numbers, as LyCORIS draws them."""
+
+
+def _start(tensor: Tensor, part: str, name: str, adapter: Adapter, seed: int) -> None:
+    if part in ZERO:
+        tensor.zero_()
+        return
+    if part in ("lora_magnitude_vector", "boft_s"):
+        return  # lengths of the base's rows, and ones
+    shape = tuple(tensor.shape)
+    generator = rng.generator(seed, f"lora {name}")
+    if part in DEVIATION:
+        values = generator.standard_normal(shape) * DEVIATION[part]
+    elif part == "lora_A" and adapter.init == "gaussian":  # peft's: deviation 1 / rank
+        values = generator.standard_normal(shape) / shape[0]
+    else:  # peft's "kaiming": uniform with a = sqrt 5
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        values = generator.uniform(-bound, bound, shape)
+    tensor.copy_(torch.from_numpy(values))

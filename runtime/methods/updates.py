@@ -1,0 +1,80 @@
+"""The weight that an adapted layer multiplies by, computed from the adapter's weights alone.
+
+The formulas stand in the papers that `compiler.adapters` names. All is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compiler.adapters import scale_of
+from compiler.plan import Adapter
+from runtime.methods.boft import butterfly, rotations
+
+NEUMANN = 4  # the last power of Q in the series for OFT's rotation; peft counts five terms
+
+
+def adapted(weight: Tensor, parts: Mapping[str, Tensor], adapter: Adapter, module: str) -> Tensor:
+    """What takes the place of `weight`, (outputs, inputs) or (outputs, inputs, height, width).
+
+    `parts` are the adapter's tensors of this module: "lora_A" and so on.
+    """
+    matrix = weight.float().flatten(1)
+    held = {part: tensor.float() for part, tensor in parts.items()}
+    if adapter.kind == "oft":
+        found = _rotated(matrix, cayley_neumann(held["oft_R"], adapter.block_size))
+    elif adapter.kind == "boft":
+        turned = butterfly(matrix, rotations(held["boft_R"]), transposed=True)
+        found = turned * held["boft_s"].view(-1, 1)
+    else:
+        found = matrix + scale_of(adapter, module) * product(held)
+        if adapter.kind == "dora":
+            lengths = held["lora_magnitude_vector"].view(-1, 1)
+            found = lengths * found / found.norm(dim=1, keepdim=True)
+    return found.view(weight.shape)
+
+
+def product(parts: Mapping[str, Tensor]) -> Tensor:
+    """What is scaled and added to the weight, (outputs, inputs): B A; of LoHa (B1 A1) (B2 A2),
+    number by number; of LoKr the Kronecker product of two matrices, each of which may be two."""
+    if "lora_A" in parts:
+        return parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
+    if "hada_w1_a" in parts:
+        first = parts["hada_w1_a"] @ parts["hada_w1_b"]
+        return first * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    left, right = (_whole(parts, f"lokr_w{n}") for n in (1, 2))
+    return torch.kron(left, right)
+
+
+def _whole(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in parts:
+        return parts[name].flatten(1)
+    return parts[f"{name}_a"] @ parts[f"{name}_b"].flatten(1)
+
+
+def cayley_neumann(numbers: Tensor, size: int) -> Tensor:
+    """(blocks, size, size), near to rotations: (I + Q)(I - Q)^-1 by the first terms of its series.
+
+    `numbers` (blocks, size (size - 1) / 2) fill the upper triangle of the skew-symmetric Q.
+    """
+    rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
+    q = numbers.new_zeros(numbers.shape[0], size, size)
+    q[:, rows, columns] = numbers
+    q = q - q.transpose(1, 2)
+    power = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(q)
+    total = power.clone()
+    for exponent in range(1, NEUMANN + 1):
+        power = power @ q
+        total += power * (1 if exponent == NEUMANN else 2)
+    return total
+
+
+def _rotated(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """W R^T, block by block: the layer's input x becomes x R. One block is shared by all."""
+    size = blocks.shape[-1]
+    cut = matrix.view(matrix.shape[0], -1, size)
+    turned = torch.einsum("obk,bck->obc", cut, blocks.expand(cut.shape[1], size, size))
+    return turned.reshape(matrix.shape)
