@@ -209,6 +209,14 @@ CODES: Mapping[str, Code] = {
         "tuner plan weights.toml  # of 9 MiB",
         "tuner plan recipe.toml",
     ),
+    "fitted-times": Code(
+        "a teacher that takes other times than its student will",
+        "Few-step models take times from 0 to 1, ordinary Sana from 0 to 1000. The student's "
+        "embedding of times is fitted to the base's by least squares; what is rough in it is lost. "
+        "The published Sprint teachers were trained on times up to 1.",
+        "[sprint]",
+        "",
+    ),
     "fp16-overflow": Code(
         "float16 on a family that overflows",
         "Activations of this family exceed 65504, the largest float16 number; the loss becomes "
@@ -419,9 +427,9 @@ CODES: Mapping[str, Code] = {
     ),
     "not-sharded": Code(
         "weights that can't be dealt out over the devices",
-        'Under strategy "fsdp" each device holds some rows of every weight and updates them alone. '
-        "What reads whole weights, or keeps them in another place or form than rows, can't go with "
-        "it.",
+        'Under strategy "fsdp" each device holds some rows of every weight and updates them alone; '
+        '"deepspeed" deals out pieces of them. What reads whole weights, or keeps them in another '
+        "place or form, can't go with it.",
         '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adafactor"',
         '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adamw"',
     ),

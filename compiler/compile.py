@@ -179,6 +179,7 @@ def _plan(draft: Draft) -> Plan:
     assert draft.schedule and draft.objective and draft.checkpoints and draft.validation
     assert draft.memory and draft.manifest
     from compiler.passes.components import model_plan
+    from compiler.passes.training import max_grad_norm
     from compiler.plan import PLAN_FORMAT, Guard, Plan
     from compiler.provenance import completed
 
@@ -202,7 +203,8 @@ def _plan(draft: Draft) -> Plan:
         optimizer=draft.optimizer,
         schedule=draft.schedule,
         objective=draft.objective,
-        max_grad_norm=float(draft.recipe.train.max_grad_norm),
+        sprint=draft.sprint,
+        max_grad_norm=max_grad_norm(draft),
         ema=draft.ema,
         guard=Guard(skip=draft.recipe.train.guard.skip),
         checkpoints=draft.checkpoints,

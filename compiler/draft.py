@@ -106,6 +106,7 @@ class Draft:
     optimizer: plan.Optimizer | None = None
     schedule: plan.Schedule | None = None
     objective: plan.Objective | None = None
+    sprint: plan.Sprint | None = None
     ema: plan.Ema | None = None
     checkpoints: plan.Checkpoints | None = None
     validation: plan.Validation | None = None

@@ -6,6 +6,7 @@ from attrs import frozen
 
 from compiler.plan import Device
 
+DEEPSPEED = "deepspeed"
 OPENCV = "opencv-contrib-python-headless"  # finds faces and what is salient
 TRITON = "triton"  # package that writes compiled kernels for CUDA
 COMPILER = "c++"  # how a C++ compiler is called in `Machine.missing`

@@ -43,12 +43,14 @@ class Candidate:
     shapes: tuple[tuple[int, int, int], ...]  # of all buckets: width, height (pixels), batch size
     pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
     guidance: float = 0.0  # of validation
+    sampler: str = ""  # of validation; "": the base's own
     evaluated: tuple[tuple[int, int, int], ...] = ()  # as `shapes`, of held-out pictures
     device: str
     ranks: int = 1
     sharing: Sharing = field(factory=Sharing)
     masked: bool = False  # whether samples of some source have masks
     attention: AttentionKernel = "native"  # of the trained component
+    channels_last: bool = False
     sprint: Sprint | None = None
     keeps_base: bool = False  # whether samples of some source learn what the base predicts
 

@@ -1,4 +1,5 @@
-"""The table of noise levels: T = 1000 entries, as the schedulers have them at inference.
+"""The table of noise levels: T entries, as the schedulers have them at inference. T is 1000, but for
+a model whose own table has another number.
 
 s_i = (T - i) / T, sigma_i = shift s_i / (1 + (shift - 1) s_i), i from 0 (pure noise) to T - 1.
 Where a model predicts the noise or v, the shift is 1 and entry i is timestep t = T - 1 - i.
@@ -30,8 +31,8 @@ def noise_table(family: FamilyCard, scheduler: Mapping[str, Any]) -> NoiseTable 
         raise ValueError(f"the scheduler has betas of kind `{schedule}`")
     if scheduler.get("trained_betas") is not None:
         raise ValueError("the scheduler lists its betas one by one")
-    if int(scheduler.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
-        raise ValueError(f"the scheduler has not {TIMESTEPS} timesteps")
+    if int(scheduler.get("num_train_timesteps", TIMESTEPS)) != family.timesteps:
+        raise ValueError(f"the scheduler has not {family.timesteps} timesteps")
     start, end = (float(scheduler.get(f"beta_{k}", v)) for k, v in (("start", 1e-4), ("end", 0.02)))
     if not 0 < start <= end < 1:
         raise ValueError("the scheduler's betas are out of range")
@@ -40,6 +41,7 @@ def noise_table(family: FamilyCard, scheduler: Mapping[str, Any]) -> NoiseTable 
         beta_start=start,
         beta_end=end,
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        timesteps=family.timesteps,
     )
 
 
@@ -55,9 +57,14 @@ def predicted(family: FamilyCard, scheduler: Mapping[str, Any]) -> Literal["flow
     raise ValueError(f"the scheduler says that the model predicts `{said}`")
 
 
-def level(index: int, shift: float) -> float:
-    """sigma of one entry, in (0, 1]."""
-    unshifted = (TIMESTEPS - index) / TIMESTEPS
+def entries_of(objective: Objective) -> int:
+    """T, the number of noise levels."""
+    return TIMESTEPS if objective.table is None else objective.table.timesteps
+
+
+def level(index: int, shift: float, entries: int = TIMESTEPS) -> float:
+    """sigma of one entry of so many, in (0, 1]."""
+    unshifted = (entries - index) / entries
     return shift * unshifted / (1 + (shift - 1) * unshifted)
 
 
@@ -85,5 +92,6 @@ def shift_of(objective: Objective, height: int, width: int) -> float:
 def trained_entries(objective: Objective, shift: float) -> tuple[int, int] | None:
     """First and last entry with min_sigma <= sigma <= max_sigma; None if there is none."""
     low, high = objective.min_sigma - _NEAR, objective.max_sigma + _NEAR
-    inside = [i for i in range(TIMESTEPS) if low <= level(i, shift) <= high]
+    entries = entries_of(objective)
+    inside = [i for i in range(entries) if low <= level(i, shift, entries) <= high]
     return (inside[0], inside[-1]) if inside else None

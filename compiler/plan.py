@@ -122,6 +122,7 @@ class Speed:
 
     compile: Literal["off", "regional"] = "off"  # "regional": each block of the trained component
     attention: AttentionKernel = "native"  # of the trained component; "native": PyTorch's choice
+    channels_last: bool = False  # memory format of a UNet
     tf32: bool = False  # factors of float32 products are rounded to 10 bits, on CUDA
     tokens: int = 0
     """Prompts are padded to so many tokens, masked, so that compiled blocks see few shapes; 0: a
@@ -259,10 +260,12 @@ class Steps:
 class Sharing:
     """How several ranks share the work."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """Whether each rank holds the whole model, or a share of every weight. The sums over ranks are
     added up in another order, so the last bits of the result depend on it."""
     reshard: bool = True  # of "fsdp": a block is let go between its forward and its backward pass
+    stage: int = 0  # of ZeRO, 1 to 3; 0: not "deepspeed"
+    offload_optimizer: bool = False  # of "deepspeed": state and float32 weights wait on the host
 
 
 @frozen(kw_only=True)
@@ -301,12 +304,13 @@ class ShiftRule:
 
 @frozen(kw_only=True)
 class NoiseTable:
-    """How much of the picture is left at each of the 1000 timesteps: abar_t = prod(1 - beta)."""
+    """How much of the picture is left at each timestep: abar_t = prod(1 - beta)."""
 
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]  # of the betas
     beta_start: float
     beta_end: float
     zero_terminal_snr: bool = False  # rescaled, so that nothing is left at the last one
+    timesteps: int = 1000
 
 
 @frozen(kw_only=True)
@@ -314,7 +318,7 @@ class Objective:
     """What the loss compares, and at which noise levels.
 
     A level is sigma in (0, 1]. In flow matching it is the share of noise; with a `table` it is the
-    place there, (t + 1) / 1000 for timestep t.
+    place there, (t + 1) / T for timestep t of T.
     """
 
     prediction: Literal["flow", "epsilon", "v"]
@@ -425,7 +429,9 @@ class Validation:
     steps: int
     seeds: tuple[int, ...]
     score: str  # "" or a name in `runtime.scores`
+    scheduler: str = ""  # "" for the base's own, or a name in `compiler.samplers`
     clip_model: str = ""  # absolute folder or hub id of what gives the CLIP score; "": none
+    picture: str | None = None  # absolute path of what is refined; None: drawn from noise
 
 
 EVALUATION = "evaluation/"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
+from compiler.adapters import ADAPTERS, AdapterKind
 from compiler.plan import Device, Dtype, Quantisation
 
 COMPUTE: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -34,7 +35,7 @@ class QuantiserFacts:
     error: float
     traffic: float  # bytes moved for one weight, each time that it is used
     cost: str  # in accuracy, for a person
-    adapters: tuple[str, ...] = ("lora",)  # kinds of adapter that train on it
+    adapters: tuple[AdapterKind, ...] = tuple(ADAPTERS)  # kinds that train on it
     compute: tuple[Dtype, ...] = COMPUTE
     devices: tuple[Device, ...] = EVERYWHERE
 

@@ -174,6 +174,9 @@ class SpeedRecipe:
     "native-..." one of them; the others are packages of their own. "auto": native."""
     tf32: bool = False
     """On CUDA: round the factors of float32 products to 10 bits (TF32), which is much faster."""
+    channels_last: bool = False
+    """Of a UNet: keep the channels of a place side by side in memory, which the convolutions of
+    CUDA devices in 16 bits are fastest with."""
 
 
 @frozen(kw_only=True)
@@ -608,6 +611,13 @@ class ValidationRecipe:
     """Classifier-free guidance scale."""
     steps: Annotated[int, Range(ge=1, le=1000)] | Auto = "auto"
     """Sampling steps."""
+    scheduler: Literal["auto", "euler", "euler-ancestral", "heun", "ddim", "dpm++", "unipc"] = (
+        "auto"
+    )
+    """What samples. "auto": the base's own scheduler, as at inference."""
+    picture: str = ""
+    """The picture that is refined with each prompt, scaled and cut to the size: for models that
+    refine instead of drawing from noise (SDXL's refiner)."""
     seed: Seed = 42
     """Of the first picture of each prompt."""
     count: Annotated[int, Range(ge=1, le=64)] = 1
@@ -678,6 +688,19 @@ class CacheRecipe:
 
 
 @frozen(kw_only=True)
+class DeepSpeedRecipe:
+    """What strategy "deepspeed" (ZeRO) shares out among the devices."""
+
+    stage: Annotated[int, Range(ge=1, le=3)] | Auto = "auto"
+    """Each device holds its share of 1: the optimizer's state and the float32 weights; 2: the
+    gradients too; 3: the weights that compute too, which are gathered as they are needed. "auto":
+    2."""
+    offload_optimizer: bool | Auto = "auto"
+    """The optimizer's state and the float32 weights wait in host memory, where the processor
+    updates them. "auto": false."""
+
+
+@frozen(kw_only=True)
 class LaunchRecipe:
     """Where it runs."""
 
@@ -685,15 +708,58 @@ class LaunchRecipe:
     """"auto": the first accelerator, else the processor."""
     devices: Annotated[int, Range(ge=1, le=4096)] | Auto = "auto"
     """How many of them train together, one process (rank) each. "auto": one."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
     """How several devices share the work. "ddp": each holds the whole model, and gradients are
     averaged over all samples of the step. "fsdp": each holds a share of every weight, and a block is
-    gathered while it computes. "auto": "ddp", unless only "fsdp" fits the budget."""
+    gathered while it computes. "deepspeed": DeepSpeed's ZeRO (`pip install tuner[deepspeed]`), see
+    `deepspeed`. "auto": "ddp", unless only "fsdp" fits the budget."""
     reshard_after_forward: bool | Auto = "auto"
     """Of "fsdp": let a block's weights go after its forward pass and gather them again for its
     backward pass. "auto": true; false takes the memory of the whole model to save a gathering."""
+    deepspeed: DeepSpeedRecipe = field(factory=DeepSpeedRecipe)
+    """Of "deepspeed"."""
     threads: Annotated[int, Range(ge=1, le=1024)] | Auto = "auto"
     """Threads of one operation on the processor."""
+
+
+@frozen(kw_only=True)
+class SprintRecipe:
+    """Distil the base into a model of one to four steps (SANA-Sprint, arXiv 2503.09641). A student
+    learns from the base, its teacher; a discriminator judges what it draws."""
+
+    guidance: Annotated[tuple[PositiveFloat, ...], Length(ge=1)] = (4.0, 4.5, 5.0)
+    """Scales of the teacher's guidance; each sample draws one, which the student is told."""
+    guidance_embeds_scale: PositiveFloat = 0.1
+    """What the scale is multiplied by for the network."""
+    sigma_data: PositiveFloat = 0.5
+    """Deviation of the latents as the student is given them."""
+    mean: float = 0.2
+    """Of log(sigma_data tan t), normal: the student's angles t. More is more noise."""
+    std: PositiveFloat = 1.6
+    """Its deviation."""
+    discriminator_mean: float = -0.6
+    """The same of the noise under which the discriminator judges: its mean,"""
+    discriminator_std: PositiveFloat = 1.0
+    """and its deviation."""
+    tangent_warmup: Annotated[int, Range(ge=0, le=100_000_000)] = 4000
+    """Steps over which the part of the loss that rests on the forward derivative grows in."""
+    consistency_weight: Annotated[float, Range(ge=0)] = 1.0
+    """Of the consistency loss."""
+    adversarial_weight: Annotated[float, Range(ge=0)] = 0.5
+    """Of the discriminator's judgement in the student's loss. 0: no discriminator, and every step
+    is the student's; else its steps and the discriminator's take turns."""
+    heads: Annotated[tuple[Annotated[int, Range(ge=0)], ...], Length(ge=1)] | Auto = "auto"
+    """Blocks of the teacher whose output a head of the discriminator judges, counted from 0."""
+    train_largest_timestep: bool = False
+    """Let the discriminator judge pictures that start from pure noise, as one step does."""
+    largest_timestep: Annotated[float, Range(gt=0, le=1.5708)] = 1.5708
+    """The angle of pure noise."""
+    largest_timestep_prob: Probability = 0.5
+    """Share of the pictures judged that start there."""
+    misaligned_pairs: bool = False
+    """Real pictures beside the prompt of another one of the batch are fakes too."""
+    discriminator_lr: PositiveFloat | Auto = "auto"
+    """Its learning rate, which no schedule changes. "auto": the student's."""
 
 
 @frozen(kw_only=True)
@@ -714,6 +780,8 @@ class Recipe:
     """The base model."""
     adapter: AdapterRecipe | None = None
     """An adapter on the frozen base; absent: a full fine-tune."""
+    sprint: SprintRecipe | None = None
+    """Distil the base into few steps; absent: it is trained as it is."""
     memory: MemoryRecipe = field(factory=MemoryRecipe)
     """What the run may use."""
     precision: PrecisionRecipe = field(factory=PrecisionRecipe)

@@ -17,6 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from compiler.adapters import result_name
 from compiler.data.manifest import Manifest
 from compiler.keeping import CLIP_SCORE
 from compiler.optimizers import saved_bytes
@@ -51,6 +52,7 @@ from runtime.out_of_memory import is_out_of_memory, refusal
 from runtime.publish.publisher import Publisher, catch_up
 from runtime.quiet import native_output, quiet
 from runtime.ranks import ALONE, Ranks
+from runtime.samplers import sampler
 from runtime.saving import Saver, best, prune
 from runtime.scaler import scaler_for
 from runtime.scores.clip import ClipScore
@@ -224,7 +226,7 @@ def _outcome(
 
 def result_folder(plan: Plan) -> Path:
     """Where the trained weights end up: `lora` or `model` in the run folder."""
-    return Path(plan.run_folder) / ("model" if plan.adapter is None else plan.adapter.kind)
+    return Path(plan.run_folder) / result_name(plan.adapter)
 
 
 def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
@@ -720,7 +722,7 @@ def _painter(context: Context, trained: Trained, trackers: Sequence[Tracker]) ->
         family=family,
         model=trained.model,
         vae=family.load(plan.model, "vae", DTYPES[vae.dtype], host),
-        scheduler=family.load(plan.model, "scheduler", torch.float32, host)
+        scheduler=sampler(plan.model, plan.validation.scheduler)
         if plan.sprint is None
         else scheduler(plan.sprint),
         positive=prompt_embeddings(plan, family, context.cache, texts),

@@ -16,7 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from compiler.attention import packages as attention_packages
-from compiler.machine import COMPILER, HUB_TOKEN, OPENCV, TRITON, Machine
+from compiler.machine import COMPILER, DEEPSPEED, HUB_TOKEN, OPENCV, TRITON, Machine
 from compiler.optimizers import packages
 from compiler.plan import Device
 from compiler.trackers import TRACKERS, TrackerFacts
@@ -31,6 +31,7 @@ PACKAGES = (
     "safetensors",
     "tensorboard",
     "bitsandbytes",
+    "deepspeed",
     "triton",
 )
 COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -87,7 +88,7 @@ def compiler() -> str:
 
 def _missing() -> Iterator[str]:
     kernels = attention_packages()
-    yield from (name for name in (*packages(), *kernels, TRITON) if not version(name))
+    yield from (name for name in (*packages(), *kernels, TRITON, DEEPSPEED) if not version(name))
     yield from (facts.package for facts in TRACKERS.values() if not tracker_is_here(facts))
     if not hub_token_is_there():
         yield HUB_TOKEN

@@ -71,7 +71,7 @@ def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:
     """Bytes of live tensors at the worst moment of one update, over the largest buckets."""
     shapes = [(b.width, b.height, b.batch_size) for b in plan.buckets]
     last = plan.steps.total - 1
-    steps = [last] if trained.rival is None else [last + 1, last + 2]  # one of each side
+    steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
     return max(
         _update_peak(plan, trained, device, shape, step)
         for shape in worst(shapes)

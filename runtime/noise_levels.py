@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compiler.noise import TIMESTEPS, shift_of, trained_entries
+from compiler.noise import entries_of, shift_of, trained_entries
 from compiler.plan import Objective
 from runtime import rng
 
@@ -83,8 +83,9 @@ def draw_uniform(objective: Objective, v: Floats) -> Tensor:
         case "cosmap":
             u = 1 - 1 / (np.tan(np.pi * v / 2) + 1)
         case "beta":
-            below = _beta_table(objective.alpha, objective.beta)
-            u = np.interp(v, below, np.arange(TIMESTEPS + 1) / TIMESTEPS)
+            entries = entries_of(objective)
+            below = _beta_table(objective.alpha, objective.beta, entries)
+            u = np.interp(v, below, np.arange(entries + 1) / entries)
     return torch.from_numpy(u.astype(np.float32)).clamp(0.0, BELOW_ONE)
 
 
@@ -93,14 +94,15 @@ def sigmas_from_uniform(u: Tensor, objective: Objective, shift: float = 0.0) -> 
     last of them. `shift` 0: the objective's own."""
     shift = shift or objective.shift
     first, last = _entries(objective, shift)
-    index = (u * TIMESTEPS).long().clamp(first, last)
-    unshifted = (TIMESTEPS - index).float() / TIMESTEPS
+    entries = entries_of(objective)
+    index = (u * entries).long().clamp(first, last)
+    unshifted = (entries - index).float() / entries
     return shift * unshifted / (1 + (shift - 1) * unshifted)
 
 
 def _entries(objective: Objective, shift: float) -> tuple[int, int]:
     if objective.min_sigma <= 0.0 and objective.max_sigma >= 1.0:
-        return 0, TIMESTEPS - 1
+        return 0, entries_of(objective) - 1
     found = trained_entries(objective, shift)
     assert found is not None, "a plan has noise levels for each of its buckets"
     return found
@@ -108,10 +110,10 @@ def _entries(objective: Objective, shift: float) -> tuple[int, int]:
 
 def _narrowed(objective: Objective, v: Floats, entries: tuple[int, int]) -> Floats:
     """`v` brought to where the density has the trained entries: so it is conditioned on them."""
-    first, last = entries
-    if (first, last) == (0, TIMESTEPS - 1):
+    (first, last), count = entries, entries_of(objective)
+    if (first, last) == (0, count - 1):
         return v
-    ends = np.array([first / TIMESTEPS, (last + 1) / TIMESTEPS])
+    ends = np.array([first / count, (last + 1) / count])
     low, high = np.sort(_positions(objective, ends))
     narrowed: Floats = low + v * (high - low)
     return narrowed
@@ -139,8 +141,9 @@ def _positions(objective: Objective, u: Floats) -> Floats:
         case "cosmap":
             return 2 / np.pi * np.arctan2(u, 1 - u)
         case "beta":
-            entries = np.arange(TIMESTEPS + 1) / TIMESTEPS
-            return np.interp(u, entries, _beta_table(objective.alpha, objective.beta))
+            count = entries_of(objective)
+            places = np.arange(count + 1) / count
+            return np.interp(u, places, _beta_table(objective.alpha, objective.beta, count))
 
 
 def _mode(v: Floats, scale: float) -> Floats:
@@ -148,11 +151,11 @@ def _mode(v: Floats, scale: float) -> Floats:
 
 
 @lru_cache(maxsize=4)
-def _beta_table(alpha: float, beta: float) -> Floats:
+def _beta_table(alpha: float, beta: float, entries: int) -> Floats:
     """P(u < i / T) for i from 0 to T: the regularised incomplete beta function."""
-    x = np.arange(1, TIMESTEPS) / TIMESTEPS
+    x = np.arange(1, entries) / entries
     left = x < (alpha + 1) / (alpha + beta + 2)  # where the fraction converges fast
-    table = np.empty(TIMESTEPS + 1)
+    table = np.empty(entries + 1)
     table[0], table[-1] = 0.0, 1.0
     table[1:-1][left] = _incomplete_beta(x[left], alpha, beta)
     table[1:-1][~left] = 1 - _incomplete_beta(1 - x[~left], beta, alpha)

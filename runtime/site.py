@@ -7,6 +7,7 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 
+from compiler.adapters import RESULTS
 from compiler.data.manifest import Manifest
 from compiler.plan import Plan, lock_path
 from compiler.site import Present, Resume, Space, Speed
@@ -47,9 +48,6 @@ class Here:
     @cached_property
     def _known(self) -> dict[str, Speed]:
         return speeds.read(self._speeds)
-
-
-RESULTS = ("lora", "model")
 
 
 def resume(plan: Plan) -> Resume | None:

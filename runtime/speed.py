@@ -30,13 +30,16 @@ TEXT = ("encoder_hidden_states", "encoder_attention_mask")  # (B, tokens, channe
 
 
 def speed_up(model: nn.Module, lists: Iterable[str], speed: Speed) -> None:
-    """Give `model` the plan's attention, and compile the blocks in its module lists `lists`.
+    """Give `model` the plan's attention and memory format, and compile the blocks in its module
+    lists `lists`.
 
     To be called once adapters are in place and before anything is put around the blocks' forward
     passes. Models on the meta device are not compiled: they are simulated as they are written,
     which needs no less memory.
     """
     use_attention(model, speed.attention)
+    if speed.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if speed.compile == "off":
         return
     if speed.tokens:

@@ -31,6 +31,7 @@ from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import sample
+from runtime.refined import picture_part
 from runtime.stop import Stop
 from runtime.track import Tracker
 
@@ -188,6 +189,7 @@ def _draw(painter: Painter, picture: Picture, path: Path) -> None:
         painter.plan.model.trained_component: painter.model,
         "vae": painter.vae,
         "scheduler": painter.scheduler,
+        **picture_part(painter.plan, picture.width, picture.height),
     }
     image = sample(
         painter.family,

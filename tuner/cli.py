@@ -408,8 +408,14 @@ def sample(
 def export(
     run_folder: RunArgument,
     format: Annotated[
-        str, typer.Option("--format", metavar="diffusers|kohya|comfyui", help="A LoRA's keys.")
-    ] = "diffusers",
+        str,
+        typer.Option(
+            "--format",
+            metavar="diffusers|kohya|comfyui|lycoris|peft",
+            help="An adapter's keys; else as its kind is kept.",
+            show_default=False,
+        ),
+    ] = "",
     checkpoint: CheckpointOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="The LoRA into its base.")] = False,
     single_file: Annotated[

@@ -46,7 +46,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
         "name seed run_folder cache_folder device adapter precision speed text sources buckets "
-        "sharing optimizer objective max_grad_norm ema guard decisions track track_project publish"
+        "sharing optimizer objective sprint max_grad_norm ema guard decisions track track_project "
+        "publish"
     )
     return {
         "digest": plan.digest,

@@ -64,7 +64,8 @@ def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
     names = (
         "name seed run_folder cache_folder device model adapter precision speed text sources "
         "buckets sharing "
-        "optimizer objective max_grad_norm ema guard decisions track track_project publish steps "
+        "optimizer objective sprint max_grad_norm ema guard decisions track track_project publish "
+        "steps "
         "schedule checkpoints validation evaluation memory"
     )
     found = {name: _of(hints[name], definitions) for name in names.split()}

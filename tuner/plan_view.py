@@ -11,9 +11,11 @@ from fractions import Fraction
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from compiler.adapters import result_name
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
 from compiler.plan import (
+    Adapter,
     Bucket,
     Checkpoints,
     Component,
@@ -22,6 +24,7 @@ from compiler.plan import (
     Geometry,
     Objective,
     Plan,
+    Sprint,
 )
 from compiler.shapes import pass_shapes
 from compiler.trackers import TRACKERS
@@ -67,7 +70,7 @@ def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | N
 def summary(plan: Plan, outlook: Outlook | None = None) -> str:
     """A few lines for the start of a run."""
     trained = amount(plan.memory.counts.get("trainable", 0))
-    method = f"{plan.adapter.kind}, rank {plan.adapter.rank}" if plan.adapter else "full fine-tune"
+    method = _method_words(plan)
     if trained != "0":
         method += f", {trained} parameters train"
     rows = [
@@ -89,7 +92,7 @@ def decorated(plain: str, style: Callable[[str, str], str]) -> str:
 
 def result_folder(plan: Plan) -> str:
     """Where the result will lie."""
-    return str(Path(plan.run_folder) / ("lora" if plan.adapter else "model"))
+    return str(Path(plan.run_folder) / result_name(plan.adapter))
 
 
 def _model(plan: Plan, recipe: str) -> list[str]:
@@ -131,16 +134,16 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     adapter, counts = plan.adapter, plan.memory.counts
     trainable = counts.get("trainable", 0)
     if adapter is None:
-        lines = section("method", "full fine-tune")
+        lines = section("method", _method_words(plan))
+        lines += [] if plan.sprint is None else _sprint(plan.sprint)
         whole = counts.get("parameters", 0)
     else:
-        scale = number(adapter.alpha / adapter.rank)
-        words = (
-            f"{adapter.kind}, rank {adapter.rank}, alpha {number(adapter.alpha)} (scale {scale})"
-        )
-        lines = section("adapter", words, where(plan, "adapter.rank", recipe))
+        key = "adapter.rank" if adapter.rank else "adapter.block_size"
+        lines = section("adapter", _adapter(adapter), where(plan, key, recipe))
         whole = counts.get("parameters", 0) + trainable
-    if trainable:
+    if trainable and plan.sprint is not None:
+        lines.append(f"  student {amount(trainable)} parameters, all trained, as large a teacher")
+    elif trainable:
         share = 100 * trainable / whole
         lines.append(f"  {amount(trainable)} of {amount(whole)} parameters train ({share:.3g}%)")
     precision = plan.precision
@@ -152,6 +155,43 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     return [*lines, words, *_speed(plan)]
 
 
+def _method_words(plan: Plan) -> str:
+    if plan.sprint is not None:
+        return "sprint: distilled into one to four steps"
+    if plan.adapter is None:
+        return "full fine-tune"
+    kind, rank = plan.adapter.kind, plan.adapter.rank
+    return f"{kind}, rank {rank}" if rank else f"{kind}, blocks of {plan.adapter.block_size}"
+
+
+def _sprint(facts: Sprint) -> list[str]:
+    """What the student learns from, and who judges it."""
+    scales = ", ".join(number(scale) for scale in facts.guidance)
+    lines = [
+        f"  consistency, guidance {scales}, tangents grow in over {facts.tangent_warmup} steps"
+    ]
+    if not facts.heads:
+        return [*lines, "  no discriminator: every step is the student's"]
+    blocks = ", ".join(map(str, facts.heads))
+    rate = number(facts.discriminator.lr)
+    judged = f"  discriminator with heads on blocks {blocks}, lr {rate}, every second step"
+    return [*lines, judged]
+
+
+def _adapter(adapter: Adapter) -> str:
+    """Its kind and sizes, and the scale of its update where that has one."""
+    if not adapter.rank:
+        factors = adapter.butterfly_factors
+        more = f", {counted(factors, 'butterfly factor')}" if factors else ""
+        return f"{adapter.kind}, blocks of {adapter.block_size}{more}"
+    root = adapter.rank**0.5 if adapter.scaling == "sqrt-rank" else adapter.rank
+    others = f", {counted(len(adapter.ranks), 'pattern')} of other ranks" if adapter.ranks else ""
+    scale = number(adapter.alpha / root)
+    begun = f", from {Path(adapter.start).name}" if adapter.start else ""
+    sizes = f"rank {adapter.rank}, alpha {number(adapter.alpha)} (scale {scale})"
+    return f"{adapter.kind}, {sizes}{others}{begun}"
+
+
 def _speed(plan: Plan) -> list[str]:
     """What makes steps faster, where something is on."""
     speed, shapes = plan.speed, pass_shapes(plan.buckets, plan.steps.micro_batch)
@@ -159,6 +199,7 @@ def _speed(plan: Plan) -> list[str]:
     words = [f"blocks compiled for {counted(len(shapes), 'shape')}"] if compiled else []
     words += [f"attention by {speed.attention}"] if speed.attention != "native" else []
     words += ["TF32"] if speed.tf32 else []
+    words += ["channels last"] if speed.channels_last else []
     words += [f"prompts padded to {speed.tokens} tokens"] if speed.tokens else []
     return [f"  {', '.join(words)}"] if words else []
 
@@ -312,7 +353,11 @@ def _training(plan: Plan, recipe: str, verbose: bool) -> list[str]:
     told = "" if objective.guidance is None else f", told guidance {number(objective.guidance)}"
     lines += wrapped(
         f"{LEARNT[objective.prediction]}, timesteps {_levels(objective)}, "
-        f"{_loss(objective)}{weighting}{told}",
+        f"{_loss(objective)}{weighting}{told}"
+        if plan.sprint is None
+        else f"angles log-normal ({number(plan.sprint.mean)}, {number(plan.sprint.std)}), "
+        f"judged at ({number(plan.sprint.discriminator_mean)}, "
+        f"{number(plan.sprint.discriminator_std)})",
         "  ",
         "    ",
     )

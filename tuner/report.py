@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from compiler.adapters import described
 from compiler.keeping import CLIP_SCORE, LOSS, best_of
 from compiler.plan import Plan
 from runtime.saved import complete, step_of
@@ -24,7 +25,6 @@ from tuner.run_data import RunData, read_run
 from tuner.screen import err, out
 
 REPORT = "report.html"
-KINDS = {"lora": "LoRA"}
 
 
 def rewrite_report(folder: Path) -> int:
@@ -85,7 +85,7 @@ def _header(run: RunData, name: str) -> str:
     status = "finished" if done else f"step {run.step:,} of {plan.steps.total:,}"
     method = "Full fine-tune of"
     if plan.adapter:
-        method = f"{KINDS[plan.adapter.kind]} of rank {plan.adapter.rank} on"
+        method = f"{described(plan.adapter)} on"
     return (
         f'<header><div class="title"><h1>{escape(name)}</h1>'
         f'<span class="chip{" done" if done else ""}">{status}</span></div>'

@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
+from compiler.adapters import result_name
 from compiler.keeping import CLIP_SCORE, LOSS, best_of
 from compiler.plan import Plan
 from runtime.folder import is_held
@@ -97,7 +98,7 @@ def status(run: RunData, plan: Plan, now: float | None = None) -> Status:
     step = max(run.step, checkpoint or 0) if state != "finished" else plan.steps.total
     recent = run.metrics[-RECENT:]
     eta = _eta(plan, recent)
-    result = run.folder / ("model" if plan.adapter is None else plan.adapter.kind)
+    result = run.folder / result_name(plan.adapter)
     pid = _whole(known.get("pid")) if state == "running" else None
     return Status(
         folder=str(run.folder),

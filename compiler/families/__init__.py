@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compiler.families import flux, pixart, sana, sd, sd3, sdxl
+from compiler.families import flux, flux2, kolors, lumina2, pixart, sana, sd, sd3, sdxl, sdxl_refiner
 from compiler.families.card import FamilyCard
 
 FAMILIES: dict[str, FamilyCard] = {
@@ -10,6 +10,10 @@ FAMILIES: dict[str, FamilyCard] = {
     "sd3": sd3.CARD,
     "sd": sd.CARD,
     "flux": flux.CARD,
+    "flux2": flux2.CARD,
     "sdxl": sdxl.CARD,
     "pixart": pixart.CARD,
+    "lumina2": lumina2.CARD,
+    "kolors": kolors.CARD,
+    "sdxl_refiner": sdxl_refiner.CARD,
 }

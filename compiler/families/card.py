@@ -38,6 +38,7 @@ class TokenShift:
     max_tokens: int
     base_shift: float
     max_shift: float
+    stated: bool = True  # the pipeline takes a scheduler's own numbers instead
 
 
 @frozen(kw_only=True)
@@ -85,7 +86,13 @@ class FamilyCard:
     traps: tuple[str, ...] = field(default=())  # sentences shown by the plan where they apply
     pipeline_options: Mapping[str, Any] = field(factory=dict)
     """What else the pipeline's class must be given."""
+    few_step_pipeline: str = ""
+    """Diffusers' pipeline of models that were distilled into few steps; "": there is none."""
     size_conditions: bool = False  # the model is told each picture's size and crop
+    refines: float = 0.0
+    """The share of the noise levels, from the last on, by which the pipeline refines a picture that
+    it is given, by its own default; 0: it draws from noise."""
+    timesteps: int = 1000  # of its table of noise levels, where it has one
     overflowing: tuple[str, ...] = ()
     """Components beside the trained one that can't run in fp16; a vae that says `force_upcast =
     false` can."""

@@ -82,12 +82,12 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
     }
 
 
-def _runs(config: Mapping[str, Any]) -> list[int]:
+def runs(config: Mapping[str, Any]) -> list[int]:
     """Double blocks, then single ones."""
     return [int(config.get("num_layers", 0)), int(config.get("num_single_layers", 0))]
 
 
-def _shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+def shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
     double, single = counts
     return {**config, "num_layers": double, "num_single_layers": single}
 
@@ -109,8 +109,8 @@ CARD = FamilyCard(
     trained_component="transformer",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     depth=counted("num_layers", "num_single_layers"),
-    runs=_runs,
-    shortened=_shortened,
+    runs=runs,
+    shortened=shortened,
     latent_channels_key="latent_channels",
     moments=("mean", "std"),
     embedding_shapes=_embedding_shapes,

@@ -40,7 +40,76 @@ def _known(base: str) -> KnownModel:
         },
         parameters={
             "text_encoder_2": sdxl.PARAMETERS["text_encoder_2"],
-            "unet": 0,
+            "unet": 2_259_526_660,
             "vae": sdxl.PARAMETERS["vae"],
         },
     )
+
+
+def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int, ...]]:
+    encoder = configs["text_encoder_2"]
+    return {
+        "encoder_hidden_states": (max_length, int(encoder["hidden_size"])),
+        "text_embeds": (int(encoder["projection_dim"]),),
+    }
+
+
+CARD = FamilyCard(
+    name="sdxl_refiner",
+    title="the refiner of Stable Diffusion XL",
+    pipeline="StableDiffusionXLImg2ImgPipeline",
+    pipeline_options={
+        "add_watermarker": False,
+        "requires_aesthetics_score": True,
+        "text_encoder": None,
+        "tokenizer": None,
+    },
+    components={
+        "scheduler": "EulerDiscreteScheduler",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+    },
+    text_encoders=("text_encoder_2",),
+    trained_component="unet",
+    blocks=unet.BLOCKS,
+    depth=unet.depth,
+    runs=None,
+    shortened=unet.shortened,
+    latent_channels_key="latent_channels",
+    moments=("mean", "std"),
+    embedding_shapes=_embedding_shapes,
+    unpadded_text=False,
+    prompt_length=77,
+    instruction=(),
+    default_resolution=1024,
+    sampling="uniform",
+    default_shift=1.0,
+    token_shift=None,
+    prediction="epsilon",
+    guidance=5.0,
+    inference_steps=50,
+    target_sets=unet.TARGET_SETS,
+    default_targets="attention",
+    fp16_overflows=False,
+    overflowing=("vae",),
+    masked_attention=False,
+    attention="self- and cross-attention",
+    known=(
+        _known("stabilityai/stable-diffusion-xl-refiner-1.0"),
+        _known("stabilityai/stable-diffusion-xl-refiner-0.9"),
+    ),
+    size_conditions=True,
+    zeros_for_empty=False,
+    refines=0.3,
+    traps=(
+        sdxl.OVERFLOW,
+        "It is made for the last fifth of the noise levels: `[train.timesteps] max = 0.2` trains "
+        "these alone.",
+        "It draws nothing by itself: pictures of a validation refine the one that `[validation] "
+        "picture` names.",
+        "Beside sizes and cuts it is told how pleasing a picture is: 6 of 10 in training, as in "
+        "drawing.",
+    ),
+)

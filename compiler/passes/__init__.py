@@ -21,6 +21,7 @@ from compiler.passes.precision import resolve_precision
 from compiler.passes.publish import resolve_publish
 from compiler.passes.sharing import resolve_sharing
 from compiler.passes.speed import resolve_speed
+from compiler.passes.sprint import resolve_sprint
 from compiler.passes.storage import resolve_storage
 from compiler.passes.training import resolve_training
 
@@ -35,6 +36,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("batches", resolve_batches),
     ("speed", resolve_speed),
     ("training", resolve_training),
+    ("sprint", resolve_sprint),
     ("sharing", resolve_sharing),
     ("outputs", resolve_outputs),
     ("evaluation", resolve_evaluation),

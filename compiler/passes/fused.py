@@ -15,6 +15,8 @@ def fused_backward_possible(draft: Draft) -> str | None:
     Looks at the draft's optimizer, so that it may be asked again after another was chosen.
     """
     train, memory = draft.recipe.train, draft.recipe.memory
+    if draft.recipe.sprint is not None:
+        return "a student's and a discriminator's updates take turns"
     if train.max_grad_norm > 0:
         return (
             "`max_grad_norm` clips by the norm of all gradients together, "
@@ -63,7 +65,7 @@ def _optimizer_reason(draft: Draft) -> str | None:
 
 def _advice(draft: Draft) -> str:
     train = draft.recipe.train
-    if train.max_grad_norm > 0:
+    if train.max_grad_norm > 0 and draft.recipe.sprint is None:
         return "max_grad_norm = 0 in [train], or leave `fused_backward` out"
     if train.accumulate > 1:
         return "accumulate = 1 in [train], or leave `fused_backward` out"

@@ -123,6 +123,8 @@ def rungs(draft: Draft) -> list[Rung]:
         add(optimizer=sibling, fused_backward=found[-1].fused_backward and not apart)
     for kind in _fewer_bits(draft):
         add(quantize=kind)
+    if draft.sprint is not None:  # its networks take turns in one pass, and judge whole batches
+        return found
     if draft.device != "cpu" and not _sharded(draft):
         _offload(draft, add)
     if memory.micro_batch == "auto":
@@ -135,14 +137,14 @@ def rungs(draft: Draft) -> list[Rung]:
 
 def _sharded(draft: Draft) -> bool:
     """Whether the weights are dealt out: some savings don't go with that, see `passes.sharing`."""
-    return draft.sharing.strategy == "fsdp"
+    return draft.sharing.strategy != "ddp"
 
 
 def _eight_bit(draft: Draft) -> str:
     assert draft.optimizer is not None
     sibling = OPTIMIZERS[draft.optimizer.name].eight_bit
     open_ = draft.recipe.train.optimizer.name == "auto" and draft.device != "cpu"
-    open_ = open_ and not _sharded(draft)
+    open_ = open_ and not _sharded(draft) and draft.sprint is None
     return sibling if open_ and sibling and suits(draft, sibling) else ""
 
 

@@ -268,6 +268,7 @@ def _candidate(draft: Draft) -> Candidate:
         precision=draft.precision,
         text=draft.text,
         objective=draft.objective,
+        sprint=draft.sprint,
         optimizer=draft.optimizer,
         max_grad_norm=draft.recipe.train.max_grad_norm,
         ema_on_device=draft.ema is not None
@@ -282,9 +283,11 @@ def _candidate(draft: Draft) -> Candidate:
         ),
         pictures=drawn.sizes if drawn else (),
         guidance=drawn.guidance if drawn else 0.0,
+        sampler=drawn.scheduler if drawn else "",
         evaluated=tuple(sorted({(g.width, g.height, min(g.batch_size, g.images)) for g in groups})),
         device=draft.device,
         attention=draft.speed.attention,
+        channels_last=draft.speed.channels_last,
         masked=any(source.mask for source in draft.sources),
         keeps_base=any(source.target == "base" for source in draft.sources),
     )

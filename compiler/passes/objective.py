@@ -9,7 +9,7 @@ from attrs import evolve
 
 from compiler import plan
 from compiler.draft import Draft
-from compiler.noise import level, noise_table, predicted, shift_of, trained_entries
+from compiler.noise import entries_of, level, noise_table, predicted, shift_of, trained_entries
 from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("train", "timesteps")
@@ -188,7 +188,7 @@ def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
     transformer = draft.model.configs[family.trained_component]
 
     def stated(key: str, otherwise: float) -> float:
-        value = scheduler.get(key)
+        value = scheduler.get(key) if facts.stated else None
         return value if isinstance(value, int | float) else otherwise
 
     base = int(stated("base_image_seq_len", facts.base_tokens))
@@ -225,14 +225,16 @@ def _has_levels(draft: Draft, objective: plan.Objective) -> bool:
             help="min = 0.2, max = 0.8",
         )
         return False
+    count = entries_of(objective)
     for height, width in _sizes(draft):
         shift = shift_of(objective, height, width)
         if trained_entries(objective, shift) is None:
+            least = level(count - 1, shift, count)
             draft.error(
                 "out-of-range",
                 (*WHERE, key),
-                f"none of the 1000 noise levels, {level(999, shift):.2g} to 1 at shift "
-                f"{shift:.3g}, is between {objective.min_sigma:g} and {objective.max_sigma:g}",
+                f"none of the {count} noise levels, {least:.2g} to 1 at shift {shift:.3g}, is between "
+                f" {objective.min_sigma:g} and {objective.max_sigma:g}",
             )
             return False
     return True

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiler import plan
+from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families.card import Configs
 from compiler.files import read_small
 from compiler.passes.batches import edge_of
 from compiler.passes.clip import clip_model
 from compiler.passes.keeping import KEEP_EVERY
+from compiler.passes.refined import refined_picture
 from compiler.passes.training import in_steps
+from compiler.samplers import SAMPLERS
 from compiler.spans import KeyPath
 from compiler.trackers import TRACKERS
 
@@ -25,6 +28,7 @@ SCORES = ("shapes",)
 LARGEST_EDGE = 8192  # pixels; no family samples beyond
 FAR = 2.0  # a model that draws at twice or half of its size repeats things or leaves them out
 LONG = 4.0  # width to height; beyond, pictures fall apart
+FEW_STEPS = 2  # of a distilled model: its pipeline's default
 
 
 def resolve_outputs(draft: Draft) -> None:
@@ -80,13 +84,14 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
     by = f"family {family.name}"
     every = in_steps(draft, ("validation", "every"), recipe.every, steps) if prompts else 0
     guidance = draft.model.guidance if recipe.guidance == "auto" else float(recipe.guidance)
-    sampling_steps = draft.model.inference_steps if recipe.steps == "auto" else recipe.steps
+    usual = draft.model.inference_steps if draft.sprint is None else FEW_STEPS
+    sampling_steps = usual if recipe.steps == "auto" else recipe.steps
     sizes = _sizes(draft) if prompts else ()
     if prompts:
         draft.decide(("validation", "every"), f"{every} steps" if every else "off")
         draft.decide(("validation", "guidance"), guidance, by=by, why="the pipeline's default")
         draft.decide(("validation", "steps"), sampling_steps, by=by, why="the pipeline's default")
-    if recipe.negative and not family.negative_prompts:
+    if recipe.negative and (draft.sprint is not None or not family.negative_prompts):
         draft.error(
             "not-in-family",
             ("validation", "negative"),
@@ -118,8 +123,40 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         steps=sampling_steps,
         seeds=tuple(range(recipe.seed, recipe.seed + recipe.count)),
         score=recipe.score if prompts else "",
+        scheduler=_sampler(draft) if prompts else "",
         clip_model=clip_model(draft) if prompts else "",
+        picture=refined_picture(draft, sampling_steps) if prompts else None,
     )
+
+
+def _sampler(draft: Draft) -> str:
+    """The name of what samples; "" for the base's own."""
+    assert draft.model is not None
+    where, name = ("validation", "scheduler"), draft.recipe.validation.scheduler
+    family = draft.model.family
+    own = draft.model.configs["scheduler"]
+    draft.decide(where, own.get("_class_name", "auto") if name == "auto" else name, by="the base")
+    if name == "auto":
+        return ""
+    facts = SAMPLERS[name]
+    if not (facts.flow if family.prediction == "flow" else facts.table):
+        able = [
+            n for n, s in SAMPLERS.items() if (s.flow if family.prediction == "flow" else s.table)
+        ]
+        draft.error(
+            "not-in-family",
+            where,
+            f"{family.title} matches a flow, which `{name}` can't follow",
+            help=f"these can: {choices(able)}",
+        )
+    elif own.get("use_dynamic_shifting") and not facts.by_size:
+        draft.error(
+            "not-in-family",
+            where,
+            f"{family.title} shifts noise levels by a picture's size, which `{name}` can't",
+            help='scheduler = "euler"',
+        )
+    return name
 
 
 def _nothing_to_draw(draft: Draft) -> None:

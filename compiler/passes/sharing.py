@@ -5,9 +5,15 @@ from __future__ import annotations
 from compiler import plan
 from compiler.draft import Draft
 from compiler.optimizers import OPTIMIZERS
+from compiler.passes.zero import (
+    STRATEGY,
+    decide_zero,
+    not_by_zero,
+    refuse_zero_keys,
+    zero_sharing,
+)
 from compiler.spans import KeyPath
 
-STRATEGY: KeyPath = ("launch", "strategy")
 RESHARD: KeyPath = ("launch", "reshard_after_forward")
 
 
@@ -21,20 +27,30 @@ def resolve_sharing(draft: Draft) -> None:
         draft.sharing = plan.Sharing(
             strategy="fsdp", reshard=launch.reshard_after_forward is not False
         )
+        _refuse(draft, *shardable(draft))
+    elif launch.strategy == "deepspeed":
+        draft.sharing = zero_sharing(draft)
         reason, where = shardable(draft)
-        if reason:
-            draft.error(
-                "not-sharded",
-                where if draft.given(where) else STRATEGY,
-                f'"fsdp" can\'t share this model out: {reason}',
-                help='strategy = "ddp" in [launch]',
-            )
-    elif draft.given(RESHARD) and launch.strategy == "ddp":
+        _refuse(draft, *((reason, where) if reason else not_by_zero(draft)))
+    if launch.strategy != "deepspeed":
+        refuse_zero_keys(draft)
+    if draft.given(RESHARD) and launch.strategy in ("ddp", "deepspeed"):
         draft.error(
             "no-effect",
             RESHARD,
-            '`reshard_after_forward` is of strategy "fsdp"; under "ddp" nothing is gathered',
+            '`reshard_after_forward` is of strategy "fsdp"'
+            + ('; under "ddp" nothing is gathered' if launch.strategy == "ddp" else ""),
             of="key",
+        )
+
+
+def _refuse(draft: Draft, reason: str, where: KeyPath) -> None:
+    if reason:
+        draft.error(
+            "not-sharded",
+            where if draft.given(where) else STRATEGY,
+            f'"{draft.recipe.launch.strategy}" can\'t share this model out: {reason}',
+            help='strategy = "ddp" in [launch]',
         )
 
 
@@ -55,6 +71,7 @@ def decide_sharing(draft: Draft, why: str) -> None:
     by = "decided" if several else "default"
     why = why if several else "one device has nothing to share"
     draft.decide(STRATEGY, sharing.strategy, by=by, why=why)
+    decide_zero(draft)
     if sharing.strategy != "fsdp":
         draft.decide(RESHARD, "none", why="nothing is gathered")
     else:
@@ -108,6 +125,7 @@ def _of_model(draft: Draft) -> tuple[str, KeyPath]:
 
 
 def _refuse_for_one(draft: Draft) -> None:
+    refuse_zero_keys(draft)
     for path in (STRATEGY, RESHARD):
         if draft.recipe.launch.devices == 1 and draft.given(path):
             draft.error(

@@ -15,6 +15,7 @@ from compiler.spans import KeyPath
 COMPILE: KeyPath = ("speed", "compile")
 ATTENTION: KeyPath = ("speed", "attention")
 TF32: KeyPath = ("speed", "tf32")
+CHANNELS_LAST: KeyPath = ("speed", "channels_last")
 COMPILES = ("cpu", "cuda")  # devices that torch.compile writes kernels for
 TF32_CAPABILITY = 8.0
 GRAPH_SECONDS = 15
@@ -36,6 +37,7 @@ def resolve_speed(draft: Draft) -> None:
         compile=compiled,
         attention=_attention(draft),
         tf32=_tf32(draft),
+        channels_last=_channels_last(draft),
         tokens=draft.text.max_length if pads and draft.text else 0,
     )
 
@@ -126,6 +128,21 @@ def unfit(draft: Draft, row: AttentionFacts) -> str:
     if family.masked_attention and not row.masks:
         return f"takes no mask, and {family.title} masks the padding of prompts"
     return ""
+
+
+def _channels_last(draft: Draft) -> bool:
+    assert draft.model is not None
+    family, asked = draft.model.family, draft.recipe.speed.channels_last
+    draft.decide(CHANNELS_LAST, asked)
+    if asked and family.trained_component != "unet":
+        draft.error(
+            "no-effect",
+            CHANNELS_LAST,
+            f"the {family.trained_component} of {family.title} has no convolution that it would "
+            "make faster",
+            help="leave `channels_last` out",
+        )
+    return asked
 
 
 def _tf32(draft: Draft) -> bool:

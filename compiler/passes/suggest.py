@@ -132,7 +132,7 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             "activation_checkpointing = 1",
             evolve(candidate, layout=evolve(layout, activation_checkpointing=1)),
         )
-    sharded = candidate.sharing.strategy == "fsdp"  # what can't go with it: `passes.sharing`
+    sharded = candidate.sharing.strategy != "ddp"  # what can't go with it: `passes.sharing`
     if sharded:
         return
     sibling = OPTIMIZERS[candidate.optimizer.name].eight_bit

@@ -11,6 +11,10 @@ from compiler.spans import KeyPath
 from compiler.units import Interval
 
 
+CLIP: KeyPath = ("train", "max_grad_norm")
+SPRINT_CLIP = 0.1
+
+
 def resolve_training(draft: Draft) -> None:
     """Fill in `optimizer`, `schedule`, `objective` and `ema`."""
     name = optimizer_name(draft)
@@ -20,7 +24,17 @@ def resolve_training(draft: Draft) -> None:
     if draft.steps is not None:
         draft.schedule = _schedule(draft, draft.steps.total)
         draft.ema = _ema(draft, draft.steps)
-    draft.decide(("train", "max_grad_norm"), draft.recipe.train.max_grad_norm)
+    sprints = draft.recipe.sprint is not None
+    why = "the reference script's own for distillation" if sprints else ""
+    by = "decided" if sprints else "default"
+    draft.decide(CLIP, max_grad_norm(draft), by=by, why=why)
+
+
+def max_grad_norm(draft: Draft) -> float:
+    """What gradients are scaled down to. Distillation has a default of its own."""
+    if draft.recipe.sprint is not None and not draft.given(CLIP):
+        return SPRINT_CLIP
+    return float(draft.recipe.train.max_grad_norm)
 
 
 def _schedule(draft: Draft, total: int) -> plan.Schedule:

@@ -67,7 +67,7 @@ def place(module: str, config: Mapping[str, Any]) -> Place:
         return OUTER[module]
     found = (SINGLE if match[1] else DOUBLE)[match[3]]
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    rows = (width, width, width, FEED_FORWARD * width) if found.parts == len("qkvm") else ()
+    rows = (width, width, width, FEED_FORWARD * width) if found.module == "linear1" else ()
     kind = "single_blocks" if match[1] else "double_blocks"
     return evolve(found, module=f"{kind}.{match[2]}.{found.module}", rows=rows)
 

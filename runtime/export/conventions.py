@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from compiler.adapters import ADAPTERS, AdapterKind
 from compiler.families import FAMILIES
 
-Format = Literal["diffusers", "kohya", "comfyui"]
-FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
+Format = Literal["diffusers", "kohya", "comfyui", "lycoris", "peft"]
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui", "lycoris", "peft")
 Config = Mapping[str, Any]
 
 LORA: Mapping[Format, Mapping[str, str]] = {
@@ -69,6 +70,7 @@ def _sd(config: Config) -> str:
 
 ARCHITECTURES: Mapping[str, Callable[[Config], str]] = {
     "flux": lambda config: f"flux-1-{'dev' if config.get('guidance_embeds') else 'schnell'}",
+    "flux2": lambda config: "flux-2-klein",
     "sd": _sd,
     "sd3": _sd3,
     "sdxl": lambda config: "stable-diffusion-xl-v1-base",
@@ -77,8 +79,26 @@ ARCHITECTURES: Mapping[str, Callable[[Config], str]] = {
 """Names for `modelspec.architecture`, by the configuration of the trained component."""
 
 
-def refusal(format: Format, family: str) -> str:
-    """Why a LoRA of `family` can't be written in `format`; "" if it can."""
+OF_KIND: Mapping[AdapterKind, tuple[Format, ...]] = {
+    "lora": ("diffusers", "kohya", "comfyui", "peft"),
+    # ComfyUI reads `dora_scale`, but divides by the base's lengths of rows, not the sum's.
+    "dora": ("diffusers", "peft"),
+    # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores.
+    "lokr": ("lycoris",),
+    "loha": ("lycoris",),
+    "oft": ("peft",),
+    "boft": ("peft",),
+}
+"""What an adapter of each kind can be written as; the first is what its result is."""
+
+
+def refusal(format: Format, family: str, kind: AdapterKind) -> str:
+    """Why an adapter of this kind for `family` can't be written in `format`; "" if it can."""
+    if format not in OF_KIND[kind]:
+        can = " or ".join(f"`--format {name}`" for name in OF_KIND[kind])
+        return f"there are no {format} keys for {ADAPTERS[kind].title}; there is {can}"
+    if format == "peft":
+        return ""
     if format == "diffusers" and FAMILIES[family].lora_loader == "peft":
         return f"Diffusers loads no LoRA of {family}; the result's folder loads with peft"
     if format == "diffusers" or family in LORA[format]:

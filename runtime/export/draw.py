@@ -24,6 +24,7 @@ from runtime.export.weights import trained_weights
 from runtime.families import family_of
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES, component_of, sample
+from runtime.refined import picture_part
 
 Told = Callable[[Path], None]
 Words = dict[Prompt, TextEmbedding]
@@ -43,7 +44,7 @@ def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> li
         words = _embedded(plan, family, wanted)
         parts = _parts(plan, family, evolve(weights, plan=plan), device)
         for drawing in wanted.drawings:
-            _draw(family, parts, words, wanted, drawing)
+            _draw(plan, family, parts, words, wanted, drawing)
             told(drawing.path)
     except OSError as error:
         raise RunFailed(str(error)) from error
@@ -108,11 +109,16 @@ def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -
 
 
 def _draw(
-    family: Family, parts: dict[str, Any], words: Words, wanted: Wanted, drawing: Drawing
+    plan: Plan,
+    family: Family,
+    parts: dict[str, Any],
+    words: Words,
+    wanted: Wanted,
+    drawing: Drawing,
 ) -> None:
     image = sample(
         family,
-        parts,
+        {**parts, **picture_part(plan, wanted.width, wanted.height)},
         words[Prompt(drawing.prompt, False)],
         words[Prompt(wanted.negative, True)],
         width=wanted.width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from runtime.export.metadata import described
 from runtime.export.request import Request, config_of
 from runtime.export.weights import layers_of, merged, trained_weights
 from runtime.families.common import DTYPES, base_folder
+from runtime.methods import adapter_files
+from runtime.methods.lora import PEFT_FILES
 
 Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
 """From the layers and the trained component's configuration. Raises KeyError for a module that the
@@ -61,8 +64,18 @@ def _lora(request: Request) -> None:
     plan = request.weights.plan
     adapter, component = plan.adapter, plan.model.trained_component
     assert adapter is not None
-    layers = layers_of(plan, trained_weights(request.weights))
+    trained = trained_weights(request.weights)
+    if request.format in ("peft", "lycoris"):
+        _of_kind(request, {name: lazy.read() for name, lazy in trained.items()})
+        return
     metadata = described(request)
+    if adapter.kind == "dora":
+        values = {name: lazy.to(_dtype(request)).read() for name, lazy in trained.items()}
+        named = lora_keys.prefixed(adapter_files.laid_out(values, adapter), component)
+        told = lora_keys.told(adapter_files.peft_settings(values, adapter), component)
+        write(request.out, held(named), metadata | told)
+        return
+    layers = layers_of(plan, trained)
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
     if plan.model.family in foreign:
         tensors = _renamed(foreign[plan.model.family], layers, request)
@@ -70,12 +83,29 @@ def _lora(request: Request) -> None:
         tensors = lora_keys.folded(layers, component)
     else:
         tensors = lora_keys.diffusers(layers, component)
-        metadata |= lora_keys.settings(layers, component, adapter.rank, adapter.alpha)
+        metadata |= lora_keys.settings(layers, component)
     dtype = _dtype(request)
     found = held(tensors)
     # Alpha is a number, not a weight: it keeps its digits.
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     write(request.out, kept, metadata)
+
+
+def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
+    """LyCORIS' file of `values`, or peft's folder."""
+    adapter, dtype = request.weights.plan.adapter, _dtype(request)
+    assert adapter is not None
+    found = held(adapter_files.laid_out(values, adapter))
+    kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
+    if request.format == "lycoris":
+        write(request.out, kept, described(request))
+        return
+    settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}
+    with files.partial_folder(request.out) as folder:
+        named = lora_keys.prefixed(kept, adapter_files.PEFT_ROOT)
+        write(folder / PEFT_FILES[0], named, described(request))
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
 
 
 def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dict[str, Tensor]:
@@ -117,7 +147,7 @@ def _whole(request: Request) -> Tensors:
     trained = trained_weights(request.weights)
     base = base_tensors(plan.model, plan.seed)
     if plan.adapter is not None:
-        return merged(base, layers_of(plan, trained))
+        return merged(base, trained, plan.adapter)
     strange = trained.keys() - base.keys()
     if strange:
         raise RunFailed(f"the base has no `{min(strange)}`: it is another one than was trained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
@@ -14,6 +14,9 @@ from torch import Tensor
 from runtime.export import bfl, mmdit
 from runtime.export.mmdit import Place, halves_swapped
 from runtime.export.sgm import published
+from runtime.methods.adapter_files import lora_sizes
+
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -41,11 +44,23 @@ def diffusers(layers: Layers, component: str) -> dict[str, Tensor]:
     }
 
 
-def settings(layers: Layers, component: str, rank: int, alpha: float) -> dict[str, str]:
-    """The metadata by which Diffusers knows rank, alpha and targets."""
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
-    told = {f"{component}.{key}": value for key, value in config.items()}
-    return {"lora_adapter_metadata": json.dumps(told, sort_keys=True)}
+def settings(layers: Layers, component: str) -> dict[str, str]:
+    """The metadata by which Diffusers knows ranks, alphas and targets."""
+    ranks = {module: layer.a.shape[0] for module, layer in layers.items()}
+    alphas = {module: layer.scale * ranks[module] for module, layer in layers.items()}
+    sizes = lora_sizes(ranks, alphas)
+    return told({**sizes, "target_modules": sorted(layers)}, component)
+
+
+def told(config: Mapping[str, Any], component: str) -> dict[str, str]:
+    """peft's settings as an entry of a file's metadata."""
+    named = {f"{component}.{key}": value for key, value in config.items()}
+    return {"lora_adapter_metadata": json.dumps(named, sort_keys=True)}
+
+
+def prefixed(tensors: Mapping[str, T], root: str) -> dict[str, T]:
+    """The same under longer names."""
+    return {f"{root}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def folded(layers: Layers, component: str) -> dict[str, Tensor]:

@@ -73,10 +73,13 @@ def _training(request: Request) -> dict[str, str]:
 
 def _network(plan: Plan) -> dict[str, str]:
     assert plan.adapter is not None
-    known = NETWORK_MODULES.get(plan.model.family)
-    return {
+    known = NETWORK_MODULES.get(plan.model.family) if plan.adapter.kind == "lora" else None
+    sizes = {
         "ss_network_dim": str(plan.adapter.rank),
         "ss_network_alpha": f"{plan.adapter.alpha:g}",
+    }
+    return {
+        **(sizes if plan.adapter.rank else {}),
         "sshs_model_hash": UNKNOWN,
         **({"ss_network_module": known} if known else {}),
     }

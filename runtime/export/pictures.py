@@ -63,6 +63,11 @@ def pictures(
     place = next((known for known in DEVICES if known == device), None)
     if device and place is None:
         raise Refused(f"unknown device `{device}`", help=f"one of: {', '.join(DEVICES)}")
+    if FAMILIES[weights.plan.model.family].refines and not validation.picture:
+        raise Refused(
+            "this model draws nothing by itself, and the run's validation names no picture",
+            help="name one in the recipe's `[validation] picture`",
+        )
     width, height = _size(weights.plan, size)
     first = validation.seeds[0] if seed is None and validation.seeds else seed or 0
     folder = out or weights.folder / "drawn" / f"step-{weights.step:06d}"

@@ -9,10 +9,11 @@ from typing import Any
 from attrs import frozen
 
 from compiler import lock
+from compiler.adapters import result_name
 from compiler.plan import Dtype, Plan, lock_path
 from runtime import saved
 from runtime.errors import RunFailed
-from runtime.export.conventions import FORMATS, SINGLE_FILE, Format, refusal
+from runtime.export.conventions import FORMATS, OF_KIND, SINGLE_FILE, Format, refusal
 
 PRECISIONS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -78,7 +79,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _result(folder: Path, plan: Plan) -> Path:
-    return folder / ("model" if plan.adapter is None else plan.adapter.kind)
+    return folder / result_name(plan.adapter)
 
 
 def _checkpoint(folder: Path, plan: Plan, step: int | None, averaged: bool) -> Path | None:
@@ -104,7 +105,7 @@ def _checkpoint(folder: Path, plan: Plan, step: int | None, averaged: bool) -> P
 def requested(
     weights: Weights,
     *,
-    format: str = "diffusers",
+    format: str = "",
     merge: bool = False,
     single_file: bool = False,
     precision: str = "",
@@ -114,13 +115,15 @@ def requested(
 
     `precision` is "fp32", "bf16", "fp16", or "" for that of the weights.
     """
+    plan, whole = weights.plan, merge or weights.plan.adapter is None
+    if not format:
+        kind = None if whole or plan.adapter is None else plan.adapter.kind
+        format = OF_KIND[kind][0] if kind else "diffusers"
     if format not in FORMATS:
         raise Refused(f"unknown format `{format}`", help=f"one of: {', '.join(FORMATS)}")
     if precision and precision not in PRECISIONS:
         raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
-    plan = weights.plan
     _check_form(plan, format, merge=merge, single_file=single_file)
-    whole = merge or plan.adapter is None
     place = out or _place(weights, format, whole=whole, single_file=single_file)
     if place.exists() or place.is_symlink():
         raise Refused(f"`{place}` is there already", help="name another place with `--out`")
@@ -155,8 +158,13 @@ def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -
             f"`--format {format}` names the keys of a LoRA; this is a whole model",
             help="use `--single-file` for what other programs read, or leave out `--format`",
         )
-    if plan.adapter is not None and not merge and (why := refusal(format, family)):
-        other = "use `--format diffusers`, or" if format != "diffusers" else "use"
+    if (
+        plan.adapter is not None
+        and not merge
+        and (why := refusal(format, family, plan.adapter.kind))
+    ):
+        first = OF_KIND[plan.adapter.kind][0]
+        other = f"use `--format {first}`, or" if format != first else "use"
         raise Refused(why, help=f"{other} `--merge` for a whole model")
 
 
@@ -165,7 +173,7 @@ def _place(weights: Weights, format: Format, *, whole: bool, single_file: bool) 
     name = f"{weights.plan.name}-step-{weights.step:06d}"
     if not whole:
         name += "" if format == "diffusers" else f"-{format}"
-    ending = ".safetensors" if single_file or not whole else ""
+    ending = ".safetensors" if single_file or (not whole and format != "peft") else ""
     return weights.folder / "export" / (name + ending)
 
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from compiler.families import FAMILIES
+from compiler.adapters import OF_THE_BASE, rank_of, scale_of
 from compiler.optimizers import OPTIMIZERS
-from compiler.plan import Layout, Plan
+from compiler.plan import Adapter, Layout, Plan
 from runtime import checkpoints
 from runtime.build import build
 from runtime.errors import RunFailed
+from runtime.export.base import base_tensors
 from runtime.export.lazy import Lazy, Tensors, held, in_files
 from runtime.export.lora_keys import Layer
 from runtime.export.request import Weights
 from runtime.families import family_of
-from runtime.methods.lora import NAME, file_prefix
+from runtime.families.common import DTYPES
+from runtime.methods.adapter_files import Taken, given_back, read_result
+from runtime.methods.kinds import parts_of, split
+from runtime.methods.updates import adapted_weight
 from runtime.optimizers import class_of, kept_weights, load_state, make_optimizer
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def trained_weights(weights: Weights) -> Tensors:
@@ -31,13 +34,13 @@ def trained_weights(weights: Weights) -> Tensors:
     not those that it steps from. Raises RunFailed if files are missing.
     """
     if weights.checkpoint is not None:
-        return held(_of_checkpoint(weights, weights.checkpoint))
+        found = _of_checkpoint(weights, weights.checkpoint)
+        return held(given_back(found, _taken(weights.plan, found)))
     if weights.plan.adapter is None:
         folder = weights.result / weights.plan.model.trained_component
         return in_files(_files(folder))
-    prefix = file_prefix(FAMILIES[weights.plan.model.family])
-    found = in_files(_files(weights.result))
-    return {_in_training(name.removeprefix(prefix)): lazy for name, lazy in found.items()}
+    (file,) = _files(weights.result)
+    return held(read_result(weights.plan.adapter, file, _in_order(weights.plan)))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -47,10 +50,18 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _in_training(name: str) -> str:
-    """`X.lora_A.weight`, as files have it, as peft calls it while it trains."""
-    stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{NAME}.{leaf}"
+def _taken(plan: Plan, trained: Mapping[str, Tensor]) -> Taken:
+    """What an adapter of this start has of the base: checkpoints hold only what is trained."""
+    adapter = plan.adapter
+    if adapter is None or adapter.init not in OF_THE_BASE:
+        return {}
+    base, dtype = base_tensors(plan.model, plan.seed), DTYPES[plan.precision.weights]
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in parts_of(list(trained)):
+        weight = base[f"{module}.weight"].read().to(dtype)
+        rank, scale = rank_of(adapter, module), scale_of(adapter, module)
+        found[module] = split(weight, rank, scale, adapter.init, plan.seed, module)
+    return found
 
 
 def _of_checkpoint(weights: Weights, folder: Path) -> Mapping[str, Tensor]:
@@ -81,36 +92,36 @@ def _in_order(plan: Plan) -> list[str]:
 def layers_of(plan: Plan, trained: Tensors) -> dict[str, Layer]:
     """The adapter by module, in the model's order of names."""
     assert plan.adapter is not None
-    scale = plan.adapter.alpha / plan.adapter.rank
-    a, b = f".lora_A.{NAME}.weight", f".lora_B.{NAME}.weight"
-    modules = [name.removesuffix(a) for name in trained if name.endswith(a)]
     return {
-        module: Layer(a=trained[module + a].read(), b=trained[module + b].read(), scale=scale)
-        for module in modules
+        module: Layer(
+            a=trained[parts["lora_A"]].read(),
+            b=trained[parts["lora_B"]].read(),
+            scale=scale_of(plan.adapter, module),
+        )
+        for module, parts in parts_of(list(trained)).items()
     }
 
 
-def merged(base: Tensors, layers: Mapping[str, Layer]) -> Tensors:
-    """The base's tensors with the adapter added: in float32, rounded once to the base's type.
+def merged(base: Tensors, trained: Tensors, adapter: Adapter) -> Tensors:
+    """The base's tensors with the adapter in them: in float32, rounded once to the base's type.
 
     Raises RunFailed if the base has no such module.
     """
-    missing = [module for module in layers if f"{module}.weight" not in base]
+    modules = parts_of(list(trained))
+    missing = [module for module in modules if f"{module}.weight" not in base]
     if missing:
         raise RunFailed(
             f"the base has no module `{missing[0]}`: it is another one than was trained"
         )
-    return {
-        name: _with(lazy, layers.get(name.removesuffix(".weight"))) for name, lazy in base.items()
-    }
+    found = dict(base)
+    for module, parts in modules.items():
+        name = f"{module}.weight"
+        held_parts = {part: trained[full] for part, full in parts.items()}
+        read = partial(_adapted, base[name], held_parts, adapter, module)
+        found[name] = Lazy(shape=base[name].shape, dtype=base[name].dtype, read=read)
+    return found
 
 
-def _with(lazy: Lazy, layer: Layer | None) -> Lazy:
-    if layer is None:
-        return lazy
-    return Lazy(shape=lazy.shape, dtype=lazy.dtype, read=lambda: _sum(lazy, layer))
-
-
-def _sum(lazy: Lazy, layer: Layer) -> Tensor:
-    total = lazy.read().float() + layer.update().view(lazy.shape)
-    return total.to(lazy.dtype)
+def _adapted(lazy: Lazy, parts: Tensors, adapter: Adapter, module: str) -> Tensor:
+    held_parts = {part: tensor.read() for part, tensor in parts.items()}
+    return adapted_weight(lazy.read(), held_parts, adapter, module).to(lazy.dtype)

@@ -8,11 +8,15 @@ from runtime.families.base import Family
 
 MODULES = {
     "flux": "runtime.families.flux",
+    "flux2": "runtime.families.flux2",
+    "kolors": "runtime.families.kolors",
+    "lumina2": "runtime.families.lumina2",
     "pixart": "runtime.families.pixart",
     "sana": "runtime.families.sana",
     "sd": "runtime.families.sd",
     "sd3": "runtime.families.sd3",
     "sdxl": "runtime.families.sdxl",
+    "sdxl_refiner": "runtime.families.sdxl_refiner",
 }
 
 

@@ -18,6 +18,10 @@ from runtime.batch import Batch
 TextEmbedding = Mapping[str, Tensor]
 
 
+PICTURE = "picture"
+"""Among the parts that draw, for a family that refines: the picture, (1, 3, H, W) in [-1, 1]."""
+
+
 @frozen(kw_only=True)
 class Framed:
     """What some models are told of a picture beside its text, in pixels: (height, width) before it
@@ -119,7 +123,7 @@ class Family(Protocol):
     ) -> Tensor:
         """Latents (1, C, h, w) by the stock pipeline's loop, from embeddings.
 
-        `parts` holds vae, transformer and scheduler.
+        `parts` holds vae, transformer and scheduler; of a family that refines, also `PICTURE`.
         """
         ...
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.plan import Component, Model, Text
 from runtime.quantise.layers import hollow, quantise
@@ -178,12 +181,14 @@ def empty_component(model: Model, name: str, dtype: torch.dtype, device: torch.d
 
 def _built(cls: Any, library: str, config: dict[str, Any]) -> nn.Module:
     """A component as its configuration says, weights as its class starts them."""
-    component: nn.Module = (
-        cls(cls.config_class.from_dict(config))
-        if library == "transformers"
-        else cls.from_config(config)
-    )
-    return component
+    if library == "diffusers":
+        component: nn.Module = cls.from_config(config)
+        return component
+    # ChatGLM would take memory on the host, whatever the device.
+    takes = inspect.signature(cls.__init__).parameters
+    options = {"empty_init": False} if "empty_init" in takes else {}
+    encoder: nn.Module = cls(cls.config_class.from_dict(config), **options)
+    return encoder
 
 
 def component_of(model: Model, name: str) -> Component:
@@ -196,16 +201,25 @@ def component_class(model: Model, name: str) -> tuple[Any, str]:
 
     A scheduler's class is the one that its folder states, since any flow-matching scheduler serves.
     """
-    import diffusers
-    import transformers
-
     stated = component_of(model, name).class_name
     if name == "scheduler":
         stated = config_of(model, name).get("_class_name", stated)
+    return class_called(stated, FAMILIES[model.family])
+
+
+def class_called(stated: str, card: FamilyCard) -> tuple[Any, str]:
+    """The class of this name, and whose it is: "diffusers" or "transformers". A pipeline may bring
+    an encoder of its own, made as those of transformers are. Raises ValueError."""
+    import diffusers
+    import transformers
+
     for library in (diffusers, transformers):
         if hasattr(library, stated):
             return getattr(library, stated), library.__name__
-    raise ValueError(f"neither diffusers nor transformers has a class {stated} (component {name})")
+    own = import_module(getattr(diffusers, card.pipeline).__module__.rpartition(".")[0])
+    if hasattr(own, stated):
+        return getattr(own, stated), transformers.__name__
+    raise ValueError(f"neither diffusers nor transformers has a class {stated} ({card.name})")
 
 
 def stock_pipeline(card: FamilyCard, parts: Mapping[str, Any]) -> Any:

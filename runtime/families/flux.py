@@ -13,13 +13,14 @@ from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.posterior import PosteriorLatents
 
 T5 = "text_encoder_2"
 KEYS = ("encoder_hidden_states", "pooled_projections")
 PACKED = flux.CARD.packed
 
 
-class Flux(common.Stock):
+class Flux(PosteriorLatents):
     """FluxPipeline, FluxTransformer2DModel, AutoencoderKL, CLIP and T5.
 
     Latents are (B, 16, h, w) everywhere but in the model, see `packed`.
@@ -61,22 +62,6 @@ class Flux(common.Stock):
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`. All prompts are of one length."""
         return {key: torch.stack([e[key] for e in embeddings]) for key in KEYS}
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-        """See `Family.encode_pixels`: mean and standard deviation of the posterior."""
-        codec: Any = vae
-        with torch.no_grad():
-            posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
-
-    def latents(
-        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
-    ) -> Tensor:
-        """See `Family.latents`. Without `noise`, the posterior's mean."""
-        drawn = cached["mean"].float()
-        if noise is not None:
-            drawn = drawn + cached["std"].float() * noise
-        return (drawn - float(vae_config["shift_factor"])) * float(vae_config["scaling_factor"])
 
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
@@ -159,25 +144,20 @@ class Flux(common.Stock):
         factor = pipeline.vae_scale_factor
         return unpacked(latents, height // factor, width // factor)
 
-    def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
-        """See `Family.decode`."""
-        vae = parts["vae"]
-        unscaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-        return pixels
-
 
 def packed(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C): each square of 2 x 2 latents is one token."""
-    height, width = latents.shape[-2:]
-    squares = latents.unflatten(3, (width // PACKED, PACKED)).unflatten(2, (height // PACKED, -1))
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PACKED, width // PACKED
+    squares = latents.reshape(batch, channels, rows, PACKED, columns, PACKED)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `packed`, for latents of this size."""
-    squares = tokens.unflatten(2, (-1, PACKED, PACKED)).unflatten(1, (height // PACKED, -1))
-    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    rows, columns = height // PACKED, width // PACKED
+    squares = tokens.reshape(tokens.shape[0], rows, columns, -1, PACKED, PACKED)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
 def places(rows: int, columns: int, device: torch.device) -> Tensor:

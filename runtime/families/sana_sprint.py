@@ -26,7 +26,7 @@ class SanaSprint(Sana):
 
     card = evolve(
         sana.CARD,
-        pipeline="SanaSprintPipeline",
+        pipeline=sana.CARD.few_step_pipeline,
         components={**sana.CARD.components, "scheduler": SCHEDULER},
     )
 

@@ -36,11 +36,11 @@ class UNetFamily(common.Stock):
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
     ) -> Tensor:
-        """See `Family.predict`: the noise or v. The time is the table's, from 0 to 999."""
+        """See `Family.predict`: the noise or v. The time is the table's, from 0 on."""
         beside = {name: t for name, t in text.items() if name != "encoder_hidden_states"}
         prediction: Tensor = model(
             sample=noisy,
-            timestep=timesteps(sigmas),
+            timestep=timesteps(sigmas, self.card.timesteps),
             encoder_hidden_states=text["encoder_hidden_states"],
             added_cond_kwargs=beside or None,
             return_dict=False,

@@ -17,9 +17,20 @@ from torch import Tensor
 # Updates in place that PyTorch has no meta kernel for; they make nothing.
 WITHOUT_META = (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
 
+# A yes or no in Python. Models ask whether a mask lets everything through, and here each does:
+# prompts are as long as they may be.
+ASKED = torch.ops.aten._local_scalar_dense.default
+
 Key = tuple[Any, ...]
 # One output: shape, strides, type; None where the operation returned None.
 Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
+
+
+def _zeros(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operation makes or takes the zeros without memory that stand for the derivative
+    of a constant: their results are known as such by more than their form."""
+    made = func.overloadpacket is torch.ops.aten._efficientzerotensor
+    return made or any(isinstance(each, Tensor) and each._is_zerotensor() for each in args)
 
 
 @frozen
@@ -48,10 +59,12 @@ class MetaKernels:
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """`func`'s result; operations on other devices (a step counter on the CPU) really run."""
-        if func.is_view:
+        if func.is_view or _zeros(func, args):
             return func(*args, **kwargs)
         if func.overloadpacket in WITHOUT_META:
             return None
+        if func is ASKED and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
         try:
             key = (func, _describe(args), _describe(tuple(kwargs.items())))
             known = self._known.get(key)

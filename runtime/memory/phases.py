@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
-from types import SimpleNamespace
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from compiler.memory import Candidate
 from runtime.batch import masked
-from runtime.families.base import Family
-from runtime.families.common import DTYPES, component_class, config_of, draw, inference
+from runtime.families import sana_sprint
+from runtime.families.base import PICTURE, Family
+from runtime.families.common import DTYPES, class_called, draw, inference
 from runtime.memory.tracker import Tracker
+from runtime.samplers import sampler
 from runtime.step import forward_losses
 
 CHARACTERS = 4  # of English text in one token, about; for the length of an instruction
@@ -32,16 +34,26 @@ class Tokens:
     model_max_length = 77  # CLIP's
     padding_side = "right"
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, names: Sequence[str]):
+        """`names` of what the real one makes of a prompt."""
         self.device = device
+        self.names = names
 
     def __call__(
-        self, prompts: list[str], *, padding: str, max_length: int = 1, **rest: Any
-    ) -> SimpleNamespace:
-        """Token numbers and mask, (prompts, tokens); one token without padding to a length."""
-        shape = (len(prompts), max_length if padding == "max_length" else 1)
+        self, prompts: list[str] | str, *, padding: str, max_length: int = 1, **rest: Any
+    ) -> Any:
+        """Token numbers, mask and places, (prompts, tokens); one token without padding to a
+        length."""
+        from transformers import BatchEncoding
+
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        shape = (count, max_length if padding == "max_length" else 1)
         ones = torch.ones(shape, dtype=torch.int64, device=self.device)
-        return SimpleNamespace(input_ids=ones, attention_mask=ones.clone())
+        return BatchEncoding({name: ones.clone() for name in self.names})
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **rest: Any) -> str:
+        """A conversation as text."""
+        return PROMPT
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
@@ -64,7 +76,10 @@ def run_text(
     with tracker:
         module = _component(candidate, family, encoder, device, tracker)
         parts: dict[str, Any] = {encoder: module}
-        parts |= {n: Tokens(device) for n in family.card.components if n.startswith("tokenizer")}
+        for name, stated in family.card.components.items():
+            if name.startswith("tokenizer"):
+                names = class_called(stated, family.card)[0].model_input_names
+                parts[name] = Tokens(device, names)
         tracker.category = "activations"
         tracker.reset_peak()
         family.encode_with(encoder, parts, [PROMPT], candidate.text)
@@ -115,6 +130,8 @@ def run_pictures(
     The model and what training keeps on the device are there already; the VAE comes for the time
     of drawing. One sampling step is like the other.
     """
+    if candidate.sprint is not None:
+        family = sana_sprint.FAMILY
     vae = _component(candidate, family, "vae", device, tracker)
     parts = {
         candidate.model.trained_component: model,
@@ -125,7 +142,10 @@ def run_pictures(
     tracker.exclude(embedding.values())
     tracker.category = "activations"
     tracker.reset_peak()
+    refines = family.card.refines
     for width, height in largest(candidate.pictures):
+        if refines:
+            parts[PICTURE] = torch.zeros(1, 3, height, width)
         draw(
             family,
             parts,
@@ -134,7 +154,7 @@ def run_pictures(
             width=width,
             height=height,
             guidance=candidate.guidance,
-            steps=2,
+            steps=math.ceil(2 / refines) if refines else 2,
             seed=0,
         )
     return tracker.breakdown()
@@ -147,9 +167,12 @@ def largest(sizes: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
 
 
 def scheduler_of(candidate: Candidate) -> Any:
-    """The base's scheduler, which does not look up on the device where it begins."""
-    cls, _ = component_class(candidate.model, "scheduler")
-    scheduler = cls.from_config(config_of(candidate.model, "scheduler"))
+    """What samples: the base's scheduler or a distilled model's, which does not look up on the
+    device where it begins."""
+    if candidate.sprint is None:
+        scheduler = sampler(candidate.model, candidate.sampler)
+    else:
+        scheduler = sana_sprint.scheduler(candidate.sprint)
     stock = scheduler.set_timesteps
 
     def set_timesteps(*arguments: Any, **options: Any) -> None:

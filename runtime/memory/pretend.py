@@ -24,6 +24,10 @@ from runtime.memory.tracker import Tracker
 from runtime.quantise import codes
 
 
+SKIPS = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
+"""Where transformers looks into a prompt's mask, whether it can do without."""
+
+
 @contextmanager
 def as_on(device: str) -> Iterator[None]:
     """Inside, meta tensors are treated as tensors on `device` ("cpu", "cuda", ...).
@@ -39,12 +43,16 @@ def as_on(device: str) -> Iterator[None]:
     ]
     if device != "cpu":
         lists.append((optimizer, "_get_foreach_kernels_supported_devices"))
+    from transformers import masking_utils
+
     stock = functional.scaled_dot_product_attention
     with ExitStack() as stack:
         # A mask selects at most everything; what it selects is not known without data.
         _exchange(stack, fx_config, "meta_nonzero_assume_all_nonzero", True)
         _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
         _exchange(stack, attention, "on_meta", _like(device, stock))
+        for name in SKIPS:
+            _exchange(stack, masking_utils, name, _unpadded(getattr(masking_utils, name)))
         for owner, name in lists:
             _exchange(stack, owner, name, _with_meta(getattr(owner, name)))
         if device != "cpu":
@@ -107,6 +115,17 @@ def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 def _like(device: str, stock: Attention) -> Callable[[AttentionKernel], Attention]:
     """A kernel's like on `device`: what `runtime.attention` runs on meta tensors."""
     return lambda name: attention_for(device, stock, KERNELS[name].like)
+
+
+def _unpadded(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """A mask without data is that of a prompt of full length: it hides nothing."""
+
+    def skips(padding_mask: Tensor | None, *rest: Any) -> bool:
+        if padding_mask is not None and padding_mask.is_meta:
+            padding_mask = torch.ones(padding_mask.shape, dtype=torch.bool, device="cpu")
+        return stock(padding_mask, *rest)
+
+    return skips
 
 
 def _with_meta(devices: Callable[[], list[str]]) -> Callable[[], list[str]]:

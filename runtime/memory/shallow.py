@@ -38,7 +38,7 @@ def shallow(candidate: Candidate) -> Shallow | None:
     """
     card = FAMILIES[candidate.model.family]
     layout = candidate.layout
-    if card.runs is None:
+    if card.runs is None or candidate.sprint is not None:  # heads are on single blocks
         return None
     config = json.loads(candidate.model.configs[card.trained_component])
     deep, blocks = card.runs(config), card.depth(config)

@@ -241,7 +241,7 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             device,
             empty=True,
             seed=0,
-            speed=plan.Speed(attention=candidate.attention),
+            speed=plan.Speed(attention=candidate.attention, channels_last=candidate.channels_last),
             sprint=candidate.sprint,
         )
 

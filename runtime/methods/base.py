@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from compiler.plan import Adapter
 from runtime.batch import Batch
 
 LOSS = "loss"
@@ -50,6 +51,9 @@ class Built:
     adapted_modules: int  # modules that carry an adapter
     method: Method | None = None  # None: the family's own loss
     rival: Rival | None = None
+    adapter: Adapter | None = None
+    taken: Mapping[str, tuple[Tensor, Tensor]] = field(factory=dict)
+    """Module -> (B, A) that its adapter took over from the base, float32 on the host."""
 
 
 def masters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

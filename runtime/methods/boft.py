@@ -69,9 +69,10 @@ class Boft(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         else:
             turned = butterfly(input, blocks)
         product: Tensor = self.base_layer(turned)
-        if bias is None:
-            return product * lengths
-        return (product - bias) * lengths + bias
+        if bias is not None:
+            product = product - bias
+        product = product * lengths
+        return product if bias is None else product + bias
 
 
 def rotations(numbers: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ def rotations(numbers: Tensor) -> Tensor:
     held = numbers.float() if numbers.dtype in (torch.float16, torch.bfloat16) else numbers
     skew = (held - held.transpose(-1, -2)) / 2
     eye = torch.eye(held.shape[-1], dtype=held.dtype, device=held.device).expand_as(skew)
-    return torch.linalg.solve(eye + skew, eye - skew, left=False)
+    turned: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return turned
 
 
 def butterfly(x: Tensor, blocks: Tensor, *, transposed: bool = False) -> Tensor:
@@ -96,11 +98,11 @@ def butterfly(x: Tensor, blocks: Tensor, *, transposed: bool = False) -> Tensor:
     for number in numbers:
         step = blocks[number].transpose(-1, -2) if transposed else blocks[number]
         if number == 0:  # nothing changes places
-            cut = x.unflatten(-1, (count, size))
+            cut = x.reshape(*x.shape[:-1], count, size)
             x = torch.einsum("...bk,bkc->...bc", cut, step).flatten(-2)
             continue
         there, back = _order(count * size, size, number, x.device)
-        cut = x[..., there].unflatten(-1, (count, size))
+        cut = x[..., there].reshape(*x.shape[:-1], count, size)
         x = torch.einsum("...bk,bkc->...bc", cut, step).flatten(-2)[..., back]
     return x
 
@@ -118,7 +120,7 @@ def permutation(inputs: int, size: int, number: int) -> list[int]:
     Within groups of 2^number blocks, half blocks at even places come before those at odd ones.
     """
     half, group = size // 2, size * 2**number
-    found = []
+    found: list[int] = []
     for start in range(0, inputs, group):
         pieces = list(range(start, start + group, half))
         for piece in pieces[0::2] + pieces[1::2]:

@@ -67,6 +67,6 @@ def save_component(
     with torch.device("meta"):
         shell = type(source).from_config(source.config)
     tensors = {**dict(source.named_buffers()), **values}
-    kept = {k: tensors[k].to(dtype or tensors[k].dtype) for k in shell.state_dict()}
+    kept = {k: tensors[k].to(dtype or tensors[k].dtype).contiguous() for k in shell.state_dict()}
     shell.load_state_dict(kept, assign=True)
     shell.save_pretrained(folder)

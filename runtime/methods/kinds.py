@@ -50,8 +50,10 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
 
         insert_boft(model, adapter, targets)
         return
-    adapted: Any = model
-    adapted.add_adapter(_config(adapter, targets), adapter_name=NAME)
+    from peft import inject_adapter_in_model
+
+    # Not every class of Diffusers has `add_adapter`.
+    inject_adapter_in_model(_config(adapter, targets), model, NAME)
 
 
 def _check_blocks(name: str, layer: nn.Module, adapter: Adapter) -> None:
@@ -94,13 +96,13 @@ def _config(adapter: Adapter, targets: Sequence[str]) -> Any:
     ranks = {n: rank_of(adapter, n) for n in targets if rank_of(adapter, n) != adapter.rank}
     alphas = {n: alpha_of(adapter, n) for n in targets if alpha_of(adapter, n) != adapter.alpha}
     patterns = {
-        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
+        "rank_pattern": {exactly(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {exactly(name): alpha for name, alpha in alphas.items()},
     }
     if adapter.kind in ("lora", "dora"):
         config = peft.LoraConfig(
             r=adapter.rank,
-            lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+            lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             use_rslora=adapter.scaling == "sqrt-rank",
             use_dora=adapter.kind == "dora",
@@ -125,7 +127,7 @@ def _config(adapter: Adapter, targets: Sequence[str]) -> Any:
     )
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
     """A pattern of peft's that matches this module alone."""
     return f"^{re.escape(name)}"
 
@@ -137,7 +139,14 @@ def initialise(
     """Set the start of `trainable`; returns what was taken over from the base, by module.
 
     That is (B, A) of LoRA, float32 on the host: the base then holds W - s B A. Meta tensors stay.
+    Raises ValueError for a file to start from that is of another adapter, and OSError.
     """
+    if adapter.start and not any(tensor.is_meta for tensor in trainable.values()):
+        from runtime.methods.adapter_files import read_start
+
+        for name, tensor in read_start(adapter, list(trainable)).items():
+            trainable[name].copy_(tensor)
+        return {}
     taken: dict[str, tuple[Tensor, Tensor]] = {}
     for module, parts in parts_of(list(trainable)).items():
         tensors = {part: trainable[name] for part, name in parts.items()}

@@ -1,12 +1,11 @@
-"""LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv 2106.09685).
+"""Adapters: LoRA and its kin on a frozen base. `compiler.adapters` holds their formulas and papers.
 
-W x + (alpha / rank) B A x with W frozen; peft holds the layers, as in Diffusers.
+peft holds the layers, as in Diffusers; `runtime.methods.kinds` says how each kind starts.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,53 +15,75 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compiler.adapters import ADAPTERS
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter, Model, Precision
-from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
+from runtime.methods import adapter_files
+from runtime.methods.adapter_files import PEFT_ROOT
 from runtime.methods.base import Built, check_names, masters, state
+from runtime.methods.kinds import PART, initialise, insert, parts_of
+from runtime.methods.updates import adapted_weight
 from runtime.quantise.layers import num_weights, quantised_layers
 
-NAME = "default"  # peft's and Diffusers' own name for an adapter
-PEFT_ROOT = "base_model.model"  # what peft's own files put before a module's name
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int) -> Built:
     """Freeze `model` and put the adapter on the modules that its patterns match.
 
-    The start is a function of (seed, module name, shape): matrix A as `init` says, B zero. Raises
-    ValueError if a pattern matches no linear layer or 1x1 convolution.
+    The start is a function of (seed, module name, shape) and of the base's weights, or is the file
+    that the adapter names. Raises ValueError if a pattern matches nothing, for sizes that don't
+    fit, and for a file of another adapter; OSError.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from runtime.quantise.adapters import LORA_LAYERS
-
     count = num_weights(model)
-    targets = matching(model, adapter.targets)
+    targets = targets_of(model, adapter)
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        init_lora_weights=True,  # drawn anew below, independent of torch's generator
-        target_modules="|".join(re.escape(name) for name in targets),
-    )
-    config._register_custom_module(LORA_LAYERS)
-    inject_adapter_in_model(config, model, NAME)  # not every class of Diffusers has `add_adapter`
+    insert(model, adapter, targets)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(DTYPES[precision.compute])
     trained = DTYPES[precision.trained]
     start = {n: p.detach().to(trained) for n, p in model.named_parameters() if p.requires_grad}
     trainable = masters(model, start)
-    _initialise(trainable, adapter, seed)
-    return Built(model=model, trainable=trainable, parameters=count, adapted_modules=len(targets))
+    taken = initialise(model, trainable, adapter, seed)
+    return Built(
+        model=model,
+        trainable=trainable,
+        parameters=count,
+        adapted_modules=len(targets),
+        adapter=adapter,
+        taken=taken,
+    )
 
 
-def matching(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that any of `patterns` matches in full, in the model's order."""
-    layers = [name for name, module in model.named_modules() if is_linear(module)]
+def targets_of(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Names of the modules that carry the adapter, in the model's order.
+
+    Raises ValueError, naming it, for a pattern that matches none.
+    """
+    kernels = ADAPTERS[adapter.kind].kernels
+    found = matching(model, adapter.targets, kernels=kernels)
+    for pattern in adapter.exclude:
+        left = [name for name in found if not re.fullmatch(pattern, name)]
+        if len(left) == len(found):
+            raise ValueError(f"`{pattern}` of `exclude` matches none of the targets")
+        found = left
+    if not found:
+        raise ValueError("`exclude` leaves nothing to adapt")
+    for pattern in (*(r.pattern for r in adapter.ranks), *(a.pattern for a in adapter.alphas)):
+        if not any(re.fullmatch(pattern, name) for name in found):
+            raise ValueError(f"`{pattern}` matches none of the {len(found)} adapted layers")
+    return found
+
+
+def matching(model: nn.Module, patterns: tuple[str, ...], *, kernels: bool = False) -> list[str]:
+    """Names of the linear layers that any of `patterns` matches in full, in the model's order.
+
+    With `kernels` convolutions of several pixels count too. Raises ValueError.
+    """
+    test = is_dense if kernels else is_linear
+    layers = [name for name, module in model.named_modules() if test(module)]
     found: set[str] = set()
     for pattern in patterns:
         hits = {name for name in layers if re.fullmatch(pattern, name)}
@@ -79,23 +100,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-@torch.no_grad()
-def _initialise(trainable: Mapping[str, nn.Parameter], adapter: Adapter, seed: int) -> None:
-    """A as peft's "gaussian" (deviation 1 / rank) or "kaiming" (uniform, a = sqrt 5); B zero."""
-    for name, parameter in trainable.items():
-        if parameter.is_meta:
-            continue
-        if ".lora_B." in name:
-            parameter.zero_()
-            continue
-        shape = tuple(parameter.shape)
-        generator = rng.generator(seed, f"lora {name}")
-        if adapter.init == "gaussian":
-            values = generator.standard_normal(shape) / adapter.rank
-        else:
-            bound = 1 / math.sqrt(math.prod(shape[1:]))
-            values = generator.uniform(-bound, bound, shape)
-        parameter.copy_(torch.from_numpy(values))
+def is_dense(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer or a convolution of all channels."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1
+    return isinstance(module, nn.Linear)
 
 
 def export(
@@ -107,36 +116,48 @@ def export(
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors` into `folder`, for `pipeline.load_lora_weights`; or
-    the files of `PeftModel.from_pretrained`, where the card says that the pipeline has no loader.
+    """Write the adapter into `folder` as the file that its kind has, see `compiler.adapters`; a
+    LoRA as peft's, where the family's card says that the pipeline has no loader.
 
-    Rank, alpha and targets stand in the file's metadata (peft's: in `adapter_config.json`), so that
-    it loads at the right strength.
-    `weights` replace the trained ones; `dtype` is by default what they are trained in.
+    It loads at the right strength on the base as it is published. `weights` replace the trained
+    ones; `dtype` is by default what they are trained in.
     """
-    import diffusers
-    from peft import get_peft_model_state_dict
-
+    adapter = built.adapter
+    assert adapter is not None
     values = state(built) if weights is None else weights
     check_names(built, values)
-    adapted: Any = built.model
-    layers = get_peft_model_state_dict(adapted, state_dict=dict(values), adapter_name=NAME)
-    saved = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in layers.items()}
+    whole = adapter_files.given_back(values, built.taken)
+    kept = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in whole.items()}
+    tensors = adapter_files.laid_out(kept, adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    said = metadata(adapted.peft_config[NAME])
-    if family.card.lora_loader == "peft":
-        _write_for_peft(saved, said, folder)
-        return
-    component = model.trained_component
+    layout = adapter_files.layout_of(adapter, family.card)
+    if layout == "lycoris":
+        save_file(tensors, folder / ADAPTERS[adapter.kind].file, metadata={"format": "pt"})
+    elif layout == "peft":
+        _write_for_peft(tensors, adapter_files.peft_settings(kept, adapter), folder)
+    else:
+        _write_for_diffusers(tensors, kept, adapter, model.trained_component, family, folder)
+
+
+def _write_for_diffusers(
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    adapter: Adapter,
+    component: str,
+    family: Family,
+    folder: Path,
+) -> None:
+    import diffusers
+
     arguments: dict[str, Any] = {
-        f"{component}_lora_layers": saved,
-        f"{component}_lora_adapter_metadata": said,
+        f"{component}_lora_layers": dict(tensors),
+        f"{component}_lora_adapter_metadata": adapter_files.peft_settings(values, adapter),
     }
     getattr(diffusers, family.card.pipeline).save_lora_weights(folder, **arguments)
 
 
 def file_prefix(family: FamilyCard) -> str:
-    """What `export` puts before the names of modules."""
+    """What `export` puts before the names of a LoRA's modules."""
     return f"{PEFT_ROOT if family.lora_loader == 'peft' else family.trained_component}."
 
 
@@ -155,17 +176,18 @@ def merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """The trained component's tensors without adapter, by their plain names, one at a time.
 
-    W + (alpha / rank) B A, added up in float32 and rounded once, to `dtype` or that of the base;
-    quantised weights are turned back in float32 (nf4 levels and scales, nothing else, are then
-    exact), so the sum keeps what the adapter learned of their errors. `weights` replace the trained
-    ones.
+    Computed in float32 and rounded once, to `dtype` or that of the base; quantised weights are
+    turned back in float32 (nf4 levels and scales, nothing else, are then exact), so the result
+    keeps what the adapter learned of their errors. `weights` replace the trained ones.
     """
+    assert built.adapter is not None
     values = state(built) if weights is None else weights
     check_names(built, values)
+    modules = parts_of(list(values))
     quantised = dict(quantised_layers(built.model))
     for key, held in built.model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
-        if ".lora_" in key or (owner in quantised and leaf == "scales"):
+        if PART.fullmatch(key) or (owner in quantised and leaf == "scales"):
             continue
         name = owner.removesuffix(".base_layer")
         of, tensor = held.dtype, held
@@ -173,21 +195,7 @@ def merged(
             layer, leaf = quantised[owner], "weight"
             of, plain = layer.form.dtype, layer.weight.shape
             tensor = layer.dequantised(torch.float32).view(plain)
-        if leaf == "weight" and f"{name}.lora_A.{NAME}.weight" in values:
-            tensor = tensor.float() + _update(built.model, name, values).view_as(tensor)
+        if leaf == "weight" and name in modules:
+            parts = {part: values[full] for part, full in modules[name].items()}
+            tensor = adapted_weight(tensor, parts, built.adapter, name)
         yield f"{name}.{leaf}" if name else leaf, tensor.to(dtype or of)
-
-
-def _update(model: nn.Module, name: str, values: Mapping[str, Tensor]) -> Tensor:
-    """(alpha / rank) B A of the layer called `name`, (outputs, inputs), float32."""
-    layer: Any = model.get_submodule(name)
-    a, b = (values[f"{name}.lora_{which}.{NAME}.weight"].float().flatten(1) for which in "AB")
-    update: Tensor = (b @ a) * layer.scaling[NAME]
-    return update
-
-
-def metadata(config: Any) -> dict[str, Any]:
-    """peft's configuration as plain values, in an order that is always the same."""
-    values: dict[str, Any] = config.to_dict()
-    plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-    return {**plain, "lora_dropout": 0.0}  # pipelines load in training mode

@@ -10,14 +10,14 @@ Angles, times and losses are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 """The velocity n - x0 (B, C, h, w) at (1 - tau) x0 + tau n, of unit variance, and the times tau
@@ -87,7 +87,7 @@ def forward_derivative(
     recorded.
     """
     dual: Any = forward_ad
-    with dual.dual_level(), _ExplicitAttention():
+    with dual.dual_level(), explicit_attention():
         result = predict(
             flow, dual.make_dual(inputs, input_tangent), dual.make_dual(angles, angle_tangent)
         )
@@ -144,19 +144,20 @@ def discriminator_loss(real: Tensor, fakes: list[Tensor]) -> Tensor:
     return (F.relu(1 - real).mean(1) + false) / 2
 
 
-class _ExplicitAttention(TorchFunctionMode):
-    """Inside, `scaled_dot_product_attention` is its formula in plain operations."""
+@contextmanager
+def explicit_attention() -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` is its formula in plain operations.
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        arguments: tuple[Any, ...] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return _attention(*arguments, **(options or {}))
-        return function(*arguments, **(options or {}))
+    The function itself is exchanged, as simulation and other kernels exchange it too: what they
+    call in its place has no forward derivative either.
+    """
+    functional: Any = F
+    stock = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
 
 
 def _attention(

@@ -17,7 +17,9 @@ from runtime.methods.boft import butterfly, rotations
 NEUMANN = 4  # the last power of Q in the series for OFT's rotation; peft counts five terms
 
 
-def adapted(weight: Tensor, parts: Mapping[str, Tensor], adapter: Adapter, module: str) -> Tensor:
+def adapted_weight(
+    weight: Tensor, parts: Mapping[str, Tensor], adapter: Adapter, module: str
+) -> Tensor:
     """What takes the place of `weight`, (outputs, inputs) or (outputs, inputs, height, width).
 
     `parts` are the adapter's tensors of this module: "lora_A" and so on.

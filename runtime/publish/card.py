@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from compiler.adapters import ADAPTERS, LYCORIS_FILE, PEFT_FILE, described
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 
@@ -82,7 +83,7 @@ def _front(plan: Plan, licence: Mapping[str, str], samples: Sequence[tuple[str, 
 def _sentence(plan: Plan, step: int) -> str:
     method = "A full fine-tune of"
     if plan.adapter:
-        method = f"A {plan.adapter.kind.upper()} of rank {plan.adapter.rank} for"
+        method = f"A {described(plan.adapter)} for"
     link = base_name(plan)
     if not plan.model.local:
         link = f"[{link}](https://huggingface.co/{link})"
@@ -114,7 +115,18 @@ def _usage(plan: Plan) -> str:
     imports = ["import torch", f"from diffusers import {pipeline}"]
     if plan.adapter:
         load = [f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})"]
-        if family.lora_loader == "peft":
+        file = ADAPTERS[plan.adapter.kind].file
+        if file == LYCORIS_FILE:
+            imports += [
+                "from huggingface_hub import hf_hub_download",
+                "from lycoris import create_lycoris_from_weights",
+            ]
+            load += [
+                f'file = hf_hub_download({hub}, "{file}")',
+                f"network, _ = create_lycoris_from_weights(1.0, file, {trained})",
+                "network.merge_to(1.0)",
+            ]
+        elif family.lora_loader == "peft" or file == PEFT_FILE:
             imports.append("from peft import PeftModel")
             load.append(f"{trained} = PeftModel.from_pretrained({trained}, {hub})")
         else:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from attrs import frozen
 from PIL import Image
 
+from compiler.adapters import ADAPTERS
 from compiler.plan import EVALUATION, Plan
 
 OFFLINE = "HF_HUB_OFFLINE"  # set by `--offline`, and by people who want the same
@@ -75,5 +76,7 @@ def settings(plan: Plan) -> dict[str, str | int | float]:
         "device": plan.device,
     }
     if plan.adapter:
-        found |= {"rank": plan.adapter.rank, "alpha": plan.adapter.alpha}
+        row = ADAPTERS[plan.adapter.kind]
+        sizes = {"rank": plan.adapter.rank, "alpha": plan.adapter.alpha}
+        found |= sizes if row.ranked else {"block_size": plan.adapter.block_size}
     return found

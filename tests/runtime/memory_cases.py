@@ -153,6 +153,7 @@ def candidate(
 ) -> Candidate:
     """A step to simulate; `rank` 0 is a full fine-tune, `tokens` 0 the family's prompt length."""
     card = FAMILIES[model.family]
+    trained_config = json.loads(model.configs[card.trained_component])
     adapter = Adapter(
         kind="lora",
         rank=rank,
@@ -176,6 +177,7 @@ def candidate(
             shift=3.0,
             loss="mse",
             weighting="none",
+            guidance=1.0 if card.told_guidance(trained_config) else None,
         ),
         optimizer=Optimizer(
             name=optimizer,

@@ -36,6 +36,7 @@ from compiler.plan import (
     Text,
     Validation,
 )
+from runtime.families.common import config_of
 from tests.runtime.tiny import tiny_model
 
 LORA = Adapter(
@@ -146,7 +147,7 @@ def tiny_plan(
     sources = (source_of(given),) if isinstance(given, Path) else tuple(given)
     manifest = manifest_of(sources)
     facts = OPTIMIZERS[optimizer]
-    card = FAMILIES[family]
+    card, model = FAMILIES[family], tiny_model(family, base_folder)
     buckets = bucket_rows(manifest, sources, [batch_size] * len(sources))
     batches = sum(bucket.batches for bucket in buckets)
     per_epoch = ceil(batches / accumulate)
@@ -157,7 +158,7 @@ def tiny_plan(
         run_folder=str(run_folder),
         cache_folder=str(run_folder.parent / "cache"),
         device="cpu",
-        model=tiny_model(family, base_folder),
+        model=model,
         adapter=LORA,
         precision=Precision(
             compute="float32", weights="float32", trained="float32", cache="float32"
@@ -191,6 +192,7 @@ def tiny_plan(
             shift=3.0,
             loss="mse",
             weighting="none",
+            guidance=1.0 if card.told_guidance(config_of(model, card.trained_component)) else None,
         ),
         max_grad_norm=1.0,
         ema=Ema(decay=0.9, device="cpu", every=2),

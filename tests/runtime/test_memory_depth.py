@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from compiler.plan import Layout
 from runtime.memory.curve import Curve, NotAlike, affine, deeper, highest
 from runtime.memory.shallow import shallow
 from runtime.memory.simulate import RuntimeMemoryModel
-from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known
+from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known, small
 
 MODEL = RuntimeMemoryModel()
 NUMBERS = (
@@ -88,8 +90,38 @@ def test_deep_models(family: str, options: dict[str, Any]) -> None:
     check(deep(family, 31, **options))
 
 
+@pytest.mark.parametrize("family", ["lumina2", "pixart"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4, "checkpointing": 2, "layout": Layout(offload_blocks=99)},
+        {"trained": "bfloat16", "optimizer": "sgd", "checkpointing": 1, "max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
+def test_deep_models_of_later_families(family: str, options: dict[str, Any]) -> None:
+    """Small, but with long runs of equal blocks, where the published ones have them."""
+    step, card = small(family, device="cuda", compute="bfloat16", **options), FAMILIES[family]
+    configs, runs = dict(step.model.configs), card.runs
+    config = json.loads(configs[card.trained_component])
+    published = dict(card.known[0].configs[card.trained_component])
+    assert runs is not None
+    counts = [min(count, 23) for count in runs(published) or ()]
+    configs[card.trained_component] = json.dumps(card.shortened(config, counts))
+    check(evolve(step, model=evolve(step.model, configs=configs)))
+
+
 def test_two_runs_of_equal_blocks() -> None:
     check(deep("sd3", 40, dual=list(range(21)), rank=4))
+
+
+@pytest.mark.parametrize("options", [{"rank": 4, "checkpointing": 1}, {"trained": "bfloat16"}])
+def test_double_and_single_blocks(options: dict[str, Any]) -> None:
+    """Two module lists, one after the other."""
+    tiny = import_module("tests.runtime.tinies.flux")
+    shape = {**tiny.SMALL, "num_layers": 11, "num_single_layers": 22}
+    given = {"tokens": 32, "shapes": ((256, 256, 2),), "pictures": ((128, 128),), **options}
+    check(candidate(known(tiny.BASE, tiny.PARTS, **shape), **given))
 
 
 def test_every_block_of_the_second_kind() -> None:
@@ -111,7 +143,7 @@ def test_what_has_no_period_is_simulated_whole(options: dict[str, Any]) -> None:
     assert MODEL.course(step, step.shapes[0]).peak > 0
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3"])
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux"])
 def test_published_models_are_shortened(family: str) -> None:
     card = FAMILIES[family]
     for entry in card.known:

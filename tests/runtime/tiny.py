@@ -99,7 +99,7 @@ def _wake(transformer: Any) -> None:
 
 
 def _sana(overrides: dict[str, Any]) -> SanaPipeline:
-    tokenizer = _gemma_tokenizer()
+    tokenizer = gemma_tokenizer()
     encoder = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -221,7 +221,7 @@ def _clip(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextMode
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _gemma_tokenizer() -> GemmaTokenizer:
+def gemma_tokenizer() -> GemmaTokenizer:
     """One token a letter, and bytes for what is not ASCII."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     tokens = [*special, *(f"<0x{n:02X}>" for n in range(256)), "\u2581", "\n", *LETTERS]

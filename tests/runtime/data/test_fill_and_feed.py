@@ -21,7 +21,7 @@ from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Folder, Manifest
 from compiler.data.scan import scan
 from compiler.families import FAMILIES
-from compiler.plan import DataSource, Plan, Prompt
+from compiler.plan import DataSource, NoiseTable, Plan, Prompt
 from runtime import rng
 from runtime.data.cache import Cache, CacheIncomplete
 from runtime.data.feed import Feed, Window
@@ -29,6 +29,7 @@ from runtime.data.fill import BrokenData, fill_latents, fill_text, prompt_embedd
 from runtime.events import Silent
 from runtime.families import family_of
 from runtime.noise_levels import draw_uniform, sigmas_from_uniform
+from runtime.noise_table import cumulative
 from runtime.objective import per_sample_loss
 from tests.compiler.data.pictures import encoded, picture
 from tests.runtime.data.fakes import FakeFamily, embedding_of, fake_base
@@ -261,6 +262,28 @@ def test_batches_hold_what_belongs_together(tmp_path: Path) -> None:
                 assert batch.sigmas[index] == sigma[0]
                 slot += 1
         assert slot == window.samples
+
+
+def test_offset_noise_is_the_same_in_all_places_of_a_channel(tmp_path: Path) -> None:
+    plan, manifest, family, cache = filled(tmp_path)
+    table = NoiseTable(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    objective = evolve(plan.objective, prediction="epsilon", table=table, shift=1.0)
+    plain = evolve(plan, objective=objective)
+    moved = evolve(plan, objective=evolve(objective, offset_noise=0.1))
+    added: list[torch.Tensor] = []
+    windows = (all_windows(Feed(p, manifest, family, cache, CPU)) for p in (plain, moved))
+    for before, after in zip(*windows, strict=True):
+        for one, other in zip(before.batches, after.batches, strict=True):
+            change = (other.noise - one.noise) / 0.1
+            assert change.std((2, 3)).max() < 1e-5
+            added.append(change.mean((2, 3)).flatten())
+            assert torch.equal(one.latents, other.latents)
+            assert one.kept is not None
+            levels = (one.sigmas * 1000).round().long() - 1
+            assert torch.equal(one.kept, cumulative(table)[levels])
+    drawn = torch.cat(added)
+    assert len(drawn) > 100 and len(drawn.unique()) == len(drawn)
+    assert abs(drawn.mean()) < 4 / len(drawn) ** 0.5 and 0.7 < drawn.std() < 1.3
 
 
 def test_the_posterior_is_drawn_anew_each_step(tmp_path: Path) -> None:

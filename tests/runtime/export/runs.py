@@ -19,6 +19,7 @@ from tests.runtime.tiny import make_tiny
 
 SD35: dict[str, Any] = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
 EVERYTHING: dict[str, tuple[str, ...]] = {
+    "flux": FAMILIES["flux"].target_sets["all-linear"],
     "sd3": FAMILIES["sd3"].target_sets["all-linear"],
     "sd": FAMILIES["sd"].target_sets["all-linear"],
     "sdxl": FAMILIES["sdxl"].target_sets["all-linear"],

@@ -11,10 +11,11 @@ import torch
 from attrs import frozen
 
 from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
 from compiler.plan import Text
 from runtime.families import family_of
 from runtime.families.base import Family
-from runtime.families.common import DTYPES, encode_prompts, sample
+from runtime.families.common import DTYPES, class_called, encode_prompts, sample
 from tests.runtime.tiny import make_tiny, tiny_model
 
 CPU = torch.device("cpu")
@@ -79,8 +80,6 @@ def check_pictures(given: Opened, guidance: float, **options: Any) -> None:
 
 def check_parameters(name: str) -> None:
     """The counts of the card are those of the classes that the configurations make."""
-    import transformers
-
     card = FAMILIES[name]
     seen = set()
     for known in card.known:
@@ -89,7 +88,7 @@ def check_parameters(name: str) -> None:
             if component == "scheduler" or key in seen:
                 continue
             seen.add(key)
-            made = _made(card.components[component], dict(config), transformers)
+            made = _made(card, component, dict(config))
             count = sum(p.numel() for p in made.parameters())
             assert count == known.parameters[component], (known.base, component)
             if component == card.trained_component:
@@ -98,9 +97,9 @@ def check_parameters(name: str) -> None:
                 assert card.depth(config) == len(blocks_of(made, card.blocks)), known.base
 
 
-def _made(class_name: str, config: dict[str, Any], transformers: Any) -> Any:
+def _made(card: FamilyCard, component: str, config: dict[str, Any]) -> Any:
+    cls, library = class_called(card.components[component], card)
     with torch.device("meta"):
-        if hasattr(diffusers, class_name):
-            return getattr(diffusers, class_name).from_config(config)
-        cls = getattr(transformers, class_name)
+        if library == "diffusers":
+            return cls.from_config(config)
         return cls(cls.config_class(**config))

@@ -8,11 +8,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard, KnownModel
+from runtime.families.common import class_called
 from runtime.methods.lora import is_linear, matching
 
 KNOWN = [(card, known) for card in FAMILIES.values() for known in card.known]
@@ -21,12 +21,12 @@ counted: dict[str, tuple[int, int]] = {}  # configurations are shared between mo
 
 
 def on_meta(card: FamilyCard, name: str, config: dict[str, Any]) -> nn.Module:
+    cls, library = class_called(card.components[name], card)
     with torch.device("meta"):
-        if hasattr(transformers, card.components[name]):
-            cls = getattr(transformers, card.components[name])
-            module: nn.Module = cls(cls.config_class.from_dict(config))
+        if library == "diffusers":
+            module: nn.Module = cls.from_config(config)
             return module
-        module = getattr(diffusers, card.components[name]).from_config(config)
+        module = cls(cls.config_class.from_dict(config))
         return module
 
 
@@ -65,6 +65,9 @@ def test_defaults_are_the_pipeline_s(card: FamilyCard) -> None:
     assert length == card.prompt_length
     if "complex_human_instruction" in call:
         assert tuple(call["complex_human_instruction"].default) == card.instruction
+    elif "system_prompt" in call:  # its default is the pipeline's own
+        parts = dict.fromkeys(card.components)
+        assert (getattr(diffusers, card.pipeline)(**parts).system_prompt,) == card.instruction
     else:
         assert card.instruction == ()
 

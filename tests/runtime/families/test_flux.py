@@ -226,17 +226,11 @@ def test_target_sets_match_these_many_layers() -> None:
 
 def test_the_reference_script_s_targets() -> None:
     """Its list, as peft matches it: names that end so."""
-    listed = (
-        "attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj "
-        "attn.add_v_proj attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj "
-        "ff_context.net.2"
-    ).split()
+    attention = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj"]
+    listed = [f".attn.{ending}" for ending in (*attention, "to_add_out")]
+    listed += [f".{ff}.net.{end}" for ff in ("ff", "ff_context") for end in ("0.proj", "2")]
     model = on_meta()
-    wanted = {
-        name
-        for name, _ in model.named_modules()
-        if any(name.endswith(f".{ending}") for ending in listed)
-    }
+    wanted = {name for name, _ in model.named_modules() if name.endswith(tuple(listed))}
     assert set(matching(model, CARD.target_sets[CARD.default_targets])) == wanted
 
 

@@ -158,7 +158,7 @@ def test_only_softmax_attention_is_written_out(network: nn.Module) -> None:
     given = inputs_of()
     flow = flow_of(network, given)
     plain = trigflow.predict(flow, given["x"], given["t"])
-    with trigflow._ExplicitAttention():
+    with trigflow.explicit_attention():
         inside = trigflow.predict(flow, given["x"], given["t"])
     torch.testing.assert_close(inside, plain, rtol=1e-5, atol=1e-6)
 

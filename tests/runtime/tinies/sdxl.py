@@ -67,7 +67,7 @@ def pipeline(overrides: dict[str, Any]) -> StableDiffusionXLPipeline:
 
 def scheduler(**options: Any) -> EulerDiscreteScheduler:
     """As published."""
-    return EulerDiscreteScheduler(timestep_spacing="leading", **BETAS, **options)
+    return EulerDiscreteScheduler(timestep_spacing="leading", **{**BETAS, **options})
 
 
 def unet(text: int, told: int, **overrides: Any) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Flux.2 klein (Black Forest Labs, 2026): double and single blocks that share their modulation.
+
+Those to train are the bases, which are not distilled: what is learned on them serves the distilled
+models of four steps as well. Its latents are normalised by statistics that the autoencoder brings,
+square by square of 2 x 2. Configurations are those of the published folders; a key that is absent
+has its class's default. Parameter counts are of those classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compiler.families import flux
+from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
+
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLFlux2",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 32,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "batch_norm_eps": 1e-4,
+    "patch_size": [2, 2],
+}
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+QWEN3_4B = {
+    **QWEN3,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "tie_word_embeddings": True,
+}
+QWEN3_8B = {
+    **QWEN3,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
+TRANSFORMER: dict[str, Any] = {
+    "_class_name": "Flux2Transformer2DModel",
+    "patch_size": 1,
+    "in_channels": 128,
+    "attention_head_dim": 128,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "rope_theta": 2000,
+    "eps": 1e-06,
+    "guidance_embeds": False,
+}
+SMALL = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+}
+LARGE = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+
+
+def _known(
+    base: str, shape: Mapping[str, Any], encoder: Mapping[str, Any], *parameters: int
+) -> KnownModel:
+    names = ("text_encoder", "transformer", "vae")
+    return KnownModel(
+        base=base,
+        resolution=1024,
+        configs={
+            "scheduler": {**flux.SCHEDULER, **flux.BY_SIZE},
+            "text_encoder": encoder,
+            "transformer": {**TRANSFORMER, **shape},
+            "vae": VAE,
+        },
+        parameters=dict(zip(names, parameters, strict=True)),
+    )
+
+
+IMAGE = r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
+TEXT = r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)"
+SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+FEED_FORWARD = r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
+
+
+def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "encoder_hidden_states": (max_length, int(configs["transformer"]["joint_attention_dim"]))
+    }
+
+
+CARD = FamilyCard(
+    name="flux2",
+    title="Flux.2 klein",
+    pipeline="Flux2KleinPipeline",
+    pipeline_options={"is_distilled": False},
+    components={
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "text_encoder": "Qwen3ForCausalLM",
+        "tokenizer": "Qwen2TokenizerFast",
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+    },
+    text_encoders=("text_encoder",),
+    trained_component="transformer",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    depth=counted("num_layers", "num_single_layers"),
+    runs=flux.runs,
+    shortened=flux.shortened,
+    latent_channels_key="latent_channels",
+    moments=("mean",),
+    embedding_shapes=_embedding_shapes,
+    unpadded_text=False,
+    prompt_length=512,
+    instruction=(),
+    default_resolution=1024,
+    sampling="logit-normal",
+    default_shift=3.0,
+    # Flux2KleinPipeline's `compute_empirical_mu` for 50 steps, whatever its scheduler says: on a
+    # line up to 4300 tokens (16 x 16 pixels each); above, it samples with less.
+    token_shift=TokenShift(
+        base_tokens=256,
+        max_tokens=4096,
+        base_shift=1.6216074698534737,
+        max_shift=2.0233511571292637,
+        stated=False,
+    ),
+    prediction="flow",
+    guidance=4.0,
+    inference_steps=50,
+    target_sets={
+        # What `to_q, to_k, to_v, to_out.0` means in other trainers: the double blocks alone.
+        "attention-image": (IMAGE,),
+        # Single blocks have their attention and the start of the feed-forward in one layer.
+        "attention": (IMAGE, TEXT, SINGLE),
+        "all-linear": (IMAGE, TEXT, SINGLE, FEED_FORWARD),
+    },
+    default_targets="attention",
+    fp16_overflows=False,
+    masked_attention=False,
+    attention="all attention",
+    known=(
+        _known(
+            "black-forest-labs/FLUX.2-klein-base-4B",
+            SMALL,
+            QWEN3_4B,
+            4_022_468_096,
+            3_875_544_576,
+            84_046_115,
+        ),
+        _known(
+            "black-forest-labs/FLUX.2-klein-base-9B",
+            LARGE,
+            QWEN3_8B,
+            8_190_735_360,
+            9_078_581_248,
+            84_046_115,
+        ),
+    ),
+    traps=(
+        "The distilled models (FLUX.2-klein-4B, -9B) are for drawing in four steps: train the base "
+        "of the same size, and load its LoRA there.",
+        "The pipeline shifts noise levels far more than its scheduler's configuration says; here "
+        "training follows the pipeline.",
+    ),
+    packed=2,
+)
