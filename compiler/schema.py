@@ -75,41 +75,41 @@ class AdapterRecipe:
     """Low-rank adaptation (arXiv 2106.09685), the same with the lengths of rows apart ("dora",
     2402.09353), Kronecker's ("lokr", 2309.14859) and Hadamard's product ("loha", 2108.06098), or
     rotations of blocks ("oft", 2306.07280) and products of such ("boft", 2311.06243)."""
-    rank: Annotated[int, Range(ge=1, le=16_384)] | None = None
-    """Rank of the update; by default 16. "oft" and "boft" have a `block_size` instead."""
+    rank: Annotated[int, Range(ge=1, le=16_384)] = 16
+    """Rank of the update. "oft" and "boft" have a `block_size` instead."""
     alpha: PositiveFloat | Auto = "auto"
     """The update is scaled by alpha / rank. "auto": alpha = rank."""
     ranks: dict[str, Annotated[int, Range(ge=1, le=16_384)]] = field(factory=dict)
     """Module name pattern -> rank, where it is not `rank`. The first that matches counts."""
     alphas: dict[str, PositiveFloat] = field(factory=dict)
     """Module name pattern -> alpha, where it is not `alpha`."""
-    scaling: Literal["rank", "sqrt-rank"] | None = None
+    scaling: Literal["rank", "sqrt-rank"] = "rank"
     """Of "lora" and "dora": scale by alpha / rank, or by alpha / sqrt(rank), which keeps large
-    ranks from learning less (rsLoRA, arXiv 2312.03732). By default "rank"."""
-    dropout: Probability | None = None
+    ranks from learning less (rsLoRA, arXiv 2312.03732)."""
+    dropout: Probability = 0.0
     """Dropout on the input of "lora" and "dora"; share of the blocks that "oft" and "boft" leave
-    unrotated in a step. By default 0."""
-    rank_dropout: Probability | None = None
+    unrotated in a step."""
+    rank_dropout: Probability = 0.0
     """Of "lokr" and "loha": chance of each row of the update to be left out in a step."""
-    module_dropout: Probability | None = None
+    module_dropout: Probability = 0.0
     """Of "lokr" and "loha": chance of a layer to go without its update in a step."""
-    init: Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"] | None = None
-    """Of "lora" and "dora": how the first matrix starts (the second one starts at zero); by default
-    "gaussian". Of "lora": "orthogonal" starts both so that their product is zero; "pissa"
-    (arXiv 2404.02948) starts with the largest singular values of the base's weights and "olora"
-    (2406.01775) with their QR decomposition, both of which the result gives back to the base."""
+    init: Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"] = "gaussian"
+    """Of "lora" and "dora": how the first matrix starts (the second one starts at zero). Of "lora":
+    "orthogonal" starts both so that their product is zero; "pissa" (arXiv 2404.02948) starts with
+    the largest singular values of the base's weights and "olora" (2406.01775) with their QR
+    decomposition, both of which the result gives back to the base."""
     factor: Annotated[int, Range(ge=2, le=65_536)] | None = None
     """Of "lokr": edges are split into two numbers, one of which is near to this; by default both
     are near to the root."""
-    decompose_both: bool | None = None
-    """Of "lokr": decompose the first matrix too where `rank` is small enough. By default false."""
+    decompose_both: bool = False
+    """Of "lokr": decompose the first matrix too where `rank` is small enough."""
     block_size: Annotated[int, Range(ge=2, le=16_384)] | None = None
     """Of "oft" and "boft": inputs that are rotated together, which must divide the number of
     inputs. By default 32 and 8."""
-    block_share: bool | None = None
-    """Of "oft": rotate all blocks of a layer alike. By default false."""
-    butterfly_factors: Annotated[int, Range(ge=1, le=16)] | None = None
-    """Of "boft": how many rotations follow each other, each on other blocks. By default 1."""
+    block_share: bool = False
+    """Of "oft": rotate all blocks of a layer alike."""
+    butterfly_factors: Annotated[int, Range(ge=1, le=16)] = 1
+    """Of "boft": how many rotations follow each other, each on other blocks."""
     targets: str | tuple[str, ...] = "auto"
     """A named set of the family ("attention", "all-linear"), or module name patterns."""
     exclude: tuple[str, ...] = ()

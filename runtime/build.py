@@ -16,6 +16,7 @@ from runtime.families.base import Family
 from runtime.families.common import DTYPES, component_of
 from runtime.methods import full, lora
 from runtime.methods.base import Built, load_state, state
+from runtime.methods.sprint import prepare as distil
 from runtime.modules import blocks_of
 from runtime.offload.activations import offload_activations
 from runtime.offload.blocks import offload_blocks
@@ -66,7 +67,8 @@ def build(
     # Masters beside the model's weights are for computing in another type than is trained.
     kept = evolve(precision, compute=precision.trained) if sharded else precision
     if sprint is not None:
-        built = _distilled(model, component, precision, layout, family, device, sprint, seed)
+        teacher = _teacher(model, precision, layout, family, device, empty=empty)
+        built = distil(component, teacher, sprint, precision, seed)
     elif adapter is None:
         built = full.prepare(component, kept)
     else:
@@ -83,27 +85,23 @@ def build(
     return built
 
 
-def _distilled(
+def _teacher(
     model: Model,
-    student: nn.Module,
     precision: Precision,
     layout: Layout,
     family: Family,
     device: torch.device,
-    sprint: Sprint,
-    seed: int,
-) -> Built:
-    """A student made of `student`, beside its teacher, which is the base once more."""
-    from runtime.methods import sprint as method
-
+    *,
+    empty: bool,
+) -> nn.Module:
+    """The base once more, to be learned from: frozen, in the type that is computed in."""
     name, dtype = model.trained_component, DTYPES[precision.compute]
-    if next(student.parameters()).is_meta:
-        teacher: nn.Module = family.empty(model, name, dtype, device)
+    if empty:
+        teacher = family.empty(model, name, dtype, device)
     else:
         teacher = family.load(model, name, dtype, device)
-    built = method.prepare(student, teacher, sprint, precision, seed)
     checkpoint_blocks(teacher, family.card.blocks, layout.activation_checkpointing)
-    return built
+    return teacher
 
 
 def check_precision(adapter: Adapter | None, precision: Precision) -> None:

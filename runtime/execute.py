@@ -22,7 +22,7 @@ from compiler.data.manifest import Manifest
 from compiler.keeping import CLIP_SCORE
 from compiler.optimizers import saved_bytes
 from compiler.plan import Plan
-from runtime import checkpoints, files, folder, sharded_saving
+from runtime import checkpoints, files, folder, sharded_saving, zero_saving
 from runtime.build import Built, build, load_state, state
 from runtime.checkpoints import Snapshot
 from runtime.clock import Clock
@@ -59,8 +59,10 @@ from runtime.scores.clip import ClipScore
 from runtime.sharded import Shards, sharded
 from runtime.speed import check_speed, prepare
 from runtime.stop import Stop
+from runtime.together import Together
 from runtime.track import METRICS, Tracker, open_trackers, rows
 from runtime.validate import Painter, is_done, measure, validate
+from runtime.zero import Zero, check_zero, zeroed
 
 LOG = "run.log"
 _FINISHED = "finished"
@@ -260,6 +262,7 @@ def _run(context: Context) -> Outcome:
     plan, ranks = context.plan, context.ranks
     check_usable(plan.optimizer, plan.device)
     check_speed(plan.speed, plan.device)
+    check_zero(plan)
     torch.set_num_threads(plan.threads)  # sums are split by threads: part of the trajectory
     trackers = _trackers(context)
     try:
@@ -350,11 +353,16 @@ def _fill(context: Context) -> None:
 def _prepare(context: Context) -> tuple[Built, Trained, int]:
     """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
     plan = context.plan
-    built, shards = _built(context), None
+    built = _built(context)
+    shards: Together | None = None
     if _is_sharded(context):
         given = (built, plan, context.family, context.device, context.ranks)
-        built, shards = sharded(*given)
-    optimizer = make_optimizer(plan.optimizer, built.trainable.items(), context.device)
+        zero = plan.sharing.strategy == "deepspeed"
+        built, shards = zeroed(*given) if zero else sharded(*given)
+    if isinstance(shards, Zero):
+        optimizer = shards.optimizer
+    else:
+        optimizer = make_optimizer(plan.optimizer, built.trainable.items(), context.device)
     fused = plan.memory.layout.fused_backward
     trained = Trained(
         family=context.family,
@@ -386,7 +394,7 @@ def _rival(plan: Plan, built: Built, device: torch.device) -> Side | None:
 
 
 def _is_sharded(context: Context) -> bool:
-    return context.plan.sharing.strategy == "fsdp" and context.ranks.count > 1
+    return context.plan.sharing.strategy != "ddp" and context.ranks.count > 1
 
 
 def _built(context: Context) -> Built:
@@ -415,6 +423,7 @@ def _resume(context: Context, built: Built, trained: Trained) -> int:
     saved = checkpoints.latest(context.folder / "checkpoints")
     if saved is None:
         return 0
+    zero_saving.judge(saved, context.plan)
     step = _load(saved, built, trained)
     context.events.message(f"going on from step {step} of {context.plan.steps.total}")
     return step
@@ -423,7 +432,11 @@ def _resume(context: Context, built: Built, trained: Trained) -> int:
 def _load(saved: Path, built: Built, trained: Trained) -> int:
     """Everything that is trained as it was after the step that is returned."""
     if trained.shards is not None:
-        return sharded_saving.restore(saved, trained.shards, trained.optimizer, trained.ema)
+        given = (trained.optimizer, trained.ema)
+        if isinstance(trained.shards, Zero):
+            return zero_saving.restore(saved, trained.shards, *given)
+        assert isinstance(trained.shards, Shards)
+        return sharded_saving.restore(saved, trained.shards, *given)
     snapshot = checkpoints.load(saved)
     load_state(built, snapshot.weights)
     load_optimizer(trained.optimizer, dict(snapshot.optimizer))
@@ -570,7 +583,9 @@ def _copied(
     )
 
 
-def _save_shards(context: Context, trained: Trained, shards: Shards, step: int, epoch: int) -> None:
+def _save_shards(
+    context: Context, trained: Trained, shards: Together, step: int, epoch: int
+) -> None:
     """Save, all ranks together, before training goes on."""
     root, metrics = context.folder / "checkpoints", context.folder / METRICS
     there = checkpoints.is_complete(checkpoints.folder_of(root, step))
@@ -589,8 +604,12 @@ def _save_shards(context: Context, trained: Trained, shards: Shards, step: int, 
         context.events.phase("save", 0, "")
         if context.ranks.leads and metrics.exists():
             files.sync(metrics)
-        given = (shards, trained.optimizer, trained.ema, context.ranks)
-        saved = sharded_saving.save(root, head, *given)
+        given = (trained.optimizer, trained.ema, context.ranks)
+        if isinstance(shards, Zero):
+            saved = zero_saving.save(root, head, shards, *given)
+        else:
+            assert isinstance(shards, Shards)
+            saved = sharded_saving.save(root, head, shards, *given)
         if context.ranks.leads:
             context.publisher.checkpoint(saved, step)
             prune(root, context.plan.checkpoints, metrics)

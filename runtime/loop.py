@@ -48,7 +48,7 @@ from runtime.track import Tracker
 
 if TYPE_CHECKING:
     from runtime.data.feed import Window
-    from runtime.sharded import Shards
+    from runtime.together import Together
 
 RIVALS = 1  # updates take turns: of two, the second one is the rival's
 LOG_EVERY = 10  # steps between two readings of an accelerator's metrics; reading waits for it
@@ -80,7 +80,7 @@ class Trained:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     fused: FusedBackward | None = None  # updates weights in the backward pass; None: after it
-    shards: Shards | None = None  # where each rank holds a part of every weight
+    shards: Together | None = None  # where each rank holds a part of the model
     scaler: Scaler | None = None  # of the loss, where gradients are float16
     method: Method | None = None  # what an update computes; None: the family's own loss
     rival: Side | None = None  # what is trained in turns with it
@@ -117,6 +117,7 @@ class Row:
     grad_norm: Tensor  # L2, before clipping
     losses: Tensor  # (samples,), as `names`
     names: Sequence[str]
+    by_ranks: bool = False  # made with the norm, see `runtime.together`, unless that is not finite
     fused: bool = False  # weights were updated in the backward pass, before `grad_norm` was known
     scale: Tensor | None = None  # of the loss
     of: str = ""  # begins the names of its numbers
@@ -317,13 +318,14 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
             losses.append(
                 micro_step(
                     trained.family,
-                    trained.model,
+                    shards.called if shards else trained.model,
                     batch,
                     plan.objective,
                     plan.precision,
                     window.samples,
                     fused.begin if fused else None,
                     scaler.scale if scaler else None,
+                    shards.backward if shards else None,
                 )
             )
     if shards:
@@ -345,6 +347,7 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         grad_norm=norm.float(),
         losses=whole,
         names=ranks.names(window),
+        by_ranks=shards is not None and shards.updates,
         fused=fused is not None,
         scale=scaler.scale if scaler else None,
         of=side.name,
@@ -352,7 +355,10 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         if more
         else {},
     )
-    if not guard(plan, side.optimizer, row, window, ranks):
+    good = guard(plan, side.optimizer, row, window, ranks)
+    if row.by_ranks:
+        pass  # done, or passed over
+    elif not good:
         side.optimizer.zero_grad(set_to_none=True)
     elif not fused:
         # Some optimizers round at random: alike in all ranks, whatever batches they had.
@@ -385,7 +391,8 @@ def guard(
     `runtime.fused_backward` has seen to its own updates.
     """
     good = torch.isfinite(row.loss) & torch.isfinite(row.grad_norm)
-    if row.loss.device.type != "cpu" and optimizer.param_groups[0].get("fused"):
+    on_device = row.loss.device.type != "cpu" and not row.by_ranks
+    if on_device and optimizer.param_groups[0].get("fused"):
         if not row.fused:
             skip_unless(good, optimizer)
         return True

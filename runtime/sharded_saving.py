@@ -11,7 +11,7 @@ Any number of ranks can go on from one, and so can a run that is not sharded. Na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,40 @@ def save(
 ) -> Path:
     """Write a checkpoint, all ranks together; returns its folder. `head` says what `state.json` is
     to hold. Raises RunFailed if it can't be written; older checkpoints are untouched then."""
+    tensors, rest = _parts(shards, optimizer, ema)
+
+    def write(folder: Path) -> None:
+        save_shards(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+        if ranks.leads:
+            with (folder / "optimizer.pt").open("wb") as file:
+                torch.save(rest, file)
+
+    return save_together(checkpoints, head, ranks, write, sharded=True)
+
+
+def save_together(
+    checkpoints: Path,
+    head: Snapshot,
+    ranks: Ranks,
+    write: Callable[[Path], None],
+    *,
+    sharded: bool = False,
+) -> Path:
+    """Write a checkpoint in which each rank has put its part by `write`; returns its folder.
+
+    `write` must not return in any rank before all have written. Raises as `save`.
+    """
     target = folder_of(checkpoints, head.step)
     there = is_complete(target) and read_state(target)["plan"] == head.plan
     if ranks.told("there" if there else "") == "there":
         return target
-    tensors, rest = _parts(shards, optimizer, ema)
     try:
         whole = files.partial_folder(target) if ranks.leads else nullcontext(files.beside(target))
         with whole as folder:
             ranks.told("")  # the folder is there
-            save_shards(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+            write(folder)
             if ranks.leads:
-                with (folder / "optimizer.pt").open("wb") as file:
-                    torch.save(rest, file)
-                write_state(folder, head, sharded=True)
+                write_state(folder, head, sharded=sharded)
     except (OSError, CheckpointException, RuntimeError) as error:
         if isinstance(error, RunFailed):
             raise

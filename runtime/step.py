@@ -31,18 +31,24 @@ def micro_step(
     window_samples: float,
     before_backward: Callable[[Tensor], None] | None = None,
     scale: Tensor | None = None,
+    backward: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Forward and backward of one batch; gradients add up until `update`. Returns losses (B,).
 
     `window_samples` is the number of samples in the whole accumulation window, so that each sample
     weighs the same however the window is cut into batches. `before_backward` is given the losses
     (B,) when the forward pass is done. `scale` multiplies the gradients, see `runtime.scaler`.
+    `backward` is what to do with the sum in place of autograd's backward pass.
     """
     losses = forward_losses(family, model, batch, objective, precision)
     if before_backward is not None:
         before_backward(losses.detach())
     total = losses.sum() / window_samples
-    (total if scale is None else total * scale).backward()  # type: ignore[no-untyped-call]
+    total = total if scale is None else total * scale
+    if backward is None:
+        total.backward()  # type: ignore[no-untyped-call]
+    else:
+        backward(total)
     return losses.detach()
 
 

@@ -411,7 +411,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            metavar="diffusers|kohya|comfyui|lycoris|peft",
+            metavar="diffusers|kohya|comfyui|peft",
             help="An adapter's keys; else as its kind is kept.",
             show_default=False,
         ),

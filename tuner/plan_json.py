@@ -13,7 +13,7 @@ from attrs import fields_dict
 from compiler.costs import Disk, Outlook
 from compiler.diagnostics import Diagnostic, to_json
 from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
-from compiler.plan import Objective, Plan, plain
+from compiler.plan import Objective, Plan, Text, plain
 from compiler.schedules import multiplier
 from compiler.site import Counted, Present
 from tuner.plan_memory import peak
@@ -53,12 +53,13 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
         "model": tree["model"] | {"parameters": _parameters(plan)},
+        "text": dict.fromkeys(fields_dict(Text)) | tree["text"],
         "objective": dict.fromkeys(fields_dict(Objective)) | tree["objective"],
         "sources": [{"mask": None} | source for source in tree["sources"]],
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},
         "checkpoints": tree["checkpoints"] | _times(checkpoint_steps(plan)),
-        "validation": tree["validation"] | _times(validation_steps(plan)),
+        "validation": {"picture": None} | tree["validation"] | _times(validation_steps(plan)),
         "evaluation": _evaluation(plan, tree),
         "memory": _memory(plan),
         "result": result_folder(plan),

@@ -455,7 +455,8 @@ def _validation_words(plan: Plan) -> str:
     ]
     every = f"every {counted(validation.every, 'step')}" if validation.every else "at the end"
     start = "at 0 and " if validation.at_start else ""
-    return f"{' x '.join(parts)}, {start}{every}"
+    refined = f", refining {Path(validation.picture).name}" if validation.picture else ""
+    return f"{' x '.join(parts)}, {start}{every}{refined}"
 
 
 def _evaluation_words(evaluation: Evaluation) -> str:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from compiler.families import flux, flux2, kolors, lumina2, pixart, sana, sd, sd3, sdxl, sdxl_refiner
+from compiler.families import (
+    flux,
+    flux2,
+    kolors,
+    lumina2,
+    pixart,
+    sana,
+    sd,
+    sd3,
+    sdxl,
+    sdxl_refiner,
+    z_image,
+)
 from compiler.families.card import FamilyCard
 
 FAMILIES: dict[str, FamilyCard] = {
@@ -14,6 +26,7 @@ FAMILIES: dict[str, FamilyCard] = {
     "sdxl": sdxl.CARD,
     "pixart": pixart.CARD,
     "lumina2": lumina2.CARD,
+    "z_image": z_image.CARD,
     "kolors": kolors.CARD,
     "sdxl_refiner": sdxl_refiner.CARD,
 }

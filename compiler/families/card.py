@@ -106,6 +106,9 @@ class FamilyCard:
     """Key of the trained component's configuration that says whether the model is told a guidance
     scale, because it was distilled from guidance. "": no model of the family is."""
     negative_prompts: bool = True  # the pipeline's guidance needs a negative prompt
+    patch_key: str = "patch_size"
+    """Key of the trained component's configuration for latents along the edge of one of its patches;
+    of several sizes, the first is used."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     """What loads a LoRA: Diffusers' pipeline, or peft alone where that has no `load_lora_weights`.
     """
@@ -121,7 +124,8 @@ class FamilyCard:
 
     def patch(self, transformer: Mapping[str, Any]) -> int:
         """Latents along the edge of one token, by the transformer's configuration."""
-        return int(transformer.get("patch_size") or 1) * self.packed
+        stated = transformer.get(self.patch_key) or 1
+        return int(stated[0] if isinstance(stated, list | tuple) else stated) * self.packed
 
     def told_guidance(self, trained: Mapping[str, Any]) -> bool:
         """Whether a model of this configuration is told a guidance scale."""

@@ -88,6 +88,7 @@ def runs(config: Mapping[str, Any]) -> list[int]:
 
 
 def shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+    """The configuration with so many double and single blocks."""
     double, single = counts
     return {**config, "num_layers": double, "num_single_layers": single}
 

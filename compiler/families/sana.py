@@ -97,6 +97,9 @@ DEEP: dict[str, Any] = {**NORMED, "num_layers": 60}  # SANA-1.5 4.8B
 PARAMETERS = {"text_encoder": 2_614_341_888, "vae": 312_250_275}
 
 
+UNIT_TIMES: dict[str, Any] = {"timestep_scale": 0.001}  # trained on times up to 1, for distilling
+
+
 def _known(base: str, resolution: int, shape: dict[str, Any], parameters: int) -> KnownModel:
     transformer = {
         "_class_name": "SanaTransformer2DModel",
@@ -204,6 +207,18 @@ CARD = FamilyCard(
         _known("Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers", 4096, LARGE, 1_604_462_752),
         _known("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", 1024, NORMED, 1_604_641_952),
         _known("Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers", 1024, DEEP, 4_721_825_952),
+        _known(
+            "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
+            1024,
+            {**NORMED, **UNIT_TIMES},
+            1_604_641_952,
+        ),
+        _known(
+            "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers",
+            1024,
+            {**SMALL, "qk_norm": "rms_norm_across_heads", **UNIT_TIMES},
+            591_876_896,
+        ),
         _known("terminusresearch/sana-1.6b-1024px", 1024, LARGE, 1_604_462_752),
     ),
     traps=(

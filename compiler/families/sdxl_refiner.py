@@ -56,7 +56,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="sdxl_refiner",
-    title="the refiner of Stable Diffusion XL",
+    title="Stable Diffusion XL refiner",
     pipeline="StableDiffusionXLImg2ImgPipeline",
     pipeline_options={
         "add_watermarker": False,

@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import evolve, fields
 
-from compiler.adapters import ADAPTERS, COMMON, OF_THE_BASE, AdapterFacts, Init, rank_of
+from compiler.adapters import ADAPTERS, COMMON, OF_THE_BASE, AdapterFacts, rank_of
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families import FAMILIES
@@ -20,7 +20,6 @@ from compiler.schema import AdapterRecipe
 from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("adapter",)
-RANK = 16
 BLOCK_SIZES = {"oft": 32, "boft": 8}
 
 
@@ -33,21 +32,21 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
     _judge_keys(draft, row)
     made = Adapter(
         kind=recipe.kind,
-        rank=(recipe.rank or RANK) if row.ranked else 0,
+        rank=recipe.rank if row.ranked else 0,
         alpha=0.0,
-        dropout=recipe.dropout or 0.0,
-        init=_init(recipe, row),
+        dropout=recipe.dropout,
+        init=recipe.init if row.inits else "",
         targets=_targets(draft, family),
         exclude=recipe.exclude,
         ranks=tuple(Ranked(pattern=p, rank=r) for p, r in recipe.ranks.items()),
-        scaling=recipe.scaling or "rank",
-        rank_dropout=recipe.rank_dropout or 0.0,
-        module_dropout=recipe.module_dropout or 0.0,
+        scaling=recipe.scaling,
+        rank_dropout=recipe.rank_dropout,
+        module_dropout=recipe.module_dropout,
         factor=recipe.factor or 0,
-        decompose_both=bool(recipe.decompose_both),
+        decompose_both=recipe.decompose_both,
         block_size=0 if row.ranked else recipe.block_size or BLOCK_SIZES[recipe.kind],
-        block_share=bool(recipe.block_share),
-        butterfly_factors=(recipe.butterfly_factors or 1) if recipe.kind == "boft" else 0,
+        block_share=recipe.block_share,
+        butterfly_factors=recipe.butterfly_factors if recipe.kind == "boft" else 0,
     )
     made = _with_alphas(recipe, made) if row.ranked else made
     for key in ("exclude", "ranks", "alphas"):
@@ -65,10 +64,6 @@ def _with_alphas(recipe: AdapterRecipe, made: Adapter) -> Adapter:
     if recipe.alpha == "auto":
         alphas += [Scaled(pattern=r.pattern, alpha=float(r.rank)) for r in made.ranks]
     return evolve(made, alpha=alpha, alphas=tuple(alphas))
-
-
-def _init(recipe: AdapterRecipe, row: AdapterFacts) -> Init | str:
-    return recipe.init or (row.inits[0] if row.inits else "")
 
 
 def _record(draft: Draft, row: AdapterFacts, made: Adapter) -> None:

@@ -233,8 +233,8 @@ def _has_levels(draft: Draft, objective: plan.Objective) -> bool:
             draft.error(
                 "out-of-range",
                 (*WHERE, key),
-                f"none of the {count} noise levels, {least:.2g} to 1 at shift {shift:.3g}, is between "
-                f" {objective.min_sigma:g} and {objective.max_sigma:g}",
+                f"none of the {count} noise levels, {least:.2g} to 1 at shift {shift:.3g}, is "
+                f"between {objective.min_sigma:g} and {objective.max_sigma:g}",
             )
             return False
     return True

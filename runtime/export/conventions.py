@@ -9,8 +9,8 @@ from typing import Any, Literal
 from compiler.adapters import ADAPTERS, AdapterKind
 from compiler.families import FAMILIES
 
-Format = Literal["diffusers", "kohya", "comfyui", "lycoris", "peft"]
-FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui", "lycoris", "peft")
+Format = Literal["diffusers", "kohya", "comfyui", "peft"]
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui", "peft")
 Config = Mapping[str, Any]
 
 LORA: Mapping[Format, Mapping[str, str]] = {
@@ -84,8 +84,8 @@ OF_KIND: Mapping[AdapterKind, tuple[Format, ...]] = {
     # ComfyUI reads `dora_scale`, but divides by the base's lengths of rows, not the sum's.
     "dora": ("diffusers", "peft"),
     # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores.
-    "lokr": ("lycoris",),
-    "loha": ("lycoris",),
+    "lokr": ("comfyui",),
+    "loha": ("comfyui",),
     "oft": ("peft",),
     "boft": ("peft",),
 }
@@ -97,7 +97,7 @@ def refusal(format: Format, family: str, kind: AdapterKind) -> str:
     if format not in OF_KIND[kind]:
         can = " or ".join(f"`--format {name}`" for name in OF_KIND[kind])
         return f"there are no {format} keys for {ADAPTERS[kind].title}; there is {can}"
-    if format == "peft":
+    if format == "peft" or kind not in ("lora", "dora"):
         return ""
     if format == "diffusers" and FAMILIES[family].lora_loader == "peft":
         return f"Diffusers loads no LoRA of {family}; the result's folder loads with peft"

@@ -65,7 +65,7 @@ def _lora(request: Request) -> None:
     adapter, component = plan.adapter, plan.model.trained_component
     assert adapter is not None
     trained = trained_weights(request.weights)
-    if request.format in ("peft", "lycoris"):
+    if request.format == "peft" or adapter.kind in ("lokr", "loha"):
         _of_kind(request, {name: lazy.read() for name, lazy in trained.items()})
         return
     metadata = described(request)
@@ -97,7 +97,7 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
     assert adapter is not None
     found = held(adapter_files.laid_out(values, adapter))
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
-    if request.format == "lycoris":
+    if request.format == "comfyui":
         write(request.out, kept, described(request))
         return
     settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}

@@ -17,6 +17,7 @@ MODULES = {
     "sd3": "runtime.families.sd3",
     "sdxl": "runtime.families.sdxl",
     "sdxl_refiner": "runtime.families.sdxl_refiner",
+    "z_image": "runtime.families.z_image",
 }
 
 

@@ -61,8 +61,10 @@ class Lumina2(PosteriorLatents):
 
     def empty(self, model: Model, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """See `Family.empty`."""
-        part: Any = common.empty_component(model, name, dtype, device)
-        return placed(part, device) if name == model.trained_component else part
+        part = common.empty_component(model, name, dtype, device)
+        if name == model.trained_component:
+            placed(part, device)
+        return part
 
     @torch.no_grad()
     def encode_with(

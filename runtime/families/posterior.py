@@ -34,8 +34,8 @@ class PosteriorLatents(common.Stock):
     def decode(self, parts: Mapping[str, Any], latents: Tensor) -> Tensor:
         """See `Family.decode`."""
         vae = parts["vae"]
-        unscaled = latents / vae.config.scaling_factor
+        unscaled = latents.to(vae.dtype) / vae.config.scaling_factor
         if vae.config.shift_factor is not None:
             unscaled = unscaled + vae.config.shift_factor
-        pixels: Tensor = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+        pixels: Tensor = vae.decode(unscaled, return_dict=False)[0]
         return pixels

@@ -51,7 +51,10 @@ class Refiner(ClipEncoded):
         unet, vae, picture = parts["unet"], parts["vae"], parts[PICTURE]
         assert picture.shape[-2:] == (height, width), "the picture has the size that is drawn"
         generator = common.cpu_generator(seed)
-        posterior = vae.encode(picture.to(vae.device, vae.dtype)).latent_dist
+        # A copy on every device, so that the simulation counts it.
+        pixels = picture.to(vae.device, vae.dtype, copy=True)
+        posterior = vae.encode(pixels).latent_dist
+        del pixels
         start = posterior.sample(generator) * vae.config.scaling_factor
         with common.inference(unet):
             latents: Tensor = pipeline(

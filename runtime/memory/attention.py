@@ -61,11 +61,11 @@ def attention_for(device: str, stock: Attention, like: Like = "device") -> Atten
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """(B, H, N, D), (B, H, M, D), (B, H, M, E) -> (B, H, N, E)."""
-        plain = query.ndim == 4 and not enable_gqa
+        """(B, H, N, D), (B, G, M, D), (B, G, M, E) -> (B, H, N, E). With `enable_gqa` G divides H
+        and groups of queries share a key; else G is H."""
         out = (
             run(query, key, value, attn_mask, dropout_p, is_causal, scale)
-            if plain and query.is_meta
+            if query.ndim == 4 and query.is_meta
             else None
         )
         if out is not None:
@@ -135,6 +135,8 @@ def _on_cuda(
 ) -> Tensor | None:
     """Flash, memory-efficient, or None: the stock function multiplies it out."""
     kernel = choose(query, value, mask is not None) if like == "device" else like
+    if kernel == "efficient" and key.shape[1] != query.shape[1]:
+        kernel = "math"  # it knows no groups
     if kernel == "flash":
         size = query.shape[-1]
         padded = [_pad(t, ALIGNMENT) for t in (query, key, value)]

@@ -64,6 +64,10 @@ class Tokens:
         """Pieces of `text`, of which none is an embedding that was learned."""
         return text.split()
 
+    def apply_chat_template(self, messages: list[dict[str, str]], **rest: Any) -> str:
+        """What is said, without the template."""
+        return " ".join(message["content"] for message in messages)
+
     def encode(self, text: str) -> list[int]:
         """About as many numbers as `text` has tokens."""
         return [1] * (len(text) // CHARACTERS)
@@ -138,14 +142,16 @@ def run_pictures(
         "vae": vae,
         "scheduler": scheduler_of(candidate),
     }
-    embedding = _embedding(candidate, family, META if device == META else HOST)
+    host = META if device == META else HOST
+    embedding = _embedding(candidate, family, host)
     tracker.exclude(embedding.values())
     tracker.category = "activations"
     tracker.reset_peak()
     refines = family.card.refines
     for width, height in largest(candidate.pictures):
         if refines:
-            parts[PICTURE] = torch.zeros(1, 3, height, width)
+            parts[PICTURE] = torch.zeros(1, 3, height, width, device=host)
+            tracker.exclude([parts[PICTURE]])
         draw(
             family,
             parts,

@@ -199,7 +199,7 @@ def _at_scale(
 
 
 def _of_module(metadata: Mapping[str, Any], table: str, module: str, otherwise: float) -> float:
-    from peft.utils import get_pattern_key
+    from peft.utils.other import get_pattern_key
 
     patterns = metadata.get(table) or {}
     return float(patterns.get(get_pattern_key(list(patterns), module), otherwise))

@@ -44,7 +44,8 @@ class Boft(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         size, factors = adapter.block_size, adapter.butterfly_factors
         shape = (factors, inputs // size, size, size)
         zeros = torch.zeros(shape, dtype=form.dtype, device=form.device)
-        ones = torch.ones(outputs, 1, dtype=form.dtype, device=form.device)
+        lengths = (1, outputs) if self.is_convolution else (outputs, 1)
+        ones = torch.ones(lengths, dtype=form.dtype, device=form.device)
         self.boft_R = nn.ParameterDict({NAME: nn.Parameter(zeros)})
         self.boft_s = nn.ParameterDict({NAME: nn.Parameter(ones)})
         self.dropped = adapter.dropout

@@ -84,6 +84,8 @@ def _sentence(plan: Plan, step: int) -> str:
     method = "A full fine-tune of"
     if plan.adapter:
         method = f"A {described(plan.adapter)} for"
+    elif plan.sprint is not None:
+        method = "A student of one to four steps, distilled from"
     link = base_name(plan)
     if not plan.model.local:
         link = f"[{link}](https://huggingface.co/{link})"
@@ -108,6 +110,10 @@ def _usage(plan: Plan) -> str:
     assert plan.publish is not None
     family = FAMILIES[plan.model.family]
     pipeline, trained = family.pipeline, f"pipeline.{family.trained_component}"
+    more = ""
+    if plan.sprint is not None:
+        pipeline = family.few_step_pipeline
+        more = "" if plan.validation.steps == 2 else ", intermediate_timesteps=None"
     dtype = TORCH[plan.precision.compute]
     base, hub = json.dumps(base_name(plan)), json.dumps(plan.publish.hub)
     prompt = plan.validation.prompts[0].text if plan.validation.prompts else "..."
@@ -137,9 +143,9 @@ def _usage(plan: Plan) -> str:
             "",
             *load,
             'pipeline.to("cuda")',
-            f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, "
+            f"image = pipeline(prompt={json.dumps(prompt, ensure_ascii=False)}, "
             f"num_inference_steps={plan.validation.steps}, "
-            f"guidance_scale={plan.validation.guidance:g}).images[0]",
+            f"guidance_scale={plan.validation.guidance:g}{more}).images[0]",
             "",
         ]
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 import json
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,11 @@ def test_deep_models(family: str, options: dict[str, Any]) -> None:
     check(deep(family, 31, **options))
 
 
-@pytest.mark.parametrize("family", ["lumina2", "pixart"])
+@pytest.mark.parametrize("family", ["lumina2", "pixart", "z_image"])
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 4, "checkpointing": 2, "layout": Layout(offload_blocks=99)},
+        {"rank": 4, "layout": Layout(offload_blocks=99, activation_checkpointing=2)},
         {"trained": "bfloat16", "optimizer": "sgd", "checkpointing": 1, "max_grad_norm": 0.0},
     ],
     ids=str,
@@ -115,10 +115,17 @@ def test_two_runs_of_equal_blocks() -> None:
     check(deep("sd3", 40, dual=list(range(21)), rank=4))
 
 
-@pytest.mark.parametrize("options", [{"rank": 4, "checkpointing": 1}, {"trained": "bfloat16"}])
-def test_double_and_single_blocks(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("flux", {"rank": 4, "checkpointing": 1}),
+        ("flux", {"trained": "bfloat16"}),
+        ("flux2", {"rank": 4}),
+    ],
+)
+def test_double_and_single_blocks(family: str, options: dict[str, Any]) -> None:
     """Two module lists, one after the other."""
-    tiny = import_module("tests.runtime.tinies.flux")
+    tiny = import_module(f"tests.runtime.tinies.{family}")
     shape = {**tiny.SMALL, "num_layers": 11, "num_single_layers": 22}
     given = {"tokens": 32, "shapes": ((256, 256, 2),), "pictures": ((128, 128),), **options}
     check(candidate(known(tiny.BASE, tiny.PARTS, **shape), **given))
@@ -143,7 +150,7 @@ def test_what_has_no_period_is_simulated_whole(options: dict[str, Any]) -> None:
     assert MODEL.course(step, step.shapes[0]).peak > 0
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux", "flux2"])
 def test_published_models_are_shortened(family: str) -> None:
     card = FAMILIES[family]
     for entry in card.known:

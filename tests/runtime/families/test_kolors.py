@@ -103,9 +103,7 @@ def test_there_are_1100_noise_levels() -> None:
         kept=kept_at(ours.table, levels),
         text={},
     )
-    assert torch.equal(
-        noised(batch, ours), scheduler.add_noise(batch.latents, batch.noise, drawn)
-    )
+    assert torch.equal(noised(batch, ours), scheduler.add_noise(batch.latents, batch.noise, drawn))
 
 
 def test_a_part_of_the_levels() -> None:

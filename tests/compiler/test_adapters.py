@@ -1,0 +1,196 @@
+"""Kinds of adapter: what each can be told, what it starts from, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compiler.adapters import ADAPTERS, alpha_of, described, rank_of, scale_of
+from compiler.plan import Adapter, Ranked, Scaled
+from tests.compiler.recipes import RECIPE, codes, compiled, project
+
+
+def planned(tmp_path: Path, table: str) -> Adapter:
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    result = compiled(project(folder, RECIPE + table))
+    assert result.plan is not None and result.plan.adapter is not None, result.diagnostics
+    return result.plan.adapter
+
+
+def refused(tmp_path: Path, table: str, code: str) -> tuple[str, str]:
+    result = compiled(project(tmp_path, RECIPE + table))
+    assert codes(result) == [code], result.diagnostics
+    return result.diagnostics[0].message, result.diagnostics[0].help
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_each_kind_plans_with_its_defaults(tmp_path: Path, kind: str) -> None:
+    adapter = planned(tmp_path, f'[adapter]\nkind = "{kind}"\n')
+    row = ADAPTERS[adapter.kind]
+    assert (adapter.rank, adapter.alpha) == ((16, 16.0) if row.ranked else (0, 0.0))
+    assert adapter.block_size == {"oft": 32, "boft": 8}.get(kind, 0)
+    assert adapter.butterfly_factors == (1 if kind == "boft" else 0)
+    assert adapter.init == ("gaussian" if kind in ("lora", "dora") else "")
+    assert described(adapter).startswith(row.title)
+
+
+def test_all_of_a_kind_s_keys_reach_the_plan(tmp_path: Path) -> None:
+    adapter = planned(
+        tmp_path,
+        '[adapter]\nkind = "lokr"\nrank = 8\nalpha = 4.0\nrank_dropout = 0.1\n'
+        "module_dropout = 0.2\nfactor = 4\ndecompose_both = true\n"
+        'targets = [".*attn1.*"]\nexclude = [".*to_k"]\n'
+        'ranks = { ".*to_q" = 32 }\nalphas = { ".*to_v" = 2.0 }\n',
+    )
+    assert (adapter.rank_dropout, adapter.module_dropout) == (0.1, 0.2)
+    assert (adapter.factor, adapter.decompose_both) == (4, True)
+    assert adapter.exclude == (".*to_k",)
+    assert adapter.ranks == (Ranked(pattern=".*to_q", rank=32),)
+    assert adapter.alphas == (Scaled(pattern=".*to_v", alpha=2.0),)
+
+
+def test_alpha_follows_the_rank_where_it_is_open(tmp_path: Path) -> None:
+    table = (
+        '[adapter]\nkind = "lora"\nrank = 8\nranks = { "a\\\\.b" = 32, "a.*" = 4 }\n'
+        'alphas = { "a\\\\.c" = 1.0 }\n'
+    )
+    adapter = planned(tmp_path, table)
+    assert [rank_of(adapter, name) for name in ("a.b", "a.c", "d")] == [32, 4, 8]
+    assert [alpha_of(adapter, name) for name in ("a.b", "a.c", "d")] == [32.0, 1.0, 8.0]
+    fixed = planned(tmp_path, table.replace("rank = 8", "rank = 8\nalpha = 16.0"))
+    assert [alpha_of(fixed, name) for name in ("a.b", "a.c", "d")] == [16.0, 1.0, 16.0]
+
+
+def test_the_scale_divides_by_the_rank_or_by_its_root(tmp_path: Path) -> None:
+    table = '[adapter]\nkind = "dora"\nrank = 64\nalpha = 16.0\n'
+    assert scale_of(planned(tmp_path, table), "a") == 0.25
+    assert scale_of(planned(tmp_path, table + 'scaling = "sqrt-rank"\n'), "a") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("oft", "rank = 8"),
+        ("boft", "alpha = 8.0"),
+        ("lora", "block_size = 8"),
+        ("lora", "factor = 8"),
+        ("lora", "module_dropout = 0.1"),
+        ("loha", "dropout = 0.1"),
+        ("loha", 'scaling = "rank"'),
+        ("loha", "decompose_both = false"),
+        ("lokr", 'init = "gaussian"'),
+        ("boft", "block_share = true"),
+        ("oft", "butterfly_factors = 2"),
+        ("oft", 'ranks = { ".*" = 4 }'),
+    ],
+)
+def test_a_key_that_the_kind_does_not_have(tmp_path: Path, kind: str, line: str) -> None:
+    message, help = refused(tmp_path, f'[adapter]\nkind = "{kind}"\n{line}\n', "no-effect")
+    assert message == f"an adapter of kind `{kind}` takes no `{line.split(' ')[0]}`"
+    assert f"`{ADAPTERS[kind].keys[0]}`" in help  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ('kind = "dora"\ninit = "pissa"', "kind `dora` can't start as `pissa`"),
+        ('kind = "lora"\ninit = "orthogonal"\nrank = 7', "which 7 does not allow"),
+        ('kind = "lora"\ninit = "orthogonal"\nranks = { ".*" = 9 }', "which 9 does not"),
+        ('kind = "boft"\nblock_size = 5\nbutterfly_factors = 2', "blocks of 5 can't be halved"),
+        (
+            'kind = "lora"\ninit = "olora"\n[model.transformer]\nquantize = "int8"',
+            "`olora` takes over weights",
+        ),
+    ],
+)
+def test_what_excludes_each_other(tmp_path: Path, table: str, words: str) -> None:
+    message, _ = refused(tmp_path, f"[adapter]\n{table}\n", "conflict")
+    assert words in message
+
+
+def test_the_base_s_own_predictions_need_the_whole_base(tmp_path: Path) -> None:
+    recipe = RECIPE + '[adapter]\nkind = "lora"\ninit = "pissa"\n'
+    more = (
+        '[[data.source]]\nid = "kept"\npath = "pictures"\n'
+        'captions = { from = "instance", prompt = "a dog" }\n'
+        'regularisation = { target = "base" }\n'
+    )
+    result = compiled(project(tmp_path, recipe + more))
+    (fault,) = [one for one in result.diagnostics if one.severity == "error"]
+    assert (fault.code, fault.path) == ("conflict", "adapter.init")
+    assert "has no base to ask" in fault.message
+
+
+@pytest.mark.parametrize("key", ["exclude", "ranks", "alphas"])
+def test_patterns_are_compiled(tmp_path: Path, key: str) -> None:
+    value = '["a(("]' if key == "exclude" else '{ "a((" = 4.0 }'
+    value = value.replace("4.0", "4") if key == "ranks" else value
+    message, _ = refused(tmp_path, f'[adapter]\nkind = "lora"\n{key} = {value}\n', "bad-pattern")
+    assert message.startswith("`a((` is not a valid pattern: ")
+
+
+def stored(path: Path, tensors: dict[str, list[int]], **metadata: str) -> None:
+    """A safetensors file of zeros."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + 4 * shape[0] * shape[1]
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+TO_Q = "transformer_blocks.0.attn1.to_q"
+LORA = {f"transformer.{TO_Q}.lora_A.weight": [16, 4], f"transformer.{TO_Q}.lora_B.weight": [4, 16]}
+
+
+def test_a_file_to_start_from_is_looked_into(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\n')
+    stored(path.parent / "a.safetensors", LORA)
+    result = compiled(path)
+    assert result.plan is not None and result.plan.adapter is not None, result.diagnostics
+    assert result.plan.adapter.start == str(path.parent / "a.safetensors")
+    stored(path.parent / "a.safetensors", {**LORA, f"transformer.{TO_Q}.more": [1, 1]})
+    again = compiled(path).plan
+    assert again is not None and again.digest != result.plan.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "tensors", "words"),
+    [
+        ("lora", "rank = 8", LORA, "of rank 16, the recipe's is 8"),
+        ("lora", 'ranks = { ".*to_q" = 4 }', LORA, "of rank 16, the recipe's is 4"),
+        ("dora", "", LORA, "a LoRA without magnitudes"),
+        ("lora", "", {**LORA, "x.lora_magnitude_vector": [4, 1]}, "it is a DoRA"),
+        ("loha", "", LORA, "it holds no LoHa"),
+        ("loha", "", {"lycoris_a.hada_w1_b": [4, 9]}, "of rank 4, the recipe's is 16"),
+        ("oft", "", {"base_model.model.a.oft_R.weight": [2, 28]}, "of block size 8, the recipe's"),
+    ],
+)
+def test_a_file_of_another_adapter(
+    tmp_path: Path, kind: str, more: str, tensors: dict[str, list[int]], words: str
+) -> None:
+    table = f'[adapter]\nkind = "{kind}"\nfrom = "a.safetensors"\n{more}\n'
+    path = project(tmp_path, RECIPE + table)
+    stored(path.parent / "a.safetensors", tensors)
+    result = compiled(path)
+    assert codes(result) == ["bad-adapter"], result.diagnostics
+    assert words in result.diagnostics[0].message
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a header", b"\xff" * 64])
+def test_a_file_that_is_none(tmp_path: Path, content: bytes | None) -> None:
+    path = project(tmp_path, RECIPE + '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\n')
+    if content is not None:
+        (path.parent / "a.safetensors").write_bytes(content)
+    assert codes(compiled(path)) == ["missing-path" if content is None else "bad-adapter"]
+
+
+def test_a_start_besides_the_file_s_is_refused(tmp_path: Path) -> None:
+    table = '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\ninit = "kaiming"\n'
+    path = project(tmp_path, RECIPE + table)
+    stored(path.parent / "a.safetensors", LORA)
+    assert codes(compiled(path)) == ["no-effect"]

@@ -1,0 +1,99 @@
+"""Runs with each kind of adapter: killed off and gone on with, exported, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compiler.adapters import ADAPTERS, AdapterKind
+from compiler.families import FAMILIES
+from compiler.plan import Plan
+from runtime.events import Silent
+from runtime.execute import execute
+from runtime.export.export import export
+from runtime.export.request import Refused, chosen, requested
+from tests.runtime.families.test_sd import objective
+from tests.runtime.methods.test_kinds import LOADERS, adapter_of, apart, output, plain
+from tests.runtime.plans import draw_data, tiny_plan
+from tests.runtime.tiny import make_tiny
+from tests.test_matrix import KillAfter, Killed
+
+OTHER_FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("sd3", "sd")]
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"init": "pissa", "scaling": "sqrt-rank", "dropout": 0.2},
+    "dora": {"dropout": 0.2},
+    "lokr": {"rank_dropout": 0.2, "module_dropout": 0.2},
+    "loha": {"rank_dropout": 0.2, "module_dropout": 0.2},
+    "oft": {"dropout": 0.5},
+    "boft": {"dropout": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Plans of three steps on a tiny base of a family, with pictures."""
+    root: Path = tmp_path_factory.mktemp("runs")
+
+    def make(family: str, name: str, kind: AdapterKind) -> Any:
+        folder = root / family
+        if not folder.exists():
+            make_tiny(family, folder)
+            draw_data(root / f"{family}-dog", ((64, 64),) * 3)
+        adapter = adapter_of(kind, family, **CASES[kind])
+        settings: dict[str, Any] = {"adapter": adapter, "lr": 3e-2, "every": 1}
+        if FAMILIES[family].prediction != "flow":
+            settings["objective"] = objective()
+        given = (family, folder, root / f"{family}-dog", root / f"{family}-{name}")
+        return tiny_plan(*given, steps=3, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["sana", *OTHER_FAMILIES])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_run_that_is_killed_ends_with_the_same_bits(
+    planned: Callable[..., Any], family: str, kind: AdapterKind, tmp_path: Path
+) -> None:
+    whole, manifest = planned(family, f"{kind}-whole", kind)
+    assert execute(whole, manifest, Silent()).status == "finished"
+    halted, manifest = planned(family, f"{kind}-halted", kind)
+    with pytest.raises(Killed):
+        execute(halted, manifest, KillAfter(2))
+    assert execute(halted, manifest, Silent()).status == "finished"
+    name = ADAPTERS[kind].file
+    one, other = (load_file(Path(p.run_folder) / kind / name) for p in (whole, halted))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    check_exports(whole, tmp_path)
+
+
+def check_exports(plan: Plan, tmp_path: Path) -> None:
+    """The result, its export, that of the last checkpoint, and the merged model compute alike."""
+    assert plan.adapter is not None
+    family, file = plan.model.family, ADAPTERS[plan.adapter.kind].file
+    base, run = Path(plan.model.base), Path(plan.run_folder)
+    result = output(LOADERS[file](base, run / plan.adapter.kind), family)
+    assert apart(result, output(plain(base), family)) > 1e-3
+    for name, step in (("result", None), ("checkpoint", 3)):
+        weights = chosen(run, step=step)
+        place = tmp_path / name
+        out = place if file == "adapter_model.safetensors" else place / file
+        export(requested(weights, out=out))
+        assert apart(output(LOADERS[file](base, place), family), result) < 1e-5
+    merged = export(requested(chosen(run, ema=False), merge=True, out=tmp_path / "merged"))
+    component = plan.model.trained_component
+    (saved,) = (merged / component).glob("*.safetensors")
+    stock = plain(base)
+    stock.load_state_dict(load_file(saved))
+    trained = export(requested(chosen(run, ema=False), out=tmp_path / "trained" / file))
+    place = trained if trained.is_dir() else trained.parent
+    assert apart(output(LOADERS[file](base, place), family), output(stock, family)) < 1e-5
+    if plan.adapter.kind in ("lokr", "oft"):
+        title = ADAPTERS[plan.adapter.kind].title
+        with pytest.raises(Refused, match=f"there are no kohya keys for {title}"):
+            requested(chosen(run), format="kohya")
