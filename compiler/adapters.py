@@ -49,7 +49,7 @@ RANKED = ("rank", "alpha", "ranks", "alphas")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LYCORIS_FILE = "lycoris.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
-LYCORIS_LOADS = "ComfyUI, and lycoris-lora's `create_lycoris_from_weights`"
+LYCORIS_LOADS = "ComfyUI where it knows the family; lycoris-lora's `create_lycoris_from_weights`"
 PEFT_LOADS = "peft's `PeftModel.from_pretrained`"
 
 ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from attrs import frozen
 
+from compiler.adapters import OF_THE_BASE
 from compiler.data.manifest import Manifest
 from compiler.data.prompts import Prompt, prompts_of
 from compiler.data.stages import stages, steps_in
@@ -193,8 +194,19 @@ def one_checkpoint_bytes(plan: Plan) -> int | None:
         return None
     size = BYTES[plan.precision.trained]
     ema = trainable * max(4, size) if plan.ema else 0
-    states = saved_bytes(plan.optimizer.name, plan.precision.trained, trainable)
-    return trainable * size + ema + states + TENSOR * _trained_tensors(plan)
+    both = trainable + heads_parameters(plan)
+    states = saved_bytes(plan.optimizer.name, plan.precision.trained, both)
+    return both * size + ema + states + TENSOR * _trained_tensors(plan)
+
+
+def heads_parameters(plan: Plan) -> int:
+    """Of a distillation's discriminator: convolutions one, nine and one token wide, each of the
+    first two with a norm. `runtime.methods.heads` has the layers."""
+    if plan.sprint is None:
+        return 0
+    config = json.loads(plan.model.configs[plan.model.trained_component])
+    wide = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return len(plan.sprint.heads) * (10 * wide**2 + 7 * wide + 1)
 
 
 def result_bytes(plan: Plan) -> int | None:
@@ -206,8 +218,8 @@ def result_bytes(plan: Plan) -> int | None:
     trained = trainable * (max(4, size) if plan.ema else size)
     if plan.ema and plan.ema.save == "both":
         trained += trainable * size
-    if plan.adapter is not None:
-        return trained
+    if plan.adapter is not None:  # with what it took over from the base, of the same size
+        return trained * (2 if plan.adapter.init in OF_THE_BASE else 1)
     return trained + sum(
         _component_bytes(plan, part.name, part.parameters * BYTES[part.dtype])
         for part in plan.model.components

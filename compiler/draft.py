@@ -44,14 +44,23 @@ class ModelFacts:
         return self.family.prompt_length if own is None else own
 
     @property
+    def few_steps(self) -> bool:
+        """Whether it was distilled into a few steps; its pipeline ignores the guidance scale."""
+        return bool(self.family.few_steps_key and self.index.get(self.family.few_steps_key))
+
+    @property
     def guidance(self) -> float:
-        """The guidance scale that one samples with."""
+        """The guidance scale that one samples with; 1: none."""
+        if self.few_steps:
+            return 1.0
         own = self.known.guidance if self.known else None
         return self.family.guidance if own is None else own
 
     @property
     def inference_steps(self) -> int:
         """The steps that one samples with."""
+        if self.few_steps:
+            return self.family.few_steps
         own = self.known.inference_steps if self.known else None
         return self.family.inference_steps if own is None else own
 
@@ -90,6 +99,7 @@ class Draft:
     formats: dict[str, plan.Dtype] = Factory(dict)  # of each component's weights
     quantize: dict[str, plan.Quantisation] = Factory(dict)  # of each component
     quantize_on: dict[str, Literal["cpu", "device"]] = Factory(dict)
+    files: dict[str, str] = Factory(dict)  # weights that are not the base's
     text: plan.Text | None = None
     entangled: set[int] = Factory(set)  # sources in which something would be written: never read
     copies: list[Remote] = Factory(list)  # sources that lie elsewhere, and whose copy is here

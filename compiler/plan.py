@@ -47,6 +47,7 @@ class Component:
     quantize: Quantisation = "none"  # how its frozen weights are kept
     quantize_on: Literal["cpu", "device"] = "device"  # where they are quantised while loading
     tiling: bool = False  # of the vae: pictures are encoded and decoded in tiles
+    file: str | None = None  # absolute path of its weights; None: they are the base's
 
 
 @frozen(kw_only=True)

@@ -32,6 +32,9 @@ class ComponentRecipe:
 
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the base's weights, or from fresh ones (of what is trained, without adapter)."""
+    file: str = ""
+    """Of what is trained: its weights come from this safetensors file (relative to the recipe), in
+    Diffusers' names or its publisher's, and all else from the base."""
     weights: Format | Auto = "auto"
     """Number format it is loaded in. "auto": `[precision] weights` (fp32 for the vae)."""
     quantize: Literal["none", "int8", "int4", "nf4", "fp8", "auto"] = "none"
@@ -76,7 +79,7 @@ class AdapterRecipe:
     2402.09353), Kronecker's ("lokr", 2309.14859) and Hadamard's product ("loha", 2108.06098), or
     rotations of blocks ("oft", 2306.07280) and products of such ("boft", 2311.06243)."""
     rank: Annotated[int, Range(ge=1, le=16_384)] = 16
-    """Rank of the update. "oft" and "boft" have a `block_size` instead."""
+    """Rank of the update."""
     alpha: PositiveFloat | Auto = "auto"
     """The update is scaled by alpha / rank. "auto": alpha = rank."""
     ranks: dict[str, Annotated[int, Range(ge=1, le=16_384)]] = field(factory=dict)
@@ -104,8 +107,8 @@ class AdapterRecipe:
     decompose_both: bool = False
     """Of "lokr": decompose the first matrix too where `rank` is small enough."""
     block_size: Annotated[int, Range(ge=2, le=16_384)] | None = None
-    """Of "oft" and "boft": inputs that are rotated together, which must divide the number of
-    inputs. By default 32 and 8."""
+    """Of "oft" and "boft", which have no rank: inputs that are rotated together. Must divide their
+    number. By default 32 and 8."""
     block_share: bool = False
     """Of "oft": rotate all blocks of a layer alike."""
     butterfly_factors: Annotated[int, Range(ge=1, le=16)] = 1
@@ -474,8 +477,9 @@ class TimestepsRecipe:
     min: Probability = 0.0
     """Least noise that is trained, as sigma after the shift. Inside `min` and `max` the density
     keeps its shape."""
-    max: Probability = 1.0
-    """Most noise that is trained, as sigma after the shift."""
+    max: Probability | Auto = "auto"
+    """Most noise that is trained, as sigma after the shift. "auto": 1, pure noise; for an expert
+    for little noise (SDXL's refiner) what it was made for."""
     stratified: bool = False
     """Share the density out among the samples of a step: each draws from a part of its own, in
     random order. Steps then differ less in how noisy their samples are."""

@@ -358,7 +358,8 @@ def _prepare(context: Context) -> tuple[Built, Trained, int]:
     if _is_sharded(context):
         given = (built, plan, context.family, context.device, context.ranks)
         zero = plan.sharing.strategy == "deepspeed"
-        built, shards = zeroed(*given) if zero else sharded(*given)
+        with native_output(context.folder / LOG):  # DeepSpeed tries a compiler, which complains
+            built, shards = zeroed(*given) if zero else sharded(*given)
     if isinstance(shards, Zero):
         optimizer = shards.optimizer
     else:

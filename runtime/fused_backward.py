@@ -68,6 +68,11 @@ class FusedBackward:
         elif not losses.is_meta:
             self._stopped = not finite.item()
 
+    def idle(self) -> list[bool]:
+        """Of each trained parameter, whether the backward pass gave it no gradient; asked before
+        `finish`."""
+        return [norm is None for norm in self._norms]
+
     def finish(self) -> Tensor:
         """L2 norm over all gradients of the backward pass together, float32, as `gradient_norm`."""
         norms = [norm for norm in self._norms if norm is not None]

@@ -35,7 +35,7 @@ from runtime.guard import (
     unfit_inputs,
     what,
 )
-from runtime.methods.base import LOSS, Method
+from runtime.methods.base import LOSS, Method, is_rivals
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.pace import Pace, used_of
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from runtime.data.feed import Window
     from runtime.together import Together
 
-RIVALS = 1  # updates take turns: of two, the second one is the rival's
 LOG_EVERY = 10  # steps between two readings of an accelerator's metrics; reading waits for it
 
 
@@ -87,7 +86,7 @@ class Trained:
 
     def turn(self, step: int) -> Side:
         """What the update after `step` others changes."""
-        if self.rival is not None and step % 2 == RIVALS:
+        if self.rival is not None and is_rivals(step):
             return self.rival
         return Side(parameters=self.parameters, optimizer=self.optimizer)
 

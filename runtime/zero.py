@@ -128,6 +128,7 @@ class Called:
         self._model, self._engine = model, engine
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The model's output. The engine then knows that a backward pass follows."""
         return self._engine(*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
@@ -154,6 +155,8 @@ def settings(plan: Plan) -> dict[str, Any]:
     }
     if sharing.stage == 3:
         shared["stage3_prefetch_bucket_size"] = REDUCED
+        shared["stage3_max_live_parameters"] = REDUCED  # else layers stay until there are 1e9
+        shared["stage3_max_reuse_distance"] = REDUCED
     if sharing.offload_optimizer:
         shared["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     return {
@@ -180,7 +183,7 @@ def _engine(
     importlib.import_module("deepspeed.ops").__compatible_ops__[SHARED_MEMORY] = False
     with connected():
         # Not `zero3_init_flag`: it would deal out every model that is loaded from now on.
-        plugin = DeepSpeedPlugin(hf_ds_config=settings(plan), zero3_init_flag=False)  # type: ignore[no-untyped-call]
+        plugin = DeepSpeedPlugin(hf_ds_config=settings(plan), zero3_init_flag=False)
         computes = "bf16" if plan.precision.compute == "bfloat16" else "no"
         accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=computes)
         engine, _ = accelerator.prepare(model, optimizer)

@@ -175,6 +175,8 @@ def check_picture(family: Path, plan: Plan, case: str) -> None:
     options: dict[str, Any] = {}
     if "use_resolution_binning" in known:
         options = {"use_resolution_binning": False}
+    if card.guidance_argument == "true_cfg_scale":
+        options |= {"negative_prompt": ""}
     if refines(family):
         with Image.open(family / FIRST) as first:
             options |= {"image": first.convert("RGB"), "num_inference_steps": 7}
@@ -182,7 +184,7 @@ def check_picture(family: Path, plan: Plan, case: str) -> None:
         options |= {"width": 64, "height": 64, "num_inference_steps": 2}
     drawn = pipeline(
         prompt="a photo of sks dog",
-        guidance_scale=3.0,
+        **{card.guidance_argument: 3.0},
         generator=torch.Generator("cpu").manual_seed(11),
         **options,
     ).images[0]

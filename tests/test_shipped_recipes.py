@@ -16,7 +16,8 @@ from tuner.shelf import presets, shipped_recipes
 from tuner.simulations import memory_model
 
 PICTURE = (1024, 1024)
-WITH_THEIR_DATA = ("quickstart", "quickstart-full")
+WITH_THEIR_DATA = ("quickstart", "quickstart-full", "sprint-quickstart")
+SHARDS = ("data/train_000.parquet", "data/train_001.parquet", "data/train_002.parquet")
 RECIPES = shipped_recipes()
 PRESETS = sorted((presets() or Path()).glob("*.toml"))
 CHILD = """\
@@ -44,6 +45,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def shards(pictures: Path) -> Path:
+    """The same pictures in the shards that recipes name, with captions in a column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = pictures.parent / "shards"
+    rows = [path.read_bytes() for path in sorted(pictures.glob("*.png"))[:4]]
+    for name in SHARDS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": rows, "llava": ["a plain picture"] * 4}), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("simulations")
 
@@ -67,16 +82,22 @@ def test_the_shelf_holds_what_is_promised() -> None:
         "sd35-large-lora",
         "sd35-medium-lora",
         "sd3-medium-full",
+        "sana-sprint-0.6b",
+        "sana-sprint-1.6b",
+        "sprint-quickstart",
     }
     assert PRESETS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_plans(path: Path, pictures: Path, answers: Path, tmp_path: Path) -> None:
+def test_a_shipped_recipe_plans(
+    path: Path, pictures: Path, shards: Path, answers: Path, tmp_path: Path
+) -> None:
     own = path.stem in WITH_THEIR_DATA
     sources = path.read_text().count("[[data.source]]")
-    overrides = [] if own else [f"data.source.{n}.path={pictures}" for n in range(sources)]
+    place = shards if SHARDS[0] in path.read_text() else pictures
+    overrides = [] if own else [f"data.source.{n}.path={place}" for n in range(sources)]
     result = compile_file(
         path,
         overrides=[*overrides, f"output={tmp_path}"],
@@ -111,6 +132,28 @@ def test_a_preset_fits_what_its_name_says(
     )
     card = int(path.stem.rpartition("-")[2].removesuffix("g")) * 2**30  # a "24 GB" card has 24 GiB
     assert peak(plan) <= plan.memory.budget_bytes <= card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["0.6b", "1.6b"])
+def test_sprint_recipes_have_the_script_s_settings(
+    size: str, shards: Path, answers: Path, tmp_path: Path
+) -> None:
+    path = next(path for path in RECIPES if path.stem == f"sana-sprint-{size}")
+    result = compile_file(
+        path,
+        overrides=[f"data.source.0.path={shards}", f"output={tmp_path}"],
+        machine=MACHINE,
+        memory_model=memory_model(answers),
+        cache_default=tmp_path / "cache",
+    )
+    plan = plan_of(result)
+    assert plan.sprint is not None
+    assert (plan.optimizer.lr, plan.steps.total, plan.seed) == (1e-6, 30_000, 453645634)
+    assert (plan.checkpoints.every, plan.checkpoints.keep) == (500, 10)
+    assert (plan.sprint.largest_share, plan.sprint.misaligned_pairs) == (0.5, True)
+    assert plan.sprint.teacher_time == 1.0 and plan.max_grad_norm == 0.1
+    assert {bucket.batch_size for bucket in plan.buckets} == {1}
 
 
 @pytest.mark.slow

@@ -428,16 +428,37 @@ def export(
         ),
     ] = "",
     ema: EmaOption = None,
+    resize: Annotated[
+        str,
+        typer.Option(
+            metavar="RANK|SHARE",
+            help="A LoRA of this rank, or of the rank that keeps this share (95%).",
+            show_default=False,
+        ),
+    ] = "",
+    extract: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TUNED",
+            help="No run: a LoRA of what this model has more than the one named first.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="PATH", help="Else in RUN/export.", show_default=False),
     ] = None,
 ) -> int:
     """Write a run's weights for other programs."""
-    from tuner.export import export_run
+    from tuner.export import export_run, extract_lora
 
+    if extract is not None:
+        given = checkpoint is not None or merge or single_file or ema is not None
+        words = {"format": format, "precision": precision, "resize": resize}
+        return extract_lora(run_folder, extract, place=out, of_a_run=given, **words)
     return export_run(
         run_folder,
+        resize=resize,
         format=format,
         step=checkpoint,
         merge=merge,

@@ -17,6 +17,7 @@ def export_run(
     merge: bool,
     single_file: bool,
     precision: str,
+    resize: str,
     ema: bool | None,
     place: Path | None,
 ) -> int:
@@ -31,6 +32,7 @@ def export_run(
             merge=merge,
             single_file=single_file,
             precision=precision,
+            resize=resize,
             out=place,
         )
     except Refused as error:
@@ -45,6 +47,44 @@ def export_run(
     except RunFailed as error:
         return failed(error)
     out(str(written))
+    return DONE
+
+
+def extract_lora(
+    base: Path,
+    tuned: Path,
+    *,
+    format: str,
+    precision: str,
+    resize: str,
+    of_a_run: bool,
+    place: Path | None,
+) -> int:
+    """Write the LoRA of the difference of two models; returns the exit code."""
+    from runtime.errors import RunFailed
+    from runtime.export.request import Refused, extraction
+
+    try:
+        if of_a_run:
+            raise Refused("`--extract` takes two models, no run", help="see `tuner export --help`")
+        format_, size, out_ = extraction(tuned, format, precision, resize, place)
+    except Refused as error:
+        return refused(error)
+    from runtime.quiet import quiet
+
+    try:
+        with quiet(Path(os.devnull)):
+            from runtime.export.extract import extract
+
+            found = extract(base, tuned, size, format=format_, precision=precision, out=out_)
+    except Refused as error:
+        return refused(error)
+    except RunFailed as error:
+        return failed(error)
+    if found.left:
+        first = ", ".join(found.left[:3])
+        err(f"note: a LoRA can't hold all that differs, such as {first}")
+    out(str(found.out))
     return DONE
 
 

@@ -187,11 +187,11 @@ def _family(answers: Answers) -> FamilyCard:
 
 
 def _example_base(family: str) -> str:
-    """The base to offer: the last of its family that was made for 1024 pixels."""
+    """The base to offer: the first of its family that was made for 1024 pixels, if there is one."""
     from compiler.families import FAMILIES
 
     known = FAMILIES[family if family in FAMILIES else next(iter(FAMILIES))].known
-    return next(one.base for one in known if one.resolution == 1024)
+    return next((one.base for one in known if one.resolution == 1024), known[0].base)
 
 
 def _default_name(answers: Answers) -> str:
@@ -270,11 +270,13 @@ def _train(answers: Answers) -> list[str]:
 
 def _validation(answers: Answers) -> list[str]:
     prompt = _quoted(answers.caption or "what you want to see")
-    mark = "" if answers.caption else "# "
+    refines = _family(answers).refines > 0
+    mark = "" if answers.caption and not refines else "# "
     return [
         f"{mark}[validation]                   # pictures drawn while it trains",
         f'{mark}every = "1 epoch"',
         f"{mark}prompts = {{ first = {prompt} }}",
+        *(['# picture = "photo.png"        # what is refined'] if refines else []),
     ]
 
 

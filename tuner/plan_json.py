@@ -52,7 +52,11 @@ def _plan(plan: Plan) -> dict[str, Any]:
     return {
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
-        "model": tree["model"] | {"parameters": _parameters(plan)},
+        "model": tree["model"]
+        | {
+            "parameters": _parameters(plan),
+            "components": [{"file": None} | part for part in tree["model"]["components"]],
+        },
         "text": dict.fromkeys(fields_dict(Text)) | tree["text"],
         "objective": dict.fromkeys(fields_dict(Objective)) | tree["objective"],
         "sources": [{"mask": None} | source for source in tree["sources"]],

@@ -120,11 +120,12 @@ def _held(part: Component) -> str:
 
 def _fate(part: Component, plan: Plan) -> str:
     """What becomes of a component during the run."""
+    origin = f", from {Path(part.file).name}" if part.file else ""
     if part.trained:
-        return "trained" + (" from random weights" if plan.model.init == "random" else "")
+        return "trained" + (" from random weights" if plan.model.init == "random" else origin)
     if part.name == plan.model.trained_component:
         adapted = plan.memory.counts.get("adapted", 0)
-        return "frozen" + (f", {counted(adapted, 'layer')} adapted" if adapted else "")
+        return f"frozen{origin}" + (f", {counted(adapted, 'layer')} adapted" if adapted else "")
     if part.name.startswith("text_encoder"):
         return "frozen, freed after step 1"
     return "frozen, " + ("decodes pictures" if plan.validation.prompts else "freed after step 2")

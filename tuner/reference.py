@@ -26,6 +26,12 @@ The names of `train.optimizer.name`, and the keys that each takes besides `lr`. 
 the device per trained parameter, for float32 and for bfloat16 weights. What stands under "needs" is
 installed by `pip install`; all but bitsandbytes by `pip install "tuner[optimizers]"`.
 """
+ADAPTERS_HEAD = """\
+The names of `adapter.kind`, and the keys that each takes besides `targets`, `exclude` and `from`.
+W is the frozen weight; s is alpha / rank, or alpha / sqrt(rank) with `scaling = "sqrt-rank"`. All
+of them train on quantised bases too. The file is loaded by what stands beside it; a LoRA of a
+family whose pipeline has no loader is kept as peft keeps it.
+"""
 FAMILIES_HEAD = """\
 The names of `model.family`, what `adapter.targets` may name there, and the bases that plan without
 a download.
@@ -114,6 +120,7 @@ def _names() -> Iterator[str]:
             f"| {', '.join(keys)} |"
         )
     yield "\n".join(lines) + "\n"
+    yield from _adapters()
     yield "## Families\n"
     yield FAMILIES_HEAD
     for card in FAMILIES.values():
@@ -122,3 +129,22 @@ def _names() -> Iterator[str]:
         yield f"Targets: {sets}; by default `{card.default_targets}`. Bases:\n"
         bases = [f"- `{known.base}`, {known.resolution} pixels" for known in card.known]
         yield "\n".join(bases) + "\n"
+
+
+def _adapters() -> Iterator[str]:
+    from compiler.adapters import ADAPTERS
+
+    yield "## Adapters\n"
+    yield ADAPTERS_HEAD
+    lines = [
+        "| kind | adapter | the weight becomes | convolutions | keys | file | loaded by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in ADAPTERS.values():
+        keys = ", ".join(f"`{key}`" for key in row.keys)
+        reach = "all" if row.kernels else "of one pixel"
+        lines.append(
+            f"| `{row.kind}` | {row.title} ({row.paper}) | {_escaped(row.weight)} | {reach} "
+            f"| {keys} | `{row.file}` | {row.loads} |"
+        )
+    yield "\n".join(lines) + "\n"

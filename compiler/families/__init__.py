@@ -8,6 +8,7 @@ from compiler.families import (
     kolors,
     lumina2,
     pixart,
+    qwen_image,
     sana,
     sd,
     sd3,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, FamilyCard] = {
     "pixart": pixart.CARD,
     "lumina2": lumina2.CARD,
     "z_image": z_image.CARD,
+    "qwen_image": qwen_image.CARD,
     "kolors": kolors.CARD,
     "sdxl_refiner": sdxl_refiner.CARD,
 }

@@ -20,6 +20,7 @@ class KnownModel:
     prompt_length: int | None = None
     guidance: float | None = None
     inference_steps: int | None = None
+    index: Mapping[str, Any] = field(factory=dict)  # what its model_index.json says besides
 
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -92,6 +93,7 @@ class FamilyCard:
     refines: float = 0.0
     """The share of the noise levels, from the last on, by which the pipeline refines a picture that
     it is given, by its own default; 0: it draws from noise."""
+    made_for: float = 1.0  # the highest noise level that its models are trained on and used at
     timesteps: int = 1000  # of its table of noise levels, where it has one
     overflowing: tuple[str, ...] = ()
     """Components beside the trained one that can't run in fp16; a vae that says `force_upcast =
@@ -106,9 +108,16 @@ class FamilyCard:
     """Key of the trained component's configuration that says whether the model is told a guidance
     scale, because it was distilled from guidance. "": no model of the family is."""
     negative_prompts: bool = True  # the pipeline's guidance needs a negative prompt
+    few_steps_key: str = ""
+    """Key of model_index.json that says that a base was distilled into a few steps, and that the
+    pipeline then takes no notice of a guidance scale. "": no model of the family was."""
+    few_steps: int = 0  # what one samples such a base with
+    guidance_argument: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
+    """What the pipeline calls its guidance. It turns `true_cfg_scale` on only where it is given a
+    negative prompt, be it an empty one."""
     patch_key: str = "patch_size"
-    """Key of the trained component's configuration for latents along the edge of one of its patches;
-    of several sizes, the first is used."""
+    """Key of the trained component's configuration for latents along the edge of one of its
+    patches; of several sizes, the first is used."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     """What loads a LoRA: Diffusers' pipeline, or peft alone where that has no `load_lora_weights`.
     """
@@ -133,6 +142,9 @@ class FamilyCard:
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         """How many pixels one latent stands for, along an edge."""
+        halvings = vae.get("temperal_downsample")  # of an autoencoder for videos too
+        if halvings is not None:
+            return int(2 ** len(halvings))
         blocks = vae.get("encoder_block_out_channels") or vae.get("block_out_channels")
         assert blocks is not None, "a vae configuration names its blocks"
         return int(2 ** (len(blocks) - 1))

@@ -79,10 +79,16 @@ LARGE = {
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
 }
+FOUR = (4_022_468_096, 3_875_544_576, 84_046_115)  # text encoder, transformer, vae
+NINE = (8_190_735_360, 9_078_581_248, 84_046_115)
 
 
 def _known(
-    base: str, shape: Mapping[str, Any], encoder: Mapping[str, Any], *parameters: int
+    base: str,
+    shape: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    *parameters: int,
+    distilled: bool = False,
 ) -> KnownModel:
     names = ("text_encoder", "transformer", "vae")
     return KnownModel(
@@ -95,6 +101,7 @@ def _known(
             "vae": VAE,
         },
         parameters=dict(zip(names, parameters, strict=True)),
+        index={"is_distilled": distilled},
     )
 
 
@@ -161,28 +168,18 @@ CARD = FamilyCard(
     masked_attention=False,
     attention="all attention",
     known=(
-        _known(
-            "black-forest-labs/FLUX.2-klein-base-4B",
-            SMALL,
-            QWEN3_4B,
-            4_022_468_096,
-            3_875_544_576,
-            84_046_115,
-        ),
-        _known(
-            "black-forest-labs/FLUX.2-klein-base-9B",
-            LARGE,
-            QWEN3_8B,
-            8_190_735_360,
-            9_078_581_248,
-            84_046_115,
-        ),
+        _known("black-forest-labs/FLUX.2-klein-base-4B", SMALL, QWEN3_4B, *FOUR),
+        _known("black-forest-labs/FLUX.2-klein-base-9B", LARGE, QWEN3_8B, *NINE),
+        _known("black-forest-labs/FLUX.2-klein-4B", SMALL, QWEN3_4B, *FOUR, distilled=True),
+        _known("black-forest-labs/FLUX.2-klein-9B", LARGE, QWEN3_8B, *NINE, distilled=True),
     ),
     traps=(
-        "The distilled models (FLUX.2-klein-4B, -9B) are for drawing in four steps: train the base "
-        "of the same size, and load its LoRA there.",
+        "The distilled models (FLUX.2-klein-4B, -9B) draw in four steps, which training undoes: "
+        "train the base of the same size, and load its LoRA there.",
         "The pipeline shifts noise levels far more than its scheduler's configuration says; here "
         "training follows the pipeline.",
     ),
     packed=2,
+    few_steps_key="is_distilled",
+    few_steps=4,
 )

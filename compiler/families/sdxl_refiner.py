@@ -103,10 +103,11 @@ CARD = FamilyCard(
     size_conditions=True,
     zeros_for_empty=False,
     refines=0.3,
+    made_for=0.2,
     traps=(
         sdxl.OVERFLOW,
-        "It is made for the last fifth of the noise levels: `[train.timesteps] max = 0.2` trains "
-        "these alone.",
+        "It is made for the last fifth of the noise levels and trained on these alone, unless "
+        "`[train.timesteps] max` says otherwise.",
         "It draws nothing by itself: pictures of a validation refine the one that `[validation] "
         "picture` names.",
         "Beside sizes and cuts it is told how pleasing a picture is: 6 of 10 in training, as in "

@@ -147,7 +147,7 @@ CARD = FamilyCard(
     ),
     patch_key="all_patch_size",
     traps=(
-        "Prompts go through Qwen3's chat template, negative and empty ones too, as in the pipeline.",
+        "Prompts go through Qwen3's chat template as in the pipeline, negative and empty ones too.",
         "Guidance is counted from 0: the pipeline adds `guidance` times the difference, so that 1 "
         "here is 2 elsewhere, and 0 turns it off.",
         "Long training of Turbo undoes its distillation: pictures in eight steps get worse.",

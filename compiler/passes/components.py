@@ -10,6 +10,7 @@ from compiler import plan
 from compiler.diagnostics import choices
 from compiler.draft import Draft, ModelFacts
 from compiler.passes.precision import FORMATS, refuse_half
+from compiler.passes.weights_file import resolve_file
 from compiler.quantisers import QUANTISERS
 from compiler.schema import ComponentRecipe
 from compiler.spans import KeyPath
@@ -34,6 +35,7 @@ def resolve_components(draft: Draft) -> None:
         _tiling(draft, name, recipe)
         settle(draft, name, kind, why="kept whole" if asked == "auto" else "")
         _init(draft, draft.model, name, recipe)
+        resolve_file(draft, draft.model, name, recipe)
         _quantisation(draft, draft.model, name, kind)
         if asked == "none" and draft.given(_at(name, "where")):
             draft.error(
@@ -87,6 +89,7 @@ def model_plan(draft: Draft) -> plan.Model:
                 quantize=draft.quantize.get(name, "none"),
                 quantize_on=draft.quantize_on.get(name, "device"),
                 tiling=name == "vae" and draft.recipe.model.vae.tiling,
+                file=draft.files.get(name),
             )
             for name, class_name in family.components.items()
         ),

@@ -87,6 +87,7 @@ def _hub(draft: Draft, family: FamilyCard, base: str) -> ModelFacts | None:
                 configs={name: dict(config) for name, config in known.configs.items()},
                 parameters=dict(known.parameters),
                 known=known,
+                index=dict(known.index),
             )
     draft.error(
         "unknown-model",

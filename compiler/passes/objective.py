@@ -9,6 +9,7 @@ from attrs import evolve
 
 from compiler import plan
 from compiler.draft import Draft
+from compiler.families.card import FamilyCard
 from compiler.noise import entries_of, level, noise_table, predicted, shift_of, trained_entries
 from compiler.spans import KeyPath
 
@@ -37,6 +38,8 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
     prediction = predicted(family, scheduler)
     shift, rule = _shift(draft) if prediction == "flow" else _unshifted(draft)
     _unused_timestep_keys(draft, sampling)
+    highest = family.made_for if recipe.max == "auto" else float(recipe.max)
+    draft.decide((*WHERE, "max"), highest, by=f"family {family.name}", why=_made_for(family))
     table = _table(draft, prediction)
     guidance = _guidance(draft)
     if not _judge_loss(draft, prediction):
@@ -53,7 +56,7 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
         shift=shift,
         shift_by_size=rule,
         min_sigma=float(recipe.min),
-        max_sigma=float(recipe.max),
+        max_sigma=highest,
         stratified=recipe.stratified,
         loss=loss.kind,
         delta=float(loss.delta),
@@ -64,6 +67,12 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
         guidance=guidance,
     )
     return made if _has_levels(draft, made) else None
+
+
+def _made_for(family: FamilyCard) -> str:
+    if family.made_for == 1.0:
+        return "pure noise"
+    return "an expert for little noise: what it was made for"
 
 
 def _guidance(draft: Draft) -> float | None:

@@ -91,6 +91,14 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         draft.decide(("validation", "every"), f"{every} steps" if every else "off")
         draft.decide(("validation", "guidance"), guidance, by=by, why="the pipeline's default")
         draft.decide(("validation", "steps"), sampling_steps, by=by, why="the pipeline's default")
+    if draft.model.few_steps and guidance > 1:
+        draft.error(
+            "not-in-family",
+            ("validation", "guidance"),
+            f"this {family.title} was distilled into {family.few_steps} steps: its pipeline takes "
+            "no notice of a guidance scale",
+            help="leave `guidance` out, or train the base that it was made from",
+        )
     if recipe.negative and (draft.sprint is not None or not family.negative_prompts):
         draft.error(
             "not-in-family",

@@ -13,6 +13,7 @@ from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes import ladder
 from compiler.passes.optimizer import planned, suits
+from compiler.passes.sharing import shardable
 from compiler.spans import KeyPath
 
 TRIES = 12  # simulations at most for one change
@@ -89,6 +90,7 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
     if phase == "validate":
         yield from _tiled(candidate)
         yield from _smaller_pictures(candidate)
+    yield from _shared_out(draft, candidate)
     yield from _thriftier(draft, candidate)
     if draft.adapter is not None:
         if candidate.sharing.strategy == "ddp":
@@ -121,6 +123,34 @@ def _tiled(candidate: Candidate) -> Iterator[Change]:
     yield (
         "tiling = true in [model.vae]",
         evolve(candidate, model=evolve(candidate.model, components=tiled)),
+    )
+
+
+def _shared_out(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    """Every weight dealt out, where the recipe has each device hold all of them."""
+    if candidate.ranks == 1 or candidate.sharing.strategy != "ddp":
+        return
+    other = _unsettled(draft)
+    if shardable(other)[0]:
+        return
+    shared = evolve(candidate, sharing=other.sharing)
+    last = ladder.rungs(other)[-1]
+    yield 'strategy = "fsdp" in [launch]', ladder.candidate_of(other, shared, last)
+
+
+def _unsettled(draft: Draft) -> Draft:
+    """As if the recipe said "fsdp": without what the ladder chose to save where it was left open."""
+    assert draft.model is not None and draft.optimizer is not None
+    name, quantize = draft.optimizer.name, dict(draft.quantize)
+    if draft.recipe.train.optimizer.name == "auto":
+        name = next((row.name for row in OPTIMIZERS.values() if row.eight_bit == name), name)
+    if draft.trained.quantize == "auto":
+        quantize[draft.model.family.trained_component] = "none"
+    return evolve(
+        draft,
+        sharing=plan.Sharing(strategy="fsdp"),
+        optimizer=planned(draft, name),
+        quantize=quantize,
     )
 
 
@@ -166,7 +196,7 @@ def _lower_rank(candidate: Candidate) -> Iterator[Change]:
 
 def _fewer_samples(draft: Draft, candidate: Candidate) -> Iterator[Change]:
     size = candidate.micro_batch or ladder.largest_batch(draft)
-    if size > 1:
+    if size > 1 and candidate.sprint is None:  # a discriminator judges whole batches
         yield "micro_batch = 1", evolve(candidate, micro_batch=1)
 
 

@@ -12,7 +12,7 @@ from compiler.plan import Model
 from runtime import rng
 from runtime.export.lazy import Tensors, held, in_files
 from runtime.families import family_of
-from runtime.families.common import base_folder, empty_component
+from runtime.families.common import base_folder, component_of, empty_component
 
 STEM = "diffusion_pytorch_model"
 
@@ -25,7 +25,8 @@ def base_tensors(model: Model, seed: int) -> Tensors:
     """
     name, model = model.trained_component, _plain(model)
     if model.init == "pretrained":
-        files = _weight_files(base_folder(model, [name]) / name)
+        own = component_of(model, name).file
+        files = [Path(own)] if own else weight_files(base_folder(model, [name]) / name)
         found = in_files(files)
         shell = empty_component(model, name, torch.float32, torch.device("meta")).state_dict()
         if {k: tuple(v.shape) for k, v in shell.items()} == {k: v.shape for k, v in found.items()}:
@@ -36,12 +37,22 @@ def base_tensors(model: Model, seed: int) -> Tensors:
     return held(loaded.state_dict())
 
 
+def component_tensors(model: Model, name: str) -> Tensors:
+    """The tensors of a component that is not trained, as its files hold them. Raises OSError."""
+    own = component_of(model, name).file
+    found = in_files([Path(own)] if own else weight_files(base_folder(model, [name]) / name))
+    if not found:
+        raise OSError(f"the base holds no weights of its {name}")
+    return found
+
+
 def _plain(model: Model) -> Model:
     parts = tuple(evolve(part, quantize="none") for part in model.components)
     return evolve(model, components=parts)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component's folder; [] where it has none."""
     index = folder / f"{STEM}.safetensors.index.json"
     if index.is_file():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

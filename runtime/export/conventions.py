@@ -44,6 +44,9 @@ SINGLE_FILE: Mapping[str, str] = {
 """Whole models in one file: family -> source. Sana's published files also hold the embedding of the
 empty caption, which a Diffusers folder does not have, so none can be made of it."""
 
+WITH_VAE: frozenset[str] = frozenset({"sd3"})
+"""Those whose published files hold the VAE as well. Others have it in a file of its own."""
+
 NETWORK_MODULES: Mapping[str, str] = {
     "flux": "networks.lora_flux",
     "sd": "networks.lora",
@@ -100,7 +103,7 @@ def refusal(format: Format, family: str, kind: AdapterKind) -> str:
     if format == "peft" or kind not in ("lora", "dora"):
         return ""
     if format == "diffusers" and FAMILIES[family].lora_loader == "peft":
-        return f"Diffusers loads no LoRA of {family}; the result's folder loads with peft"
+        return f"Diffusers loads no LoRA of {family}; there is `--format peft`"
     if format == "diffusers" or family in LORA[format]:
         return ""
     known = ", ".join(LORA[format])

@@ -12,7 +12,7 @@ from attrs import evolve
 from torch import nn
 
 from compiler.data.prompts import Prompt
-from compiler.plan import Device, Layout, Plan
+from compiler.plan import Device, Layout, Plan, Sprint
 from runtime import files
 from runtime.build import build, load_state
 from runtime.data.encoders import Encoders
@@ -21,9 +21,10 @@ from runtime.execute import device_of
 from runtime.export.pictures import Drawing, Wanted
 from runtime.export.request import Weights
 from runtime.export.weights import trained_weights
-from runtime.families import family_of
+from runtime.families import family_of, sana_sprint
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES, component_of, sample
+from runtime.methods.student import OF_LOSS, make_student
 from runtime.refined import picture_part
 
 Told = Callable[[Path], None]
@@ -39,9 +40,9 @@ def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> li
     plan = _on(weights.plan, wanted.device)
     device = device_of(plan)
     torch.set_num_threads(plan.threads)  # sums are split by threads
-    family = family_of(plan.model.family)
+    family = family_of(plan.model.family) if plan.sprint is None else sana_sprint.FAMILY
     try:
-        words = _embedded(plan, family, wanted)
+        words = _embedded(plan, family_of(plan.model.family), wanted)
         parts = _parts(plan, family, evolve(weights, plan=plan), device)
         for drawing in wanted.drawings:
             _draw(plan, family, parts, words, wanted, drawing)
@@ -78,14 +79,35 @@ def _embedded(plan: Plan, family: Family, wanted: Wanted) -> Words:
 def _parts(plan: Plan, family: Family, weights: Weights, device: torch.device) -> dict[str, Any]:
     """The trained component with its weights, the VAE and the scheduler."""
     vae = DTYPES[component_of(plan.model, "vae").dtype]
+    sampler = (
+        family.load(plan.model, "scheduler", torch.float32, torch.device("cpu"))
+        if plan.sprint is None
+        else sana_sprint.scheduler(plan.sprint)
+    )
     return {
         plan.model.trained_component: _model(plan, family, weights, device),
         "vae": family.load(plan.model, "vae", vae, device),
-        "scheduler": family.load(plan.model, "scheduler", torch.float32, torch.device("cpu")),
+        "scheduler": sampler,
     }
 
 
+def _student(
+    plan: Plan, sprint: Sprint, family: Family, weights: Weights, device: torch.device
+) -> nn.Module:
+    """What was distilled; without what only its training reads."""
+    name, dtype = plan.model.trained_component, DTYPES[plan.precision.compute]
+    student: nn.Module = family.load(plan.model, name, dtype, device)
+    make_student(student, sprint, plan.seed)
+    trained = trained_weights(weights)
+    found = student.load_state_dict({k: lazy.read() for k, lazy in trained.items()}, strict=False)
+    if found.unexpected_keys or any(not key.startswith(OF_LOSS) for key in found.missing_keys):
+        raise RunFailed("these are weights of another model")
+    return student
+
+
 def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -> nn.Module:
+    if plan.sprint is not None:
+        return _student(plan, plan.sprint, family, weights, device)
     precision = plan.precision
     if precision.trained == "float32":  # masters round to the same copies: none are needed
         precision = evolve(precision, trained=precision.compute)

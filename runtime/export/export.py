@@ -13,17 +13,21 @@ from torch import Tensor
 
 from runtime import files
 from runtime.errors import RunFailed
-from runtime.export import bfl, lora_keys, mmdit
-from runtime.export.base import STEM, base_tensors
-from runtime.export.conventions import Config
+from runtime.export import bfl, ldm_vae, lora_keys, mmdit
+from runtime.export.base import STEM, base_tensors, component_tensors
+from runtime.export.conventions import WITH_VAE, Config
 from runtime.export.lazy import Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.metadata import described
 from runtime.export.request import Request, config_of
+from runtime.export.svd import resized
 from runtime.export.weights import layers_of, merged, trained_weights
 from runtime.families.common import DTYPES, base_folder
+from runtime.families.sana_sprint import few_steps
 from runtime.methods import adapter_files
+from runtime.methods.kinds import NAME
 from runtime.methods.lora import PEFT_FILES
+from runtime.methods.student import OF_LOSS, settings_of
 
 Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
 """From the layers and the trained component's configuration. Raises KeyError for a module that the
@@ -66,7 +70,11 @@ def _lora(request: Request) -> None:
     assert adapter is not None
     trained = trained_weights(request.weights)
     if request.format == "peft" or adapter.kind in ("lokr", "loha"):
-        _of_kind(request, {name: lazy.read() for name, lazy in trained.items()})
+        values = {name: lazy.read() for name, lazy in trained.items()}
+        if request.size is not None:
+            small = {m: resized(one, request.size) for m, one in layers_of(plan, trained).items()}
+            values = in_training(small)
+        _of_kind(request, values)
         return
     metadata = described(request)
     if adapter.kind == "dora":
@@ -76,6 +84,8 @@ def _lora(request: Request) -> None:
         write(request.out, held(named), metadata | told)
         return
     layers = layers_of(plan, trained)
+    if request.size is not None:
+        layers = {module: resized(layer, request.size) for module, layer in layers.items()}
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
     if plan.model.family in foreign:
         tensors = _renamed(foreign[plan.model.family], layers, request)
@@ -108,6 +118,15 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
         (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
 
 
+def in_training(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The layers under the names that they have in training."""
+    return {
+        f"{module}.lora_{which}.{NAME}.weight": tensor
+        for module, layer in layers.items()
+        for which, tensor in (("A", layer.a), ("B", layer.b))
+    }
+
+
 def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dict[str, Tensor]:
     try:
         return write(layers, config_of(request.weights.plan))
@@ -121,7 +140,11 @@ def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dic
 def _single(request: Request) -> None:
     layout = SINGLE[request.weights.plan.model.family]
     tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
-    write(request.out, layout(tensors, config_of(request.weights.plan)), described(request))
+    found = layout(tensors, config_of(request.weights.plan))
+    if request.weights.plan.model.family in WITH_VAE:
+        vae = component_tensors(request.weights.plan.model, "vae")
+        found |= ldm_vae.laid_out({name: lazy.to(_dtype(request)) for name, lazy in vae.items()})
+    write(request.out, found, described(request))
 
 
 def _pipeline(request: Request) -> None:
@@ -136,7 +159,10 @@ def _pipeline(request: Request) -> None:
                 shutil.copytree(source / part.name, folder / part.name)
         shutil.copyfile(source / "model_index.json", folder / "model_index.json")
         (folder / component).mkdir()
-        config = model.configs[component]
+        config, sprint = model.configs[component], request.weights.plan.sprint
+        if sprint is not None:
+            config = json.dumps(json.loads(config) | settings_of(sprint), indent=2) + "\n"
+            few_steps(sprint, folder)
         (folder / component / "config.json").write_text(config, encoding="utf-8")
         write(folder / component / f"{STEM}.safetensors", tensors, described(request))
 
@@ -145,6 +171,8 @@ def _whole(request: Request) -> Tensors:
     """Every tensor of the trained component, with what was trained in its place."""
     plan = request.weights.plan
     trained = trained_weights(request.weights)
+    if plan.sprint is not None:  # all of it, under names of its own
+        return {name: each for name, each in trained.items() if not name.startswith(OF_LOSS)}
     base = base_tensors(plan.model, plan.seed)
     if plan.adapter is not None:
         return merged(base, trained, plan.adapter)

@@ -14,6 +14,7 @@ from compiler.plan import Dtype, Plan, lock_path
 from runtime import saved
 from runtime.errors import RunFailed
 from runtime.export.conventions import FORMATS, OF_KIND, SINGLE_FILE, Format, refusal
+from runtime.export.size import Size, parsed
 
 PRECISIONS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -48,6 +49,7 @@ class Request:
     single_file: bool  # a whole model
     dtype: Dtype | None  # None: as trained; of a merged model, as the base's files
     out: Path
+    size: Size | None = None  # of a LoRA: else as trained
 
 
 def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) -> Weights:
@@ -109,6 +111,7 @@ def requested(
     merge: bool = False,
     single_file: bool = False,
     precision: str = "",
+    resize: str = "",
     out: Path | None = None,
 ) -> Request:
     """The request in these words. Raises Refused if there is no such layout, or if `out` is taken.
@@ -124,6 +127,9 @@ def requested(
     if precision and precision not in PRECISIONS:
         raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
     _check_form(plan, format, merge=merge, single_file=single_file)
+    size = size_of(resize) if resize else None
+    if size and (whole or plan.adapter is None or plan.adapter.kind != "lora"):
+        raise Refused("only a LoRA can be resized", help="leave out `--resize`")
     place = out or _place(weights, format, whole=whole, single_file=single_file)
     if place.exists() or place.is_symlink():
         raise Refused(f"`{place}` is there already", help="name another place with `--out`")
@@ -134,7 +140,36 @@ def requested(
         single_file=single_file,
         dtype=PRECISIONS[precision] if precision else None,
         out=place,
+        size=size,
     )
+
+
+def extraction(
+    tuned: Path, format: str, precision: str, resize: str, out: Path | None
+) -> tuple[Format, Size, Path]:
+    """What to extract from `tuned` in these words: keys, size (by default rank 64) and place.
+
+    Raises Refused.
+    """
+    if (format or "diffusers") not in ("diffusers", "kohya", "comfyui"):
+        raise Refused(f"no LoRA is extracted as `{format}`", help="diffusers, kohya or comfyui")
+    if precision and precision not in PRECISIONS:
+        raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
+    place = out or Path(f"{tuned.name}-lora.safetensors")
+    if place.exists() or place.is_symlink():
+        raise Refused(f"`{place}` is there already", help="name another place with `--out`")
+    chosen_format: Format = "kohya" if format == "kohya" else "diffusers"
+    if format == "comfyui":
+        chosen_format = "comfyui"
+    return chosen_format, size_of(resize or "64"), place
+
+
+def size_of(text: str) -> Size:
+    """The size that `--resize` gives. Raises Refused."""
+    found = parsed(text)
+    if found is None:
+        raise Refused(f"`{text}` is no size of a LoRA", help="a rank such as 16, or 95%")
+    return found
 
 
 def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -> None:

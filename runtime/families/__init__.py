@@ -12,6 +12,7 @@ MODULES = {
     "kolors": "runtime.families.kolors",
     "lumina2": "runtime.families.lumina2",
     "pixart": "runtime.families.pixart",
+    "qwen_image": "runtime.families.qwen_image",
     "sana": "runtime.families.sana",
     "sd": "runtime.families.sd",
     "sd3": "runtime.families.sd3",

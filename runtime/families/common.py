@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.plan import Component, Model, Text
+from runtime.errors import RunFailed
 from runtime.quantise.layers import hollow, quantise
 from runtime.quantise.stream import stream
 
@@ -84,10 +86,29 @@ def load_component(
         if found is not None:
             return found
     place["dtype" if library == "transformers" else "torch_dtype"] = dtype
-    loaded = cls.from_pretrained(model.base, **place)
+    if part.file is None:
+        loaded = cls.from_pretrained(model.base, **place)
+    else:
+        loaded = _translated(cls, Path(part.file), config_of(model, name), dtype)
     if part.quantize != "none":
         quantise(loaded, part.quantize, device, on=_where(part, device))
     return in_tiles(loaded.to(device=device).eval(), part)
+
+
+def _translated(cls: Any, file: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A component from a file in its publisher's names, by Diffusers, on the host. Raises RunFailed
+    if Diffusers can't read it."""
+    with TemporaryDirectory() as folder:  # it takes a configuration from a folder only
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            return cls.from_single_file(
+                str(file), config=folder, torch_dtype=dtype, local_files_only=True
+            )
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunFailed(
+                f"{file} can't be read as a {cls.__name__}: {error}",
+                help="give a file in Diffusers' names, or leave out `file`",
+            ) from error
 
 
 def in_tiles(component: Any, part: Component) -> Any:
@@ -125,6 +146,8 @@ def _streamed(
 
 def _weight_files(model: Model, name: str, stem: str) -> list[Path] | None:
     """A component's safetensors files, all of them; None if there are none of the usual names."""
+    if (own := component_of(model, name).file) is not None:
+        return [Path(own)]
     index = _file(model, f"{name}/{stem}.safetensors.index.json")
     if index is None:
         single = _file(model, f"{name}/{stem}.safetensors")

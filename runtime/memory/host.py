@@ -8,6 +8,7 @@ from typing import Protocol
 from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS
 from runtime.memory.tracker import rounded
+from runtime.memory.zero import on_host
 
 TRAINED = ("train", "update", "evaluate", "validate", "save")
 """Phases in which what is trained is there."""
@@ -51,8 +52,9 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
     if candidate.adapter is None:
         kept += trace.save.get("weights", 0)
-    sharded = candidate.ranks > 1 and candidate.sharing.strategy == "fsdp"
-    if sharded:  # each rank writes its own part
+    several, strategy = candidate.ranks > 1, candidate.sharing.strategy
+    zero, sharded = several and strategy == "deepspeed", several and strategy != "ddp"
+    if sharded and not zero:  # each rank writes its own part
         kept = -(-kept // candidate.ranks)
     if candidate.device == "cpu":
         return dict.fromkeys(TRAINED, kept)
@@ -64,6 +66,14 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     found["load"] = trace.largest + trace.host  # weights come one at a time
     if sharded:  # or all of them, to be dealt out from there
         found["load"] = sum(trace.load.values())
+    if zero:  # its checkpoint is written where it lies
+        apart = on_host(candidate, trace.trainable, trace.save.get("optimizer", 0))
+        found |= {name: found[name] + apart for name in TRAINED}
+    name = candidate.model.trained_component
+    trained = next(c for c in candidate.model.components if c.name == name)
+    if trained.file:  # in other names than Diffusers', all of it is translated there
+        whole = rounded(trained.parameters * (4 if trained.dtype == "float32" else 2))
+        found["load"] = max(found["load"], whole)
     return found
 
 

@@ -40,14 +40,14 @@ class Tokens:
         self.names = names
 
     def __call__(
-        self, prompts: list[str] | str, *, padding: str, max_length: int = 1, **rest: Any
+        self, prompts: list[str] | str, *, padding: str | bool, max_length: int = 1, **rest: Any
     ) -> Any:
         """Token numbers, mask and places, (prompts, tokens); one token without padding to a
-        length."""
+        length. Cut to a length (`padding` True), a prompt may be as long."""
         from transformers import BatchEncoding
 
         count = 1 if isinstance(prompts, str) else len(prompts)
-        shape = (count, max_length if padding == "max_length" else 1)
+        shape = (count, max_length if padding in ("max_length", True) else 1)
         ones = torch.ones(shape, dtype=torch.int64, device=self.device)
         return BatchEncoding({name: ones.clone() for name in self.names})
 
@@ -63,10 +63,6 @@ class Tokens:
     def tokenize(self, text: str) -> list[str]:
         """Pieces of `text`, of which none is an embedding that was learned."""
         return text.split()
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **rest: Any) -> str:
-        """What is said, without the template."""
-        return " ".join(message["content"] for message in messages)
 
     def encode(self, text: str) -> list[int]:
         """About as many numbers as `text` has tokens."""

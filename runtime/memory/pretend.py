@@ -23,7 +23,6 @@ from runtime.memory.attention import Attention, attention_for
 from runtime.memory.tracker import Tracker
 from runtime.quantise import codes
 
-
 SKIPS = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 """Where transformers looks into a prompt's mask, whether it can do without."""
 

@@ -46,19 +46,23 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         return whole
     if candidate.sharing.strategy == "ddp":
         return {**whole, "update": _summed(course)}
+    if candidate.sharing.strategy == "deepspeed":
+        from runtime.memory.zero import zero_parts  # which counts with functions of this module
+
+        return zero_parts(candidate, course, whole)
     share = _share(candidate, course)
-    passes = share | _gathered(candidate, course) | _others(course.window)
+    passes = share | _gathered(candidate, course) | others(course.window)
     found: dict[str, Mapping[str, int]] = {
         "load": {**share, "gathered": rounded(_block(course) * _kept(candidate))},
         "train": passes | _reduced(candidate, course),
-        "update": share | _divided(_others(course.update), candidate.ranks),
+        "update": share | divided(others(course.update), candidate.ranks),
         "save": share,
     }
     if candidate.evaluated:
-        found["evaluate"] = share | _gathered(candidate, course) | _others(course.evaluate)
+        found["evaluate"] = share | _gathered(candidate, course) | others(course.evaluate)
     if candidate.pictures:
         vae = course.validate_peak.get("weights", 0) - course.load.get("weights", 0)
-        drawing = share | _gathered(candidate, course) | _others(course.validate)
+        drawing = share | _gathered(candidate, course) | others(course.validate)
         found["validate"] = {**drawing, "weights": share["weights"] + max(vae, 0)}
     del found["load"]["optimizer"], found["load"]["gradients"]
     return {name: {k: v for k, v in parts.items() if v} for name, parts in found.items()}
@@ -123,7 +127,7 @@ def _kept(candidate: Candidate) -> int:
     return DTYPES[precision.trained if candidate.adapter is None else precision.weights].itemsize
 
 
-def _others(curves: Sequence[Curve]) -> dict[str, int]:
+def others(curves: Sequence[Curve]) -> dict[str, int]:
     """At the moment when most is there of what is no rank's share."""
     found: dict[str, int] = {}
     for curve in curves:
@@ -135,6 +139,6 @@ def _others(curves: Sequence[Curve]) -> dict[str, int]:
     return found
 
 
-def _divided(parts: Mapping[str, int], ranks: int) -> dict[str, int]:
+def divided(parts: Mapping[str, int], ranks: int) -> dict[str, int]:
     """Copies of what is updated, and the batch, which is whole."""
     return {k: v if k == "batch" else -(-v // ranks) for k, v in parts.items()}

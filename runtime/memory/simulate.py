@@ -109,7 +109,9 @@ class RuntimeMemoryModel:
         numbers = affine(_numbers(base), [(_numbers(each), n) for each, n in longer])
         forms = _forms(base, longer)
         with as_on(candidate.device):
-            updating = run_update(candidate, forms, after, self.tracker(candidate.device))
+            updating = run_update(
+                candidate, forms, base.idle, after, self.tracker(candidate.device)
+            )
         return Course(
             load=affine(base.load, [(each.load, n) for each, n in longer]),
             window=_deeper(base.window, [(each.window, n) for each, n in longer]),
@@ -119,6 +121,7 @@ class RuntimeMemoryModel:
             evaluate=_deeper(base.evaluate, [(each.evaluate, n) for each, n in longer]),
             validate=_deeper(base.validate, [(each.validate, n) for each, n in longer]),
             forms=forms,
+            idle=base.idle,
             block_numbers=affine(
                 base.block_numbers, [(each.block_numbers, n) for each, n in longer]
             ),

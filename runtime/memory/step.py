@@ -6,6 +6,7 @@ that is counted is one in the middle of a run, when the optimizer's state exists
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -61,6 +62,7 @@ class Course:
     parameters: int  # of the trained component, without adapter
     adapted_modules: int
     forms: Sequence[Form]  # of what the optimizer updates
+    idle: Sequence[Form]  # of them, those that get no gradient
     block_numbers: Mapping[str, int]
     """Parameters, adapter included: of the "largest" block, of "all" blocks, "apart" from them,
     "trained" ones of a block and "trained apart"; and "buffer bytes", which no rank shares."""
@@ -118,7 +120,9 @@ def run_step(
         asked: list[int] = []
         marked = _marks_of_passes(built.model, tracker, flops, asked)
         start = flops()
-        window, after, updating = _window(candidate, family, built, optimizer, ema, shape, tracker)
+        window, after, updating, idle = _window(
+            candidate, family, built, optimizer, ema, shape, tracker
+        )
         if rivals is not None and built.rival is not None:  # its updates take turns with the others
             other = evolve(built, trainable=built.rival.trainable)
             more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
@@ -154,7 +158,8 @@ def run_step(
         largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
-        forms=[(name, tuple(p.shape), p.dtype) for name, p in built.trainable.items()],
+        forms=_forms(built.trainable),
+        idle=idle,
         block_numbers=_block_numbers(built.model, family),
     )
 
@@ -179,11 +184,16 @@ def _block_numbers(model: nn.Module, family: Family) -> dict[str, int]:
 
 
 def run_update(
-    candidate: Candidate, forms: Sequence[Form], after: Mapping[str, int], tracker: Tracker
+    candidate: Candidate,
+    forms: Sequence[Form],
+    idle: Sequence[Form],
+    after: Mapping[str, int],
+    tracker: Tracker,
 ) -> Sequence[Curve]:
     """The update of parameters of `forms` alone, on meta tensors, as a part of a model's step.
 
-    `after` is what is live in that step when the gradients are complete.
+    `idle` are those of them that get no gradient; `after` is what is live in that step when the
+    gradients are complete.
     """
     kind = "weights" if candidate.adapter is None else "adapter"
     with tracker, collector_off(), counted(tracker.elsewhere):
@@ -198,11 +208,14 @@ def run_update(
         if candidate.layout.fused_backward:  # no gradient is left, but the norm of each
             for parameter in trainable.values():
                 parameter.grad = None
-            finish = partial(_last_norm, _norms(len(trainable), tracker))
+            finish = partial(_last_norm, _norms(len(trainable) - len(idle), tracker))
         else:
             tracker.category = "gradients"
+            left = Counter(form[1:] for form in idle)
             for parameter in trainable.values():
-                parameter.grad = torch.empty_like(parameter)
+                form = tuple(parameter.shape), parameter.dtype
+                left[form] -= 1
+                parameter.grad = None if left[form] >= 0 else torch.empty_like(parameter)
         there = tracker.categories()
         for name, nbytes in after.items():  # what is not the parameters' own
             tracker.hold(nbytes - there.get(name, 0), name)
@@ -309,9 +322,10 @@ def _window(
     shape: tuple[int, int, int],
     tracker: Tracker,
     step: int = 0,
-) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve]]:
+) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve], Sequence[Form]]:
     """One optimizer update over batches of `shape`, all on the device from the start, as in the
-    loop: the course of its passes, what is live after them, and the course of what follows."""
+    loop: the course of its passes, what is live after them, the course of what follows, and what
+    is trained but got no gradient."""
     fused = None
     if candidate.layout.fused_backward:
         fused = FusedBackward(built.model, built.trainable, optimizer)
@@ -354,10 +368,16 @@ def _window(
         )
         tracker.register(_gradients(built), "gradients")
     passes, after = tracker.curves(), tracker.categories()
+    without = fused.idle() if fused else [p.grad is None for p in built.trainable.values()]
+    idle = [form for form, none in zip(_forms(built.trainable), without, strict=True) if none]
     _update(
         candidate, built.trainable, optimizer, ema, fused.finish if fused else None, tracker, scaler
     )
-    return passes, after, tracker.curves()
+    return passes, after, tracker.curves(), idle
+
+
+def _forms(trainable: Mapping[str, nn.Parameter]) -> list[Form]:
+    return [(name, tuple(p.shape), p.dtype) for name, p in trainable.items()]
 
 
 def _update(

@@ -21,6 +21,11 @@ from runtime.batch import Batch
 LOSS = "loss"
 
 
+def is_rivals(step: int) -> bool:
+    """Whether, of two that take turns, the update after `step` others is the second one's."""
+    return step % 2 == 1
+
+
 class Method(Protocol):
     """What an update computes, where that is not the loss of one denoising pass."""
 

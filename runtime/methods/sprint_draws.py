@@ -14,6 +14,7 @@ from torch import Tensor
 from compiler.plan import Sprint
 from runtime import rng
 from runtime.batch import Batch
+from runtime.methods.base import is_rivals
 from runtime.methods.trigflow import angles_of
 
 NEGATIVE = "negative_"
@@ -24,7 +25,7 @@ Normal = Callable[[str], Tensor]
 
 def is_students(facts: Sprint, step: int) -> bool:
     """Whether the update after `step` others is the student's."""
-    return not facts.heads or step % 2 == 0
+    return not (facts.heads and is_rivals(step))
 
 
 def noises(facts: Sprint, step: int) -> tuple[str, ...]:

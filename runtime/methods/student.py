@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from compiler.plan import Sprint
 from runtime import rng
 
+OF_LOSS = "logvar_linear"  # begins the names of what no pipeline reads
 GUIDANCE_DEVIATION = 0.02  # of the guidance embedder's first layer; its second one starts at zero
 GRID = 4001  # times at which an embedding is fitted
 SLOPE = 4.0  # of a unit's rise; steeper ones follow the teacher's own roughness in time
@@ -49,11 +50,16 @@ def make_student(network: nn.Module, facts: Sprint, seed: int) -> None:
         _start(new.guidance_embedder, logvar, seed)
     transformer.time_embed = new
     transformer.logvar_linear = logvar
-    transformer.register_to_config(
-        guidance_embeds=True,
-        guidance_embeds_scale=facts.guidance_embeds_scale,
-        timestep_scale=1.0,
-    )
+    transformer.register_to_config(**settings_of(facts))
+
+
+def settings_of(facts: Sprint) -> dict[str, Any]:
+    """What a student's configuration says otherwise than its teacher's."""
+    return {
+        "guidance_embeds": True,
+        "guidance_embeds_scale": facts.guidance_embeds_scale,
+        "timestep_scale": 1.0,
+    }
 
 
 def _start(guidance: Any, logvar: nn.Linear, seed: int) -> None:

@@ -114,6 +114,8 @@ def _usage(plan: Plan) -> str:
     if plan.sprint is not None:
         pipeline = family.few_step_pipeline
         more = "" if plan.validation.steps == 2 else ", intermediate_timesteps=None"
+    if family.guidance_argument == "true_cfg_scale":
+        more += ', negative_prompt=" "'
     dtype = TORCH[plan.precision.compute]
     base, hub = json.dumps(base_name(plan)), json.dumps(plan.publish.hub)
     prompt = plan.validation.prompts[0].text if plan.validation.prompts else "..."
@@ -145,7 +147,7 @@ def _usage(plan: Plan) -> str:
             'pipeline.to("cuda")',
             f"image = pipeline(prompt={json.dumps(prompt, ensure_ascii=False)}, "
             f"num_inference_steps={plan.validation.steps}, "
-            f"guidance_scale={plan.validation.guidance:g}{more}).images[0]",
+            f"{family.guidance_argument}={plan.validation.guidance:g}{more}).images[0]",
             "",
         ]
     )

@@ -135,6 +135,9 @@ class Publisher:
     def _upload_result(self, result: Path, recipe: str, step: int) -> None:
         place = self._folder / STAGE / "result"
         _link(result, place)
+        average = result.with_name(f"{result.name}_ema")
+        if average.is_dir():  # beside an adapter's trained weights
+            _link(average, place / average.name)
         samples = self._samples(place)
         licence = self._licence()
         text = card(self._plan, recipe=recipe, licence=licence, samples=samples, step=step)

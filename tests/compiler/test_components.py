@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -154,6 +155,37 @@ def test_float16_where_the_family_overflows(tmp_path: Path, name: str) -> None:
     )
     message, _ = refused(path, 'model.transformer.weights="fp16"', code="fp16-overflow")
     assert message == ("Sana can't be trained in fp16: activations exceed what fp16 holds (65504)")
+
+
+def test_a_vae_that_overflows_and_its_mended_version(tmp_path: Path) -> None:
+    """SDXL's own; `force_upcast = false` stands in the configuration of the one that was mended."""
+    path = project(tmp_path, RECIPE.replace('family = "sana"', 'family = "sdxl"') + LORA, "sdxl")
+    message, _ = refused(path, 'model.vae.weights="fp16"', code="fp16-overflow")
+    assert "Stable Diffusion XL's vae can't run in fp16" in message
+    assert parts(planned(path, 'model.text_encoder.weights="fp16"'))["vae"].dtype == "float32"
+    file = tmp_path / "base" / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "force_upcast": False}))
+    assert parts(planned(path, 'model.vae.weights="fp16"'))["vae"].dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "zeros"),
+    [
+        ("sdxl", {}, True),
+        ("sdxl", {"force_zeros_for_empty_prompt": True}, True),
+        ("sdxl", {"force_zeros_for_empty_prompt": False}, False),
+        ("sdxl_refiner", {}, False),
+        ("sd3", {"force_zeros_for_empty_prompt": True}, None),
+    ],
+)
+def test_what_an_empty_negative_prompt_is(
+    tmp_path: Path, family: str, stated: dict[str, bool], zeros: bool | None
+) -> None:
+    recipe = RECIPE.replace('family = "sana"', f'family = "{family}"')
+    path = project(tmp_path, recipe + LORA, family)
+    file = tmp_path / "base" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    assert planned(path).text.zeros_for_empty is zeros
 
 
 def test_a_device_without_the_number_format(tmp_path: Path) -> None:

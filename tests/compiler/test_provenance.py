@@ -31,10 +31,15 @@ def _by_key(plan: Plan) -> dict[str, Decision]:
 
 def test_every_leaf_of_the_schema_is_explained_once(tmp_path: Path) -> None:
     plan = _plan(project(tmp_path, FULL))
+    distilled = FULL.replace('[adapter]\nkind = "lora"\n', "[sprint]\n")  # never both
+    (tmp_path / "distilled.toml").write_text(distilled)
     keys = [decision.key for decision in plan.decisions]
-    assert len(keys) == len(set(keys))
+    others = [decision.key for decision in _plan(tmp_path / "distilled.toml").decisions]
+    assert len(keys) == len(set(keys)) and len(others) == len(set(others))
     leaves = {row.key.replace("[]", "[0]") for row in all_rows() if not row.fields}
-    assert leaves - {"validation.prompts"} <= set(keys)
+    sprint = {key for key in leaves if key.startswith("sprint.")}
+    assert leaves - sprint - {"validation.prompts"} <= set(keys)
+    assert sprint and sprint <= set(others)
     assert {"validation.prompts.beach", "validation.prompts.in.snow"} <= set(keys)
     assert all(d.source and (d.value or d.source in ("default", INHERITED)) for d in plan.decisions)
     assert "auto" not in {decision.value for decision in plan.decisions}

@@ -130,3 +130,87 @@ def test_a_sharded_run_is_offered_no_saving_that_it_cant_take(tmp_path: Path) ->
             one.layout, offload_activations=False, offload_blocks=0, fused_backward=False
         )
         assert all(part.quantize == "none" for part in one.model.components if part.trained)
+
+
+ZERO = ("launch.devices=2", 'launch.strategy="deepspeed"')
+
+
+def test_deepspeed_as_the_recipe_asks(full: Path) -> None:
+    given = (*ZERO, 'precision.trained="fp32"')
+    found = compiled(full, *given, machine=GPU).plan
+    assert found is not None and found.sharing == Sharing(strategy="deepspeed", stage=2)
+    asked = ("launch.deepspeed={stage=3, offload_optimizer=true}",)
+    found = compiled(full, *given, *asked, machine=GPU).plan
+    assert found is not None
+    assert found.sharing == Sharing(strategy="deepspeed", stage=3, offload_optimizer=True)
+    lacking = evolve(GPU, missing=("deepspeed",))
+    (warning,) = compiled(full, *given, machine=lacking).diagnostics
+    assert (warning.code, warning.path) == ("missing-package", "launch.strategy")
+    assert 'pip install "tuner[deepspeed]"' in warning.help
+
+
+UNFIT = {
+    'train.optimizer.name="adafactor"': "train.optimizer.name",
+    'train.optimizer.name="adamw-schedulefree"': "train.optimizer.name",
+    "train.ema={decay=0.9}": "train.ema",
+    'precision.trained="bf16"': "precision.trained",
+    'speed.compile="regional"': "speed.compile",
+    "memory.offload={activations=true}": "memory.offload.activations",
+}
+
+
+@pytest.mark.parametrize(("override", "path"), UNFIT.items())
+def test_what_deepspeed_cant_do_is_refused_by_name(full: Path, override: str, path: str) -> None:
+    trained = () if "trained" in override else ('precision.trained="fp32"',)
+    found = compiled(full, *ZERO, *trained, override, machine=GPU)
+    (fault,) = (f for f in found.diagnostics if f.code == "not-sharded")
+    assert fault.path == path and '"deepspeed"' in fault.message
+
+
+def test_stage_3_gathers_lora_only(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + ADAPTER)
+    for stage, refused in ((2, False), (3, True)):
+        given = (*ZERO, f"launch.deepspeed.stage={stage}", 'adapter.kind="dora"')
+        found = compiled(path, *given, 'precision.trained="fp32"', machine=GPU)
+        assert [f.path for f in found.diagnostics if f.code == "not-sharded"] == (
+            ["adapter.kind"] if refused else []
+        )
+
+
+def test_deepspeeds_keys_are_its_own(full: Path) -> None:
+    cases = (
+        ("launch.deepspeed.stage", "launch.devices=1", "launch.deepspeed.stage=2"),
+        (
+            "launch.deepspeed.offload_optimizer",
+            "launch.devices=2",
+            'launch.strategy="fsdp"',
+            "launch.deepspeed.offload_optimizer=true",
+        ),
+        (
+            "launch.deepspeed.offload_optimizer",
+            *ZERO,
+            'launch.device="cpu"',
+            'precision.trained="fp32"',
+            "launch.deepspeed.offload_optimizer=true",
+        ),
+        (
+            "launch.reshard_after_forward",
+            *ZERO,
+            'precision.trained="fp32"',
+            "launch.reshard_after_forward=true",
+        ),
+    )
+    for path, *overrides in cases:
+        faults = [f for f in compiled(full, *overrides).diagnostics if f.code != "missing-package"]
+        assert [(f.code, f.path) for f in faults] == [("no-effect", path)]
+
+
+def test_whole_models_that_dont_fit_are_told_of_shares(full: Path) -> None:
+    given = ("launch.devices=2", 'launch.strategy="ddp"')
+    found = compiled(full, *given, budget("600 MiB"), machine=GPU, memory_model=Shared())
+    (fault,) = (f for f in found.diagnostics if f.code == "does-not-fit")
+    assert 'strategy = "fsdp" in [launch] would fit' in fault.help
+    muon = 'train.optimizer.name="muon"'
+    found = compiled(full, *given, muon, budget("600 MiB"), machine=GPU, memory_model=Shared())
+    (fault,) = (f for f in found.diagnostics if f.code == "does-not-fit")
+    assert "fsdp" not in fault.help

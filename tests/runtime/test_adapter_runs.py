@@ -18,7 +18,7 @@ from runtime.execute import execute
 from runtime.export.export import export
 from runtime.export.request import Refused, chosen, requested
 from tests.runtime.families.test_sd import objective
-from tests.runtime.methods.test_kinds import LOADERS, adapter_of, apart, output, plain
+from tests.runtime.methods.test_kinds import LOADERS, adapter_of, apart, by_peft, output, plain
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.tiny import make_tiny
 from tests.test_matrix import KillAfter, Killed
@@ -93,6 +93,9 @@ def check_exports(plan: Plan, tmp_path: Path) -> None:
     trained = export(requested(chosen(run, ema=False), out=tmp_path / "trained" / file))
     place = trained if trained.is_dir() else trained.parent
     assert apart(output(LOADERS[file](base, place), family), output(stock, family)) < 1e-5
+    if plan.adapter.kind in ("lora", "dora"):
+        out = export(requested(chosen(run), format="peft", out=tmp_path / "peft"))
+        assert apart(output(by_peft(base, out), family), result) < 1e-5
     if plan.adapter.kind in ("lokr", "oft"):
         title = ADAPTERS[plan.adapter.kind].title
         with pytest.raises(Refused, match=f"there are no kohya keys for {title}"):

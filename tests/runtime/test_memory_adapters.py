@@ -13,7 +13,7 @@ from tests.runtime.memory_cases import small
 from tests.runtime.test_memory_exact import check
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "lora": {"init": "olora"},
+    "lora": {"init": "orthogonal"},
     "dora": {"dropout": 0.2},
     "lokr": {"rank_dropout": 0.2, "init": "", "decompose_both": True},
     "loha": {"rank_dropout": 0.2, "init": ""},

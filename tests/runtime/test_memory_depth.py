@@ -90,12 +90,13 @@ def test_deep_models(family: str, options: dict[str, Any]) -> None:
     check(deep(family, 31, **options))
 
 
-@pytest.mark.parametrize("family", ["lumina2", "pixart", "z_image"])
+@pytest.mark.parametrize("family", ["lumina2", "pixart", "qwen_image", "z_image"])
 @pytest.mark.parametrize(
     "options",
     [
         {"rank": 4, "layout": Layout(offload_blocks=99, activation_checkpointing=2)},
         {"trained": "bfloat16", "optimizer": "sgd", "checkpointing": 1, "max_grad_norm": 0.0},
+        {"layout": Layout(fused_backward=True), "max_grad_norm": 0.0},
     ],
     ids=str,
 )

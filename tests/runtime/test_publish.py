@@ -16,7 +16,8 @@ import huggingface_hub
 import pytest
 from attrs import evolve
 
-from compiler.plan import Publish
+from compiler.adapters import ADAPTERS
+from compiler.plan import Ema, Publish
 from runtime.errors import MachineUnfit
 from runtime.execute import execute
 from runtime.publish.background import Hopeless, Jobs
@@ -104,7 +105,7 @@ def test_a_run_publishes_its_result_and_its_checkpoints(hub, place, tmp_path):
         f"````toml\n{recipe.rstrip()}\n````",
         "(samples/dog-64x64-42.png)",
         'load_lora_weights("me/zorps")',
-        "A LORA of rank 2 for sana, trained for 4 steps",
+        "A LoRA of rank 2 for sana, trained for 4 steps",
     ):
         assert words in text, words
     assert str(tmp_path) not in text and str(place) not in text
@@ -114,6 +115,31 @@ def test_a_run_publishes_its_result_and_its_checkpoints(hub, place, tmp_path):
     count = len(hub.messages)
     execute(plan, manifest, Recorder())  # finished: all of it is there
     assert len(hub.messages) == count
+
+
+def test_an_average_beside_an_adapter_is_published_too(hub, place, tmp_path):
+    both = Ema(decay=0.5, device="cpu", every=1, save="both")
+    plan, manifest = made_plan(place, tmp_path / "run", ema=both)
+    assert execute(plan, manifest, Recorder()).status == "finished"
+    file = "pytorch_lora_weights.safetensors"
+    written = tmp_path / "run" / "lora_ema" / file
+    assert hub.files[f"lora_ema/{file}"] == written.read_bytes() != hub.files[file]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_card_says_how_each_kind_is_loaded(hub, tmp_path, kind):
+    sizes = {"rank": 0, "block_size": 8} if kind in ("oft", "boft") else {}
+    plan = sd35_large_lora()
+    adapter = evolve(plan.adapter, kind=kind, **sizes)
+    text = card(
+        evolve(plan, publish=HUB, adapter=adapter), recipe="", licence={}, samples=[], step=7
+    )
+    words = "of blocks of 8" if sizes else f"of rank {plan.adapter.rank}"
+    assert f"A {ADAPTERS[kind].title} {words} for" in text and f"- {kind}" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    loader = {"lycoris.safetensors": "create_lycoris", "adapter_model.safetensors": "PeftModel."}
+    assert loader.get(ADAPTERS[kind].file, "load_lora_weights") in code
 
 
 def test_a_hub_that_is_away_ends_nothing_and_gets_it_later(hub, place, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from compiler.families import FAMILIES
 from tests.compiler.recipes import compiled, make_pictures
 from tuner import new
 from tuner.cli import run_command
@@ -43,6 +44,17 @@ def test_what_it_writes_compiles(method: str, tmp_path: Path, planned: list[Path
     assert result.plan.name == "dog" and (result.plan.adapter is None) == (method == "full")
     assert result.plan.memory.budget_bytes == 20 * 2**30
     assert all(len(line) <= 100 for line in path.read_text().split("\n"))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family(family: str, tmp_path: Path, planned: list[Path]) -> None:
+    """With the base that is offered; a caption is given, which some can't draw from noise."""
+    base = new._example_base(family)
+    given = ["--family", family, "--base", base, "--data", "dog", "--caption", "a dog"]
+    assert run_command(["new", *given, "--method", "lora", "--budget", "none"]) == DONE
+    result = compiled(tmp_path / "dog.toml")
+    assert result.plan is not None, result.diagnostics
+    assert bool(result.plan.validation.prompts) == (FAMILIES[family].refines == 0)
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:

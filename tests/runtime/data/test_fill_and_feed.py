@@ -124,6 +124,7 @@ def test_text_depends_on_what_it_should(tmp_path: Path) -> None:
         evolve(plan, text=evolve(plan.text, max_length=31)),
         evolve(plan, text=evolve(plan.text, instruction=("other",))),
         evolve(plan, precision=evolve(plan.precision, cache="bfloat16")),
+        evolve(plan, text=evolve(plan.text, zeros_for_empty=True)),
     ]
     for number, other in enumerate(changed):
         fill_text(other, manifest, family, cache, Silent())
@@ -132,9 +133,9 @@ def test_text_depends_on_what_it_should(tmp_path: Path) -> None:
     assert embedding.dtype == torch.bfloat16 and embedding.shape == (3, 4)
     (tmp_path / "fake" / "text_encoder" / "config.json").write_text("{}")
     fill_text(plan, manifest, family, cache, Silent())
-    assert len(family.prompts) == 8
+    assert len(family.prompts) == 10
     fill_text(evolve(plan, seed=9, name="other"), manifest, family, cache, Silent())
-    assert len(family.prompts) == 8
+    assert len(family.prompts) == 10
 
 
 def test_each_picture_is_encoded_once(tmp_path: Path) -> None:

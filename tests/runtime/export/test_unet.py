@@ -105,10 +105,13 @@ def test_what_has_no_place_there() -> None:
         published("down_blocks.0.resnets.0.conv1", {**sdxl.UNET, "layers_per_block": [1, 2, 2]})
 
 
-def test_all_linear_layers_have_a_place() -> None:
-    pattern = re.compile("|".join(FAMILIES["sdxl"].target_sets["all-linear"]))
+@pytest.mark.parametrize(("family", "count"), [("sd", 192), ("sdxl", 722)])
+def test_all_linear_are_as_many_as_sd_scripts_counts(family: str, count: int) -> None:
+    """What it prints of the U-Net when it begins; of each a name of its own."""
+    card = FAMILIES[family]
+    pattern = re.compile("|".join(card.target_sets["all-linear"]))
+    config = dict(card.known[0].configs["unet"])
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(sdxl.UNET))
+        unet = UNet2DConditionModel.from_config(config)
     matched = [name for name, _ in unet.named_modules() if pattern.fullmatch(name)]
-    found = {published(name, sdxl.UNET) for name in matched}
-    assert len(found) == len(matched) > 700
+    assert len({published(name, config) for name in matched}) == len(matched) == count

@@ -51,7 +51,7 @@ def check_pictures(given: Opened, guidance: float, **options: Any) -> None:
     expected = given.stock(
         PROMPTS[0],
         negative_prompt="blurry",
-        guidance_scale=guidance,
+        **{given.family.card.guidance_argument: guidance},
         generator=torch.Generator("cpu").manual_seed(7),
         width=128,
         height=64,

@@ -59,7 +59,7 @@ def test_diffusers_knows_every_key(card: FamilyCard, known: KnownModel) -> None:
 @pytest.mark.parametrize("card", FAMILIES.values(), ids=list(FAMILIES))
 def test_defaults_are_the_pipeline_s(card: FamilyCard) -> None:
     call = inspect.signature(getattr(diffusers, card.pipeline).__call__).parameters
-    assert call["guidance_scale"].default == card.guidance
+    assert call[card.guidance_argument].default == card.guidance
     assert call["num_inference_steps"].default == card.inference_steps
     length = call["max_sequence_length"].default if "max_sequence_length" in call else 77
     assert length == card.prompt_length

@@ -172,6 +172,29 @@ def test_the_shift_is_the_pipeline_s_whatever_the_scheduler_says(tmp_path: Path)
     assert result.plan.objective.guidance is None
 
 
+@pytest.mark.parametrize("hub", [True, False])
+def test_a_distilled_base_is_drawn_without_guidance_in_four_steps(
+    tmp_path: Path, hub: bool
+) -> None:
+    """As its pipeline does, whatever guidance it is given: its model_index.json says so."""
+    base = "black-forest-labs/FLUX.2-klein-4B"
+    if not hub:
+        stock = opened("flux2", tmp_path / "base").stock
+        stock.register_to_config(is_distilled=True)
+        stock.save_pretrained(tmp_path / "base")
+        base = "base"
+    make_pictures(tmp_path / "pictures", [(512, 512)])
+    recipe = RECIPE.replace("black-forest-labs/FLUX.2-klein-base-4B", base)
+    recipe += '[validation]\nprompts = { dog = "a photo of sks dog" }\n'
+    (tmp_path / "recipe.toml").write_text(recipe)
+    plan = compiled(tmp_path / "recipe.toml").plan
+    assert plan is not None
+    assert (plan.validation.guidance, plan.validation.steps) == (1.0, 4)
+    (tmp_path / "recipe.toml").write_text(recipe + "guidance = 4.0\n")
+    (fault,) = [d for d in compiled(tmp_path / "recipe.toml").diagnostics if d.severity == "error"]
+    assert (fault.code, fault.path) == ("not-in-family", "validation.guidance")
+
+
 def on_meta() -> nn.Module:
     with torch.device("meta"):
         config = dict(CARD.known[0].configs["transformer"])

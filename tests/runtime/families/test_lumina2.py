@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -72,6 +73,10 @@ def test_prompts_can_go_without_the_system_prompt(tiny: Opened) -> None:
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_pictures_are_the_stock_pipeline_s(tiny: Opened, guidance: float) -> None:
     check_pictures(tiny, guidance)
+
+
+def test_pictures_in_bf16_too(tmp_path: Path) -> None:
+    check_pictures(opened("lumina2", tmp_path, "bfloat16"), 4.0)
 
 
 @torch.no_grad()

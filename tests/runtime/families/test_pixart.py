@@ -63,6 +63,15 @@ def test_pictures_are_the_stock_pipeline_s(tiny: Opened, guidance: float) -> Non
     check_pictures(tiny, guidance, use_resolution_binning=False, clean_caption=False)
 
 
+def test_pictures_in_bf16_too(tmp_path: Path) -> None:
+    check_pictures(
+        opened("pixart", tmp_path, "bfloat16"),
+        4.0,
+        use_resolution_binning=False,
+        clean_caption=False,
+    )
+
+
 def objective() -> Objective:
     scheduler = CARD.known[0].configs["scheduler"]
     return Objective(
@@ -132,10 +141,8 @@ def test_target_sets_match_these_many_layers() -> None:
 
 def test_the_reference_script_s_targets() -> None:
     """Its list, as peft matches it: names that end so. The patches are a 2x2 convolution."""
-    listed = (
-        "to_k to_q to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 proj linear linear_1 "
-        "linear_2"
-    ).split()
+    listed = ["to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj"]
+    listed += ["ff.net.2", "proj", "linear", "linear_1", "linear_2"]
     model = on_meta()
     wanted = {
         name
@@ -185,5 +192,5 @@ def test_peft_loads_the_lora_at_its_strength(tiny: Opened, tmp_path: Path) -> No
 
 
 def test_no_file_is_called_diffusers_that_it_cannot_load() -> None:
-    assert "peft" in refusal("diffusers", "pixart")
-    assert refusal("diffusers", "sd3") == ""
+    assert "--format peft" in refusal("diffusers", "pixart", "lora")
+    assert refusal("peft", "pixart", "lora") == refusal("diffusers", "sd3", "lora") == ""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
 
 from compiler.families import FAMILIES
+from runtime.events import Silent
+from runtime.execute import execute
+from runtime.families import family_of
 from runtime.families.base import Framed
 from runtime.families.common import encode_prompts, sample
+from tests.compiler.recipes import MACHINE, compiled, make_pictures
 from tests.runtime.families.conformance import (
     PROMPTS,
     Opened,
@@ -17,6 +24,7 @@ from tests.runtime.families.conformance import (
     check_pictures,
     opened,
 )
+from tests.runtime.tiny import make_tiny
 
 CPU = torch.device("cpu")
 
@@ -138,3 +146,55 @@ def test_the_prediction_depends_on_what_it_is_told(tiny: Opened) -> None:
 
 def test_the_card_says_what_the_published_index_says() -> None:
     assert FAMILIES["sdxl"].zeros_for_empty is True
+
+
+RECIPE = """\
+name = "r"
+seed = 1
+output = "runs"
+[model]
+family = "sdxl"
+base = "base"
+[adapter]
+kind = "lora"
+rank = 2
+[data]
+resolution = 64
+crop = { style = "corner" }
+[[data.source]]
+path = "pictures"
+captions = { from = "instance", prompt = "a dog", dropout = 1.0 }
+[train]
+steps = 2
+batch_size = 2
+optimizer = { name = "adamw", lr = 1e-3 }
+[cache]
+path = "cache"
+"""
+
+
+def test_a_run_tells_true_sizes_and_drops_captions_to_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From recipe to model: what the UNet is called with in the first step."""
+    make_tiny("sdxl", tmp_path / "base")
+    make_pictures(tmp_path / "pictures", [(100, 64), (64, 64)])
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    result = compiled(tmp_path / "recipe.toml", machine=MACHINE)
+    assert result.plan is not None and result.manifest is not None, result.diagnostics
+    seen: list[dict[str, torch.Tensor]] = []
+    family = family_of("sdxl")
+    predict = type(family).predict
+
+    def note(self: Any, model: Any, noisy: Any, sigmas: Any, text: Any) -> Any:
+        seen.append(dict(text))
+        return predict(self, model, noisy, sigmas, text)
+
+    monkeypatch.setattr(type(family), "predict", note)
+    assert execute(result.plan, result.manifest, Silent()).status == "finished"
+    told = {tuple(row) for batch in seen for row in batch["time_ids"].tolist()}
+    # Height and width as they lie on the disk, top and left of the cut, height and width of it: the
+    # wide one is scaled by 0.8 to 80 x 51, of which the lowest 48 rows are taken.
+    assert told == {(64, 64, 0, 0, 64, 64), (64, 100, 3, 0, 48, 80)}
+    assert all(not batch["encoder_hidden_states"].any() for batch in seen)
+    assert all(not batch["text_embeds"].any() for batch in seen)

@@ -142,7 +142,6 @@ captions = {{ from = "instance", prompt = "a dog" }}
 [train]
 epochs = 1
 optimizer = {{ name = "adamw", lr = 1e-4 }}
-timesteps = {{ max = 0.2 }}
 [validation]
 prompts = {{ a = "a dog" }}
 {more}
@@ -158,7 +157,9 @@ def test_a_recipe_names_the_picture(tmp_path: Path) -> None:
     assert result.plan is not None, result.diagnostics
     assert result.plan.validation.picture == str(tmp_path / "pictures/000.png")
     assert result.plan.text.zeros_for_empty is False
-    assert result.plan.objective.max_sigma == 0.2
+    assert result.plan.objective.max_sigma == 0.2, "what it was made for"
+    whole = compiled(tmp_path / "recipe.toml", "train.timesteps.max=1.0").plan
+    assert whole is not None and whole.objective.max_sigma == 1.0
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,10 @@ def test_pictures_are_the_stock_pipeline_s(tiny: Opened, guidance: float) -> Non
     check_pictures(tiny, guidance)
 
 
+def test_pictures_in_bf16_too(tmp_path: Path) -> None:
+    check_pictures(opened("z_image", tmp_path, "bfloat16"), 4.0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 4), (16, 16)])
 def test_the_loss_is_that_of_the_velocity(tiny: Opened, size: tuple[int, int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 from collections.abc import Mapping
@@ -18,14 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from compiler.costs import heads_parameters
 from compiler.plan import Layout, Optimizer, Plan, Precision, Sprint
 from runtime import checkpoints, rng
 from runtime.batch import Batch
 from runtime.build import build
 from runtime.execute import execute, result_folder
+from runtime.export.draw import draw
+from runtime.export.export import export
+from runtime.export.pictures import Drawing, Wanted
+from runtime.export.request import Request, chosen
 from runtime.families import family_of
 from runtime.methods import sprint_draws
 from runtime.methods.base import Built
+from runtime.methods.heads import Heads
 from runtime.methods.sprint import Distillation
 from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting
@@ -324,7 +332,10 @@ def test_a_window_is_its_batches_together(base: Path) -> None:
 
 def test_the_discriminator_meets_the_largest_angle() -> None:
     """The angle itself, with the plan's probability; the student's consistency never does."""
-    found = [batch_of(FACTS, 1, 200).draws["angles"], batch_of(FACTS, 0, 200).draws["judged_angles"]]
+    found = [
+        batch_of(FACTS, 1, 200).draws["angles"],
+        batch_of(FACTS, 0, 200).draws["judged_angles"],
+    ]
     for angles in found:
         share = (angles == torch.tensor(1.5708)).float().mean().item()
         assert share == pytest.approx(0.5, abs=0.1)
@@ -436,7 +447,7 @@ def test_a_checkpoint_holds_the_student(place: Path, tmp_path: Path) -> None:
     name = "transformer_blocks.0.attn1.to_q.weight"
     series = [teacher[name], *(each[name] for each in weights)]
     assert len(series) == 5
-    for before, after in zip(series, series[1:], strict=False):
+    for before, after in itertools.pairwise(series):
         assert not torch.equal(before, after)
 
 
@@ -466,3 +477,44 @@ def test_plain_diffusers_draws_the_same_pictures(place: Path, tmp_path: Path, st
     ).images[0]
     with Image.open(Path(plan.run_folder) / "samples/step-000002/dog-64x64-42.png") as drawn:
         assert np.array_equal(np.asarray(drawn), np.asarray(image))
+    if steps == 1:
+        _check_commands(plan, image, tmp_path)
+
+
+def _check_commands(plan: Plan, image: Image.Image, folder: Path) -> None:
+    """`tuner sample` draws the same, and `tuner export` of a checkpoint is the same pipeline."""
+    run = Path(plan.run_folder)
+    drawing = Drawing("a photo of sks dog", 42, folder / "sampled.png")
+    wanted = Wanted(
+        drawings=(drawing,), width=64, height=64, guidance=4.5, steps=1, negative="", device=""
+    )
+    draw(chosen(run), wanted)
+    with Image.open(drawing.path) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(image))
+    request = Request(
+        weights=chosen(run, step=2),
+        format="diffusers",
+        merge=False,
+        single_file=False,
+        dtype=None,
+        out=folder / "exported",
+    )
+    export(request)
+    for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
+        one, other = (json.loads((at / name).read_text()) for at in (request.out, run / "model"))
+        one.pop("_name_or_path", None)
+        assert one.items() <= other.items()
+    files = [
+        load_file(at / "transformer/diffusion_pytorch_model.safetensors")
+        for at in (request.out, run / "model")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(each, files[1][name]) for name, each in files[0].items())
+
+
+def test_planned_heads_are_the_heads(place: Path, tmp_path: Path) -> None:
+    """What the plan adds to a checkpoint for them."""
+    plan, _ = plan_of(place, tmp_path / "run")
+    count = sum(parameter.numel() for parameter in Heads(16, len(FACTS.heads)).parameters())
+    assert heads_parameters(plan) == count
+    assert heads_parameters(evolve(plan, sprint=None)) == 0

@@ -1,0 +1,134 @@
+"""LoRAs made smaller, and made of the difference of two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from runtime.export.export import export
+from runtime.export.lora_keys import Layer
+from runtime.export.request import Refused, chosen, requested, size_of
+from runtime.export.size import Size, parsed
+from runtime.export.svd import extracted, resized
+from tests.runtime.export.runs import EVERYTHING, drawn, pipeline_of
+from tests.runtime.export.test_export import apart
+from tuner.cli import run_command
+from tuner.exits import DONE, REFUSED
+
+
+def layer(rank: int = 6, outputs: int = 20, inputs: int = 30) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    return Layer(
+        a=torch.randn(rank, inputs, generator=generator),
+        b=torch.randn(outputs, rank, generator=generator),
+        scale=1.5,
+    )
+
+
+def test_the_words_for_a_size() -> None:
+    assert parsed("32") == Size(rank=32)
+    assert parsed("95%") == parsed("0.95") == Size(energy=0.95)
+    assert [parsed(t) for t in ("0", "-1", "x", "1.5", "100%", "0%", "99999", "")] == [None] * 8
+    with pytest.raises(Refused, match="`x` is no size"):
+        size_of("x")
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 9])
+def test_a_smaller_lora_is_the_nearest(rank: int) -> None:
+    """By Eckart and Young: what is left is the root of the other singular values' squares."""
+    whole = layer()
+    small = resized(whole, Size(rank=rank))
+    assert small.a.shape == (min(rank, 6), 30) and small.scale == 1.5
+    values = torch.linalg.svdvals(whole.update().double())
+    left = (whole.update().double() - small.update().double()).norm()
+    assert abs(left - values[rank:].square().sum().sqrt()) < 1e-4
+
+
+def test_a_share_is_kept_with_the_smallest_rank() -> None:
+    whole = layer()
+    values = torch.linalg.svdvals(whole.update().double()).square()[:6]
+    shares = (values.cumsum(0) / values.sum()).tolist()
+    for rank in range(1, 6):
+        found = resized(whole, Size(energy=shares[rank - 1] - 1e-6))
+        assert found.a.shape[0] == rank
+
+
+def test_a_difference_is_cut_like_a_matrix() -> None:
+    weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    small, whole = extracted(weight, Size(rank=3)), extracted(weight, Size())
+    assert small.a.shape == (3, 4, 3, 3) and small.b.shape == (8, 3, 1, 1)
+    values = torch.linalg.svdvals(weight.flatten(1).double())
+    left = (weight.flatten(1) - small.update()).norm().item()
+    assert abs(left - values[3:].square().sum().sqrt().item()) < 1e-4
+    assert torch.allclose(whole.update().view(weight.shape), weight, atol=1e-5)
+
+
+def with_lora(plan: Any, file: Path) -> Any:
+    pipeline = pipeline_of(plan)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    return pipeline
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui"])
+def test_a_run_s_lora_in_its_own_rank_and_smaller(runs: Any, format: str, tmp_path: Path) -> None:
+    plan = runs("sd3")
+    place = {name: tmp_path / f"{name}.safetensors" for name in ("same", "small", "as-it-is")}
+    weights = chosen(Path(plan.run_folder))
+    export(requested(weights, format=format, out=place["as-it-is"]))
+    export(requested(weights, format=format, resize="2", out=place["same"]))
+    export(requested(weights, format=format, resize="1", out=place["small"]))
+    assert {t.shape[0] for k, t in load_file(place["small"]).items() if "lora_A" in k} == {1}
+    picture = drawn(with_lora(plan, place["as-it-is"]))
+    assert apart(drawn(with_lora(plan, place["same"])), picture) < 1e-4
+    small = drawn(with_lora(plan, place["small"]))
+    assert 1e-4 < apart(small, picture) < apart(drawn(pipeline_of(plan)), picture)
+
+
+def test_only_a_lora_is_resized(runs: Any, tmp_path: Path) -> None:
+    weights = chosen(Path(runs("sd3").run_folder))
+    with pytest.raises(Refused, match="only a LoRA can be resized"):
+        requested(weights, merge=True, resize="1", out=tmp_path / "x")
+
+
+def test_a_lora_of_two_models_is_that_between_them(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base and the base with a LoRA of rank 2 in it: rank 2 gives it back."""
+    plan = runs("sd3")
+    merged, out = tmp_path / "merged", tmp_path / "lora.safetensors"
+    export(requested(chosen(Path(plan.run_folder)), merge=True, out=merged))
+    call = ["export", plan.model.base, "--extract", str(merged), "--resize", "2"]
+    assert run_command([*call, "--out", str(out)]) == DONE
+    told = capsys.readouterr()
+    assert told.out == f"{out}\n" and "note:" not in told.err
+    tensors = load_file(out)
+    assert {t.shape[0] for k, t in tensors.items() if "lora_A" in k} == {2}
+    assert len(EVERYTHING["sd3"]) and len(tensors) % 2 == 0
+    assert apart(drawn(with_lora(plan, out)), drawn(pipeline_of(plan, merged))) < 1e-4
+    file = next((merged / "transformer").glob("*.safetensors"))
+    state = load_file(file)
+    name = next(k for k in state if k.endswith("norm_q.weight"))
+    state[name] += 1
+    save_file(state, file, metadata={"format": "pt"})
+    assert run_command([*call, "--out", str(tmp_path / "more.safetensors")]) == DONE
+    assert f"note: a LoRA can't hold all that differs, such as {name}" in capsys.readouterr().err
+
+
+def test_models_that_are_not_alike_are_refused(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, other = runs("sd3").model.base, runs("sana").model.base
+    for words, message in (
+        ([base, "--extract", other], "not of one shape"),
+        ([base, "--extract", base], "no layer that differs"),
+        ([base, "--extract", str(tmp_path)], "is no model in the Diffusers layout"),
+        ([base, "--extract", other, "--merge"], "takes two models, no run"),
+        ([base, "--extract", other, "--resize", "x"], "no size of a LoRA"),
+        ([base, "--extract", other, "--format", "peft"], "no LoRA is extracted as `peft`"),
+    ):
+        assert run_command(["export", *words, "--out", str(tmp_path / "x")]) == REFUSED
+        assert message in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""Several processes train each kind of adapter as one does: averaged, or sharing weights out."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from attrs import evolve
+
+from compiler.adapters import ADAPTERS
+from compiler.plan import Sharing
+from runtime.events import Silent
+from runtime.execute import execute
+from tests.runtime.methods.test_kinds import adapter_of
+from tests.runtime.test_execute import wait
+from tests.runtime.test_ranks_run import assert_close, make, place, start
+
+__all__ = ["make", "place"]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_train_as_one_process_does(make, strategy):
+    pairs = []
+    for kind in ADAPTERS:
+        together, alone, manifest = make("sana", "lora", 2, 1, kind, optimizer="sgd")
+        changes = {"init": "pissa"} if kind == "lora" else {}
+        adapter = adapter_of(kind, "sana", **changes)
+        together = evolve(together, adapter=adapter, sharing=Sharing(strategy=strategy))
+        pairs.append((together, evolve(alone, adapter=adapter), manifest))
+    processes = start([(together, manifest) for together, _, manifest in pairs], 2)
+    assert [wait(pid) for pid in processes] == [0, 0]
+    for together, alone, manifest in pairs:
+        execute(alone, manifest, Silent())
+        assert_close(together, alone, 1e-5)

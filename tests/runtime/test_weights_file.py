@@ -1,0 +1,140 @@
+"""Weights of what is trained from one file: Diffusers' names, the publisher's, and neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+from safetensors.torch import load_file, save_file
+
+from compiler.plan import Model, Quantisation
+from runtime.errors import RunFailed
+from runtime.export import mmdit
+from runtime.export.base import base_tensors
+from runtime.export.lazy import held
+from runtime.families import family_of
+from tests.compiler.recipes import compiled, make_pictures
+from tests.runtime.tiny import make_tiny, tiny_model
+
+CPU = torch.device("cpu")
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and another one whose weights are to be taken."""
+    root = tmp_path_factory.mktemp("file")
+    for seed, name in enumerate(("base", "other")):
+        make_tiny("sd3", root / name, seed=seed)
+    return root / "base", root / "other"
+
+
+def with_file(folder: Path, file: Path, quantize: Quantisation = "none") -> Model:
+    model = tiny_model("sd3", folder)
+    parts = tuple(
+        evolve(part, file=str(file), quantize=quantize) if part.name == "transformer" else part
+        for part in model.components
+    )
+    return evolve(model, components=parts)
+
+
+def published(other: Path, place: Path) -> Path:
+    """The other's transformer in the names that Stability AI published."""
+    tensors = load_file(other / TRANSFORMER)
+    laid = {k: lazy.read() for k, lazy in mmdit.laid_out(held(tensors), 3).items()}
+    save_file({k: v.contiguous() for k, v in laid.items()}, place)
+    return place
+
+
+@pytest.mark.parametrize("names", ["diffusers", "published"])
+def test_the_file_s_weights_are_loaded(
+    folders: tuple[Path, Path], names: str, tmp_path: Path
+) -> None:
+    base, other = folders
+    file = other / TRANSFORMER
+    if names == "published":
+        file = published(other, tmp_path / "one.safetensors")
+    model, family = with_file(base, file), family_of("sd3")
+    wanted = load_file(other / TRANSFORMER)
+    loaded = family.load(model, "transformer", torch.float32, CPU).state_dict()
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    exported = base_tensors(model, seed=0)  # what an adapter is merged into
+    assert all(torch.equal(exported[name].read(), tensor) for name, tensor in wanted.items())
+    vae = family.load(model, "vae", torch.float32, CPU).state_dict()
+    assert torch.equal(
+        vae["encoder.conv_in.weight"],
+        load_file(base / "vae/diffusion_pytorch_model.safetensors")["encoder.conv_in.weight"],
+    )
+
+
+def test_quantised_as_the_base_would_be(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, other = folders
+    family, place = family_of("sd3"), published(other, tmp_path / "one.safetensors")
+    one, two = (
+        family.load(with_file(base, file, "int8"), "transformer", torch.float32, CPU).state_dict()
+        for file in (other / TRANSFORMER, place)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_file_of_something_else_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(8)}, tmp_path / "x.safetensors")
+    model = with_file(folders[0], tmp_path / "x.safetensors")
+    with pytest.raises(RunFailed, match="can't be read as a SD3Transformer2DModel"):
+        family_of("sd3").load(model, "transformer", torch.float32, CPU)
+
+
+RECIPE = """\
+name = "x"
+output = "runs"
+[model]
+family = "sd3"
+base = "{base}"
+{table}
+[adapter]
+kind = "lora"
+[data]
+resolution = 64
+[[data.source]]
+path = "pictures"
+captions = {{ from = "instance", prompt = "a photo of sks dog" }}
+[train]
+steps = 1
+optimizer = {{ name = "adamw", lr = 1e-3 }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "words"),
+    [
+        ('transformer = { file = "good.safetensors" }', "", ""),
+        ('transformer = { file = "gone.safetensors" }', "missing-path", "there is no file"),
+        ('transformer = { file = "lora.safetensors" }', "not-a-pipeline", "holds 8 numbers"),
+        ('transformer = { file = "fp8.safetensors" }', "not-a-pipeline", "are quantised"),
+        ('transformer = { file = "x.toml" }', "not-a-pipeline", "is no safetensors file"),
+        ('vae = { file = "good.safetensors" }', "conflict", "only the weights of the transformer"),
+    ],
+)
+def test_plans(
+    folders: tuple[Path, Path], tmp_path: Path, table: str, code: str, words: str
+) -> None:
+    make_pictures(tmp_path / "pictures", [(64, 64)])
+    save_file({"weight": torch.zeros(8)}, tmp_path / "lora.safetensors")
+    save_file({"a.scale_weight": torch.zeros(8)}, tmp_path / "fp8.safetensors")
+    (tmp_path / "good.safetensors").symlink_to(folders[1] / TRANSFORMER)
+    (tmp_path / "x.toml").write_text(RECIPE.format(base=folders[0], table=table))
+    result = compiled(tmp_path / "x.toml")
+    found = [d for d in result.diagnostics if d.severity == "error"]
+    if not code:
+        assert result.plan is not None, found
+        files = {part.name: part.file for part in result.plan.model.components}
+        assert files.pop("transformer") == str((folders[1] / TRANSFORMER).resolve())
+        assert set(files.values()) == {None}
+        return
+    (fault,) = found
+    assert fault.code == code and words in fault.message
+    assert fault.help
