@@ -1,5 +1,5 @@
-"""The table of noise levels: T entries, as the schedulers have them at inference. T is 1000, but for
-a model whose own table has another number.
+"""The table of noise levels: T entries, as the schedulers have them at inference. T is 1000, or
+what the model's own table has.
 
 s_i = (T - i) / T, sigma_i = shift s_i / (1 + (shift - 1) s_i), i from 0 (pure noise) to T - 1.
 Where a model predicts the noise or v, the shift is 1 and entry i is timestep t = T - 1 - i.

@@ -714,9 +714,9 @@ class LaunchRecipe:
     """How many of them train together, one process (rank) each. "auto": one."""
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
     """How several devices share the work. "ddp": each holds the whole model, and gradients are
-    averaged over all samples of the step. "fsdp": each holds a share of every weight, and a block is
-    gathered while it computes. "deepspeed": DeepSpeed's ZeRO (`pip install tuner[deepspeed]`), see
-    `deepspeed`. "auto": "ddp", unless only "fsdp" fits the budget."""
+    averaged over all samples of the step. "fsdp": each holds a share of every weight, and a block
+    is gathered while it computes. "deepspeed": DeepSpeed's ZeRO, as `deepspeed` says
+    (`pip install tuner[deepspeed]`). "auto": "ddp", unless only "fsdp" fits the budget."""
     reshard_after_forward: bool | Auto = "auto"
     """Of "fsdp": let a block's weights go after its forward pass and gather them again for its
     backward pass. "auto": true; false takes the memory of the whole model to save a gathering."""
@@ -742,9 +742,9 @@ class SprintRecipe:
     std: PositiveFloat = 1.6
     """Its deviation."""
     discriminator_mean: float = -0.6
-    """The same of the noise under which the discriminator judges: its mean,"""
+    """The same of the noise under which the discriminator judges."""
     discriminator_std: PositiveFloat = 1.0
-    """and its deviation."""
+    """Its deviation."""
     tangent_warmup: Annotated[int, Range(ge=0, le=100_000_000)] = 4000
     """Steps over which the part of the loss that rests on the forward derivative grows in."""
     consistency_weight: Annotated[float, Range(ge=0)] = 1.0

@@ -71,8 +71,8 @@ def judge(folder: Path, plan: Plan) -> None:
     if found != mine:
         raise RunFailed(
             f"{folder} was written {_words(found)}; this run goes on {_words(mine)}",
-            help="begin another run, or go on as it was begun: what DeepSpeed has dealt out can't be "
-            "dealt out otherwise. `tuner export --checkpoint` makes a result of it",
+            help="begin another run, or go on as it was begun: what DeepSpeed has dealt out can't "
+            "be dealt out otherwise. `tuner export --checkpoint` makes a result of it",
         )
 
 

@@ -140,7 +140,7 @@ def _method(plan: Plan, recipe: str) -> list[str]:
         whole = counts.get("parameters", 0)
     else:
         key = "adapter.rank" if adapter.rank else "adapter.block_size"
-        lines = section("adapter", _adapter(adapter), where(plan, key, recipe))
+        lines = section("adapter", adapter_words(adapter), where(plan, key, recipe))
         whole = counts.get("parameters", 0) + trainable
     if trainable and plan.sprint is not None:
         lines.append(f"  student {amount(trainable)} parameters, all trained, as large a teacher")
@@ -179,16 +179,16 @@ def _sprint(facts: Sprint) -> list[str]:
     return [*lines, judged]
 
 
-def _adapter(adapter: Adapter) -> str:
+def adapter_words(adapter: Adapter) -> str:
     """Its kind and sizes, and the scale of its update where that has one."""
+    begun = f", from {'/'.join(Path(adapter.start).parts[-2:])}" if adapter.start else ""
     if not adapter.rank:
         factors = adapter.butterfly_factors
         more = f", {counted(factors, 'butterfly factor')}" if factors else ""
-        return f"{adapter.kind}, blocks of {adapter.block_size}{more}"
+        return f"{adapter.kind}, blocks of {adapter.block_size}{more}{begun}"
     root = adapter.rank**0.5 if adapter.scaling == "sqrt-rank" else adapter.rank
     others = f", {counted(len(adapter.ranks), 'pattern')} of other ranks" if adapter.ranks else ""
     scale = number(adapter.alpha / root)
-    begun = f", from {Path(adapter.start).name}" if adapter.start else ""
     sizes = f"rank {adapter.rank}, alpha {number(adapter.alpha)} (scale {scale})"
     return f"{adapter.kind}, {sizes}{others}{begun}"
 

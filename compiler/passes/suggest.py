@@ -139,7 +139,7 @@ def _shared_out(draft: Draft, candidate: Candidate) -> Iterator[Change]:
 
 
 def _unsettled(draft: Draft) -> Draft:
-    """As if the recipe said "fsdp": without what the ladder chose to save where it was left open."""
+    """As if the recipe said "fsdp": without what the ladder chose to save memory by itself."""
     assert draft.model is not None and draft.optimizer is not None
     name, quantize = draft.optimizer.name, dict(draft.quantize)
     if draft.recipe.train.optimizer.name == "auto":

@@ -10,7 +10,6 @@ from compiler.passes.optimizer import averages, optimizer_name, resolve_optimize
 from compiler.spans import KeyPath
 from compiler.units import Interval
 
-
 CLIP: KeyPath = ("train", "max_grad_norm")
 SPRINT_CLIP = 0.1
 

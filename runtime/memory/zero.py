@@ -7,6 +7,7 @@ With P numbers trained, of `size` bytes where they compute, and N ranks:
 - float32 weights and the optimizer's state are an N-th, on the host with `offload_optimizer`;
 - gradients are whole in stage 1, in both types; an N-th from stage 2 on, in float32, twice while
   the last pass's are added. A copy is made for the update;
+- stage 3 was measured to need as much for gradients as stage 1 besides (on processors);
 - sums over ranks go through buffers of `runtime.zero.REDUCED` numbers, or of the largest weight.
 
 Activations are those of the step simulated without ZeRO. All moments are taken together: an upper
@@ -76,26 +77,34 @@ def _weights(candidate: Candidate, course: Course) -> dict[str, int]:
 def _owned(candidate: Candidate, course: Course) -> dict[str, int]:
     """Float32 weights with the state, and gradients."""
     count, ranks = sum(_sizes(course)), candidate.ranks
-    gradients = 2 * SINGLE * -(-count // ranks)
+    whole = (SINGLE + _size(candidate)) * count
     if candidate.sharing.stage == 1:
-        gradients = (SINGLE + _size(candidate)) * count
+        gradients = whole
+    else:
+        gradients = 2 * SINGLE * -(-count // ranks) + whole * (candidate.sharing.stage == 3)
     if candidate.sharing.offload_optimizer:
-        return {"gradients": gradients if candidate.sharing.stage == 1 else 0, "optimizer": 0}
+        return {"gradients": 0 if candidate.sharing.stage == 2 else whole, "optimizer": 0}
     state = SINGLE * count + course.save.get("optimizer", 0)
     return {"gradients": gradients, "optimizer": -(-state // ranks)}
 
 
 def _copied(candidate: Candidate, course: Course) -> dict[str, int]:
-    """Gradients made one flat piece, and the updated weights when ranks exchange them."""
+    """Gradients made one flat piece and scaled, and the updated weights when ranks exchange them;
+    stage 3 keeps its buffer for sums."""
+    exchanged = _bucket(course) * _size(candidate)
+    if candidate.sharing.stage == 3:
+        exchanged += REDUCED * _size(candidate)
     if candidate.sharing.offload_optimizer:
-        return {"sums over devices": _bucket(course) * _size(candidate)}
+        return {"sums over devices": exchanged}
     part = -(-sum(_sizes(course)) // candidate.ranks)
-    return {"sums over devices": SINGLE * part + _bucket(course) * _size(candidate)}
+    return {"sums over devices": 2 * SINGLE * part + exchanged}
 
 
 def _sums(candidate: Candidate, course: Course) -> dict[str, int]:
-    """Gradients that wait to be summed, in a buffer and as float32."""
-    return {"sums over devices": 2 * _bucket(course) * (_size(candidate) + SINGLE)}
+    """Gradients that wait to be summed: by themselves, in a buffer that is always whole, and twice
+    while they are float32."""
+    size = _size(candidate)
+    return {"sums over devices": REDUCED * size + _bucket(course) * (2 * size + SINGLE)}
 
 
 def _gathered(candidate: Candidate, course: Course) -> dict[str, int]:

@@ -120,7 +120,7 @@ TYPOS: tuple[Row, ...] = (
 )
 
 VALUES: tuple[Row, ...] = (
-    ('family = "sana"', 'family = "flux"', '"flux"', "unknown-value", "sana"),
+    ('family = "sana"', 'family = "sanna"', '"sanna"', "unknown-value", "sana"),
     ('family = "sana"', 'family = "Sana"', '"Sana"', "unknown-value", "sana"),
     ('kind = "lora"', 'kind = "lroa"', '"lroa"', "unknown-value", "lora"),
     ('kind = "lora"', 'kind = "LoRA"', '"LoRA"', "unknown-value", "lora"),

@@ -59,8 +59,8 @@ def assert_as_alone(together, alone, tolerance: float) -> None:
         assert row["samples"] == row_b["samples"]
 
 
-STAGE_3 = ("sana", "full", 1, stage(3), {"optimizer": "sgd", "validation": PICTURES})
-OTHERS = [
+CASES = [
+    ("sana", "full", 1, stage(3), {"optimizer": "sgd", "validation": PICTURES}),
     ("sd3", "full", 2, stage(1), {"optimizer": "sgd"}),
     ("sana", "lora", 1, stage(2), {"validation": PICTURES}),
     ("sana", "full", 2, stage(2, offload=True), {"optimizer": "sgd"}),
@@ -69,9 +69,8 @@ OTHERS = [
 
 
 @real
-@pytest.mark.parametrize(
-    "case", [STAGE_3, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_ranks_under_deepspeed_train_as_one_process_does(shared, case):
     family, method, accumulate, sharing, changes = case
     together, alone, manifest = shared(family, method, 2, accumulate, sharing=sharing, **changes)

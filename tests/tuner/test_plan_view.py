@@ -9,7 +9,7 @@ from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.plan import Publish, Schedule
+from compiler.plan import Publish, Ranked, Schedule
 from compiler.schedules import multiplier
 from compiler.site import Resume
 from tests.tuner import examples
@@ -18,7 +18,7 @@ from tuner.defaults import default_of, differs
 from tuner.formats import amount, clock, duration, in_unit_of, size
 from tuner.plan_costs import resume_words
 from tuner.plan_json import json_object
-from tuner.plan_view import decorated, summary, text
+from tuner.plan_view import adapter_words, decorated, summary, text
 from tuner.screen import bare, paint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -258,6 +258,16 @@ def _rewrite() -> None:
     for name, (plan, *_) in PLANS.items():
         content = shown(name).replace(plan.digest[:12], "{digest}") + "\n"
         (GOLDEN / f"{name}.plan.txt").write_text(content, encoding="utf-8")
+
+
+def test_an_adapter_says_its_sizes() -> None:
+    plan = examples.sd35_large_lora()
+    assert plan.adapter is not None
+    lora = evolve(plan.adapter, rank=64, alpha=16.0, scaling="sqrt-rank", start="/a/lora/b.st")
+    words = "lora, rank 64, alpha 16 (scale 2), 1 pattern of other ranks, from lora/b.st"
+    assert adapter_words(evolve(lora, ranks=(Ranked(pattern="x", rank=4),))) == words
+    boft = evolve(lora, kind="boft", rank=0, block_size=8, butterfly_factors=2, start="")
+    assert adapter_words(boft) == "boft, blocks of 8, 2 butterfly factors"
 
 
 if __name__ == "__main__":
