@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,21 @@ from tests.compiler.recipes import MACHINE
 from tuner.shelf import presets, shipped_recipes
 from tuner.simulations import memory_model
 
+WHOLE = bool(os.environ.get("TUNER_WHOLE_SHELF"))  # simulate all of it: many minutes
+SIMULATED = {  # in any case; the others are compiled
+    "quickstart",
+    "quickstart-full",
+    "sana-1.6b-full",
+    "sana-1.6b-lora",
+    "sana-sprint-0.6b",
+    "sd15-lora",
+    "sd35-large-lora",
+    "sprint-quickstart",
+    "sana-1.6b-lora-8g",
+    "sana-1.6b-full-24g",
+    "sd35-large-lora-16g",
+    "z-image-lora-12g",
+}
 PICTURE = (1024, 1024)
 WITH_THEIR_DATA = ("quickstart", "quickstart-full", "sprint-quickstart")
 SHARDS = ("data/train_000.parquet", "data/train_001.parquet", "data/train_002.parquet")
@@ -68,6 +84,10 @@ def plan_of(result: Compiled) -> Plan:
     return result.plan
 
 
+def simulated(path: Path) -> bool:
+    return WHOLE or path.stem in SIMULATED
+
+
 def peak(plan: Plan) -> int:
     return max(phase.device_bytes for phase in plan.memory.phases)
 
@@ -102,11 +122,14 @@ def test_a_shipped_recipe_plans(
         path,
         overrides=[*overrides, f"output={tmp_path}"],
         machine=MACHINE,
-        memory_model=memory_model(answers),
+        memory_model=memory_model(answers) if simulated(path) else None,
         cache_default=tmp_path / "cache",
         presets=presets(),
     )
     plan = plan_of(result)
+    assert plan.steps.total > 0
+    if not simulated(path):
+        return
     assert plan.memory.phases and peak(plan) > 0
     assert plan.memory.budget_bytes == 0 or peak(plan) <= plan.memory.budget_bytes
     assert plan.memory.counts["trainable"] > 0
@@ -125,26 +148,26 @@ def test_a_preset_fits_what_its_name_says(
             recipe,
             overrides=[f"data.source.0.path={pictures}"],
             machine=MACHINE,
-            memory_model=memory_model(answers),
+            memory_model=memory_model(answers) if simulated(path) else None,
             cache_default=tmp_path / "cache",
             presets=presets(),
         )
     )
+    if not simulated(path):
+        return
     card = int(path.stem.rpartition("-")[2].removesuffix("g")) * 2**30  # a "24 GB" card has 24 GiB
     assert peak(plan) <= plan.memory.budget_bytes <= card
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["0.6b", "1.6b"])
-def test_sprint_recipes_have_the_script_s_settings(
-    size: str, shards: Path, answers: Path, tmp_path: Path
-) -> None:
+def test_sprint_recipes_have_the_script_s_settings(size: str, shards: Path, tmp_path: Path) -> None:
     path = next(path for path in RECIPES if path.stem == f"sana-sprint-{size}")
     result = compile_file(
         path,
         overrides=[f"data.source.0.path={shards}", f"output={tmp_path}"],
         machine=MACHINE,
-        memory_model=memory_model(answers),
+        memory_model=None,
         cache_default=tmp_path / "cache",
     )
     plan = plan_of(result)
