@@ -30,7 +30,7 @@ def test_there_are_presets() -> None:
 
 @pytest.mark.parametrize("name", preset_names(PRESETS))
 def test_a_preset_with_name_data_and_length_compiles(name: str, tmp_path: Path) -> None:
-    make_pictures(tmp_path / "pictures", [(1024, 1024)] * 5)
+    make_pictures(tmp_path / "pictures", [(1536, 1536)] * 5)
     path = tmp_path / "child.toml"
     path.write_text(CHILD.format(name=name))
     result = compiled(path, machine=GPU, presets=PRESETS, memory_model=FixedMemory())
