@@ -41,7 +41,12 @@ def test_a_run_goes_on_and_learns_the_same(case: str, tmp_path: Path) -> None:
 
     def run(name: str, *kill: int, **speed: Any) -> dict[str, torch.Tensor]:
         text = RECIPE.format(
-            name=name, family="sd", adapter=adapter, compute=compute, checkpointing=checkpointing
+            name=name,
+            family="sd",
+            adapter=adapter,
+            compute=compute,
+            checkpointing=checkpointing,
+            drawing="steps = 2",
         )
         (tmp_path / "recipe.toml").write_text(text)
         result = compiled(tmp_path / "recipe.toml", machine=MACHINE)
