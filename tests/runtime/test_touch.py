@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compiler.adapters import LORA_FILE
 from runtime import checkpoints
 from runtime.events import Silent
 from runtime.execute import execute
-from runtime.export.weights import LORA_FILE
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.tiny import make_tiny
 
