@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -243,6 +243,19 @@ def class_called(stated: str, card: FamilyCard) -> tuple[Any, str]:
     if hasattr(own, stated):
         return getattr(own, stated), transformers.__name__
     raise ValueError(f"neither diffusers nor transformers has a class {stated} ({card.name})")
+
+
+def import_classes(model: Model) -> None:
+    """Import what a model's parts and its pipeline are made of, which is done when asked for.
+
+    Before a process forks: else each of the two would do it.
+    """
+    import diffusers
+
+    for part in model.components:
+        with suppress(ValueError):  # a class that is nowhere is said where it is needed
+            component_class(model, part.name)
+    getattr(diffusers, FAMILIES[model.family].pipeline)
 
 
 def stock_pipeline(card: FamilyCard, parts: Mapping[str, Any]) -> Any:

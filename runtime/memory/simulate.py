@@ -17,6 +17,7 @@ from attrs import evolve
 from compiler import plan
 from compiler.memory import Candidate, Simulation
 from runtime.families import family_of
+from runtime.families.common import import_classes
 from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
 from runtime.memory.beside import beside
@@ -52,6 +53,7 @@ class RuntimeMemoryModel:
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. Counts the worst of the candidate's buckets."""
         start = time.perf_counter()
+        import_classes(candidate.model)
         with self._encoding(candidate) as encoding:
             found = self._worst(candidate)
             encoded = encoding()
