@@ -8,6 +8,7 @@ rank 0 alone has something to draw or to measure, the others call the model as o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -27,7 +28,7 @@ from runtime.step import forward_losses, micro_step
 OVER, AS_TRAINED, AS_AVERAGE = 0, 1, 2  # what rank 0 says of the call that comes
 
 
-class Together:
+class Together(ABC):
     """This rank's part of a model, and what all ranks do together with it.
 
     Any method raises RanksLost where another rank is no more.
@@ -44,22 +45,22 @@ class Together:
         self._device = device
 
     @property
+    @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer updates, by the weights' names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collect(self) -> None:
         """Hand the sums of gradients that the backward passes left to the optimizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self) -> Tensor:
         """L2 norm over all gradients of all ranks together, float32: the same in every rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, in host memory, of which `values` are this rank's part; {} in all
         ranks but the first."""
-        raise NotImplementedError
 
     def behind(self, passes: int) -> int:
         """How many passes fewer than some other rank this one makes if it makes `passes`."""
@@ -126,6 +127,7 @@ class Together:
 
     def _let_go(self) -> None:
         """Drop what is gathered: weights may be others when the model is called again."""
+        return None  # nothing is, where every rank has the whole model
 
     def _example(self) -> Batch:
         """One sample of the smallest size."""

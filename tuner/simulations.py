@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from functools import cache
@@ -24,7 +25,9 @@ class _Quiet:
         from runtime.collector import collector_off
 
         with collector_off():
-            return self._simulate(candidate)
+            found = self._simulate(candidate)
+            gc.freeze()  # or the next collection goes through all that the libraries brought
+        return found
 
     def _simulate(self, candidate: Candidate) -> Simulation:
         from runtime.quiet import quiet

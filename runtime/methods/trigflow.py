@@ -10,6 +10,7 @@ Angles, times and losses are float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -169,11 +170,13 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v, all (B, heads, tokens, channels)."""
-    if dropout_p or is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        raise NotImplementedError("no family asks for this kind of attention")
+    """softmax(q k^T / sqrt(d) + mask) v, all (B, heads, tokens, channels), of PyTorch's meaning."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * factor) @ key.transpose(-2, -1)
-    if attn_mask is not None:
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
         scores = scores + attn_mask
-    return scores.softmax(-1) @ value
+    return F.dropout(scores.softmax(-1), dropout_p) @ value

@@ -267,3 +267,21 @@ def test_power_iteration_finds_the_largest_singular_value() -> None:
 def test_any_batch_is_taken(count: int) -> None:
     """Groups are as equal as they can be; and a row of fewer tokens than the kernel goes round."""
     assert Heads(4, 1)([torch.randn(count, 3, 4)]).shape == (count, 3)
+
+
+@pytest.mark.parametrize("kind", ["none", "added", "bool", "causal", "scale"])
+def test_attention_written_out_is_pytorch_s(kind: str) -> None:
+    """In float64, against the stock kernel, for each of its arguments that a block may use."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=generator) for n in (5, 7, 7))
+    options: dict[str, Any] = {
+        "none": {},
+        "added": {"attn_mask": torch.randn(2, 1, 5, 7, dtype=torch.float64, generator=generator)},
+        "bool": {"attn_mask": torch.arange(7)[None].expand(5, 7) < 4},
+        "causal": {"is_causal": True},
+        "scale": {"scale": 0.3},
+    }[kind]
+    found = trigflow._attention(q, k, v, **options)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(found, trigflow._attention(q, k, v)) or kind == "none"
