@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from compiler.memory import MemoryModel
     from compiler.site import Site
 
-SIMULATIONS = "simulations"
 UNFIT_CODES = frozenset({"does-not-fit", "disk-full"})  # errors of this machine, not of the recipe
 
 
 def compile_here(
-    path: Path, overrides: Sequence[str], *, simulate: bool = True, device: str = ""
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    simulate: bool = True,
+    simulator: MemoryModel | None = None,
+    device: str = "",
 ) -> Compiled:
     """The recipe at `path`, compiled for this machine, or for one with another `device`, all of
     whose memory is free. Writes nothing. Without `simulate`, peak memory stays unknown and nothing
-    slow is imported. Raises UnknownDevice."""
+    slow is imported; a `simulator` spares this process the libraries. Raises UnknownDevice."""
     from tuner.elsewhere import WHATEVER_IS_FREE, elsewhere
     from tuner.shelf import presets
 
@@ -42,7 +46,7 @@ def compile_here(
         path,
         overrides=[*overrides, WHATEVER_IS_FREE] if device else overrides,
         machine=machine,
-        memory_model=(lambda: _memory_model(machine())) if simulate else None,
+        memory_model=(lambda: _memory_model(machine(), simulator)) if simulate else None,
         index=lambda: _index(indices),
         presets=presets(),
         site=_here,
@@ -59,11 +63,11 @@ def _machine() -> Machine:
     return look()
 
 
-def _memory_model(machine: Machine) -> MemoryModel:
+def _memory_model(machine: Machine, simulator: MemoryModel | None) -> MemoryModel:
     from runtime.memory.corrections import CORRECTIONS, CorrectedMemoryModel, read
-    from tuner.simulations import memory_model
+    from tuner.simulations import SIMULATIONS, memory_model
 
-    model = memory_model(default_cache() / SIMULATIONS)
+    model = memory_model(default_cache() / SIMULATIONS, simulator)
     known = read(default_cache() / CORRECTIONS)
     return CorrectedMemoryModel(model, known, machine) if known else model
 

@@ -176,7 +176,8 @@ def _failed(worker: subprocess.Popen[bytes]) -> bool:
 
 
 def _outcome(plan: Plan, found: Mapping[str, Any]) -> Outcome:
-    from runtime.execute import Outcome, saved_step
+    from runtime.context import saved_step
+    from runtime.execute import Outcome
 
     folder = Path(plan.run_folder)
     step = found["step"]

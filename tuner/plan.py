@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compiler.compile import default_cache
 from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
 from tuner.exits import DONE, REFUSED
 from tuner.screen import err, out, style_for
+from tuner.simulations import SIMULATIONS, Planning
 
 
 def show_plan(
@@ -29,11 +31,15 @@ def show_plan(
     """
     from tuner.elsewhere import UnknownDevice
 
+    planning = Planning(default_cache() / SIMULATIONS, recipe, [*overrides, device])
     try:
-        compiled = compile_here(recipe, overrides, device=device)
+        with planning.simulator() as simulator:
+            compiled = compile_here(recipe, overrides, simulator=simulator, device=device)
     except UnknownDevice as error:
         err(f"error: {error}")
         return REFUSED
+    if compiled.plan is not None:
+        planning.done()
     diagnostics = judged(compiled, strict=strict)
     code = exit_code(diagnostics)
     plan = compiled.plan if code == DONE else None

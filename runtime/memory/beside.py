@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 
@@ -28,12 +26,7 @@ def beside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
         yield work
         return
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # From Python 3.12 on: about threads, such as those that matrix libraries keep waiting.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if not process:
-        _work(work, writer)
+    process = forked(lambda: _work(work, writer))
     os.close(writer)
     child = _Child(process, reader)
     try:
@@ -42,17 +35,42 @@ def beside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
         child.end()
 
 
+def forked(work: Callable[[], None]) -> int:
+    """A new process that does `work` and ends; its number. Nothing of this process's (buffers,
+    handlers, clean-up) is run or written there."""
+    with warnings.catch_warnings():
+        # From Python 3.12 on: about threads, such as those that matrix libraries keep waiting.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def ended(process: int) -> None:
+    """Kill the process if it still runs, and wait until it is gone."""
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
 def possible() -> bool:
     """Whether this process may fork and a core is there for the other one.
 
     Not with further Python threads, whose locks a fork would copy as they are, nor on a CUDA
     device, whose context is lost in a fork.
     """
+    torch = sys.modules.get("torch")
     return (
         sys.platform == "linux"
         and len(os.sched_getaffinity(0)) > 1
         and threading.active_count() == 1
-        and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        and not (torch and torch.cuda.is_initialized())
     )
 
 
@@ -77,18 +95,10 @@ class _Child:
         """Leave no process behind."""
         if self._reader is not None:  # nobody wants the result
             os.close(self._reader)
-            os.kill(self._process, signal.SIGKILL)
-        os.waitpid(self._process, 0)
+        ended(self._process)
 
 
 def _work(work: Callable[[], Any], writer: int) -> None:
-    """Never returns. Nothing of the parent's (buffers, handlers, clean-up) is run or written."""
-    code = 1
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        told = pickle.dumps(work())
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(told)
-        code = 0
-    finally:
-        os._exit(code)
+    told = pickle.dumps(work())
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(told)

@@ -40,10 +40,11 @@ from safetensors.torch import load_file
 from compiler.data.manifest import Manifest
 from compiler.plan import Checkpoints, Evaluation, HeldOut, Plan, Publish
 from runtime import checkpoints, files
+from runtime.context import result_folder
 from runtime.data.store import Store
 from runtime.errors import RunFailed
 from runtime.events import Silent
-from runtime.execute import execute, result_folder
+from runtime.execute import execute
 from runtime.publish.publisher import Publisher
 from runtime.track.base import OFFLINE
 from tests.runtime.plans import LORA, PICTURES, draw_data, tiny_plan

@@ -19,8 +19,9 @@ from attrs import evolve
 from compiler import lock
 from compiler.plan import Checkpoints, Layout, Plan, Precision
 from runtime import checkpoints, loop
+from runtime.context import result_folder
 from runtime.errors import OutOfMemory, PlanChanged, RunFailed
-from runtime.execute import execute, result_folder
+from runtime.execute import execute
 from runtime.out_of_memory import is_out_of_memory as out_of_memory
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting, run

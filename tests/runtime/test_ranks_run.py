@@ -16,9 +16,10 @@ from attrs import evolve
 
 from compiler.plan import Plan
 from runtime import loop
+from runtime.context import saved_step
 from runtime.errors import PlanChanged, RunFailed
 from runtime.events import Silent
-from runtime.execute import execute, saved_step
+from runtime.execute import execute
 from runtime.ranks import RanksLost, buckets, join
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.test_execute import MIXED, final, fork, metrics_of, wait

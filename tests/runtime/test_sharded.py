@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from compiler.plan import Ema, Sharing
 from runtime import checkpoints
+from runtime.context import result_folder, saved_step
 from runtime.events import Silent
-from runtime.execute import execute, result_folder, saved_step
+from runtime.execute import execute
 from tests.runtime.plans import PICTURES
 from tests.runtime.test_execute import MIXED, assert_equal, final, metrics_of, wait
 from tests.runtime.test_ranks_run import assert_close, launched, make, place, start, until_step

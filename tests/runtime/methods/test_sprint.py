@@ -25,7 +25,8 @@ from compiler.plan import Layout, Optimizer, Plan, Precision, Sprint
 from runtime import checkpoints, rng
 from runtime.batch import Batch
 from runtime.build import build
-from runtime.execute import execute, result_folder
+from runtime.context import result_folder
+from runtime.execute import execute
 from runtime.export.draw import draw
 from runtime.export.export import export
 from runtime.export.pictures import Drawing, Wanted
