@@ -16,7 +16,7 @@ from runtime.offload.blocks import spacing
 PERIODS = 4
 """Of the shallowest model. The first blocks' passes differ (nothing asks for the gradient of what
 they are given), and so do the last ones' (no gradient is there yet to be added to); two periods
-between them are like all others. Activations that come back from the host ahead of time, one a
+between them are like all others, or one of several blocks. Activations that come back from the host ahead of time, one a
 block at least, make as many more at the end differ."""
 WORTH = 0.75  # of the deep model's blocks: with more in each of the shallow ones, it is no quicker
 
@@ -46,7 +46,7 @@ def shallow(candidate: Candidate) -> Shallow | None:
     if deep is None or (layout.offload_blocks and not apart):
         return None
     period = math.lcm(max(1, layout.activation_checkpointing), max(1, apart))
-    periods = PERIODS + bool(layout.offload_blocks)
+    periods = PERIODS - (period > 1) + bool(layout.offload_blocks)
     if layout.offload_activations:
         periods += math.ceil(AHEAD / period)
     few = [min(count, count % period + periods * period) for count in deep]

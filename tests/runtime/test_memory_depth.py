@@ -62,7 +62,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank": 4},
     {"rank": 4, "checkpointing": 1},
     {"rank": 4, "checkpointing": 2},
-    {"rank": 4, "checkpointing": 3, "dropout": 0.1},
+    {"rank": 4, "checkpointing": 4, "dropout": 0.1},
     {"rank": 4, "layout": Layout(offload_activations=True, activation_checkpointing=1)},
     {"rank": 4, "layout": Layout(offload_blocks=99)},
     {"rank": 4, "layout": Layout(offload_blocks=99, offload_activations=True)},
