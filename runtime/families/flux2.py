@@ -14,11 +14,12 @@ from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
 from runtime.families.flux import PACKED, packed, unpacked
+from runtime.families.masked_text import OneEncoder
 
 STATES = "encoder_hidden_states"
 
 
-class Flux2Klein(common.Stock):
+class Flux2Klein(OneEncoder, common.Stock):
     """Flux2KleinPipeline, Flux2Transformer2DModel, AutoencoderKLFlux2 and Qwen 3.
 
     Latents are (B, 32, h, w) everywhere but in the model, see `runtime.families.flux.packed`.
@@ -46,11 +47,6 @@ class Flux2Klein(common.Stock):
             list(prompts), device=parts[encoder].device, max_sequence_length=text.max_length
         )
         return [{STATES: each} for each in states]
-
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`. All prompts are of one length."""

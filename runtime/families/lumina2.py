@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from compiler.families import lumina2
 from compiler.plan import Model, Text
-from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.masked_text import MASK, STATES, MaskedText
 from runtime.families.posterior import PosteriorLatents
-
-STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 class Places(Lumina2RotaryPosEmbed):  # type: ignore[misc]
@@ -47,10 +45,11 @@ def placed(transformer: Any, device: torch.device) -> Any:
     return transformer
 
 
-class Lumina2(PosteriorLatents):
+class Lumina2(MaskedText, PosteriorLatents):
     """Lumina2Pipeline, Lumina2Transformer2DModel, AutoencoderKL and Gemma-2."""
 
     card = lumina2.CARD
+    text_channels = "cap_feat_dim"
 
     def load(
         self, model: Model, name: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
@@ -94,15 +93,6 @@ class Lumina2(PosteriorLatents):
             )
         return [{STATES: s[m.bool()]} for s, m in zip(states, mask, strict=True)]
 
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
-
-    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
-        """See `Family.collate_text`: states (B, tokens, channels), mask (B, tokens) of 0 and 1."""
-        return common.padded(embeddings, STATES, MASK)
-
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
     ) -> Tensor:
@@ -115,30 +105,6 @@ class Lumina2(PosteriorLatents):
             return_dict=False,
         )[0]
         return -prediction
-
-    def example_batch(
-        self,
-        model: Model,
-        width: int,
-        height: int,
-        batch_size: int,
-        text: Text,
-        device: torch.device,
-    ) -> Batch:
-        """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        tokens = (batch_size, text.max_length)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={
-                STATES: torch.zeros(*tokens, config["cap_feat_dim"], device=device),
-                MASK: torch.ones(tokens, dtype=torch.int64, device=device),
-            },
-        )
 
     def denoise(
         self,
@@ -155,16 +121,9 @@ class Lumina2(PosteriorLatents):
         """See `Family.denoise`. Bit-equal to `pipeline(prompt, ...)` at the stock prompt length."""
         pipeline = common.stock_pipeline(self.card, parts)
         transformer = pipeline.transformer
-        # Padded as the pipeline pads, so that equal inputs run equal kernels.
-        both = common.padded([positive, negative], STATES, MASK, self.card.prompt_length)
-        states = both[STATES].to(transformer.device, transformer.dtype)
-        mask = both[MASK].to(transformer.device)
         with common.inference(transformer):
             latents: Tensor = pipeline(
-                prompt_embeds=states[:1],
-                prompt_attention_mask=mask[:1],
-                negative_prompt_embeds=states[1:],
-                negative_prompt_attention_mask=mask[1:],
+                **self.prompts(positive, negative, transformer),
                 width=width,
                 height=height,
                 guidance_scale=guidance,

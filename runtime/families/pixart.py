@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from compiler.families import pixart
@@ -13,17 +14,18 @@ from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.masked_text import MASK, STATES, MaskedText
 from runtime.families.posterior import PosteriorLatents
 from runtime.noise_table import timesteps
 
-STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 UNTOLD = {"resolution": None, "aspect_ratio": None}  # sizes, which PixArt-Sigma is not told
 
 
-class PixArtSigma(PosteriorLatents):
+class PixArtSigma(MaskedText, PosteriorLatents):
     """PixArtSigmaPipeline, PixArtTransformer2DModel, AutoencoderKL and T5."""
 
     card = pixart.CARD
+    text_channels = "caption_channels"
 
     @torch.no_grad()
     def encode_with(
@@ -48,15 +50,6 @@ class PixArtSigma(PosteriorLatents):
             max_sequence_length=text.max_length,
         )
         return [{STATES: s[m.bool()]} for s, m in zip(states, mask, strict=True)]
-
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
-
-    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
-        """See `Family.collate_text`: states (B, tokens, channels), mask (B, tokens) of 0 and 1."""
-        return common.padded(embeddings, STATES, MASK)
 
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
@@ -83,20 +76,8 @@ class PixArtSigma(PosteriorLatents):
         device: torch.device,
     ) -> Batch:
         """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        tokens = (batch_size, text.max_length)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            kept=torch.full((batch_size,), 0.5, device=device),
-            text={
-                STATES: torch.zeros(*tokens, config["caption_channels"], device=device),
-                MASK: torch.ones(tokens, dtype=torch.int64, device=device),
-            },
-        )
+        batch = super().example_batch(model, width, height, batch_size, text, device)
+        return evolve(batch, kept=torch.full((batch_size,), 0.5, device=device))
 
     def denoise(
         self,
@@ -114,18 +95,11 @@ class PixArtSigma(PosteriorLatents):
         without resolution binning and without cleaning of captions."""
         pipeline = common.stock_pipeline(self.card, parts)
         transformer = pipeline.transformer
-        # Padded as the pipeline pads, so that equal inputs run equal kernels.
-        both = common.padded([positive, negative], STATES, MASK, self.card.prompt_length)
-        states = both[STATES].to(transformer.device, transformer.dtype)
-        mask = both[MASK].to(transformer.device)
         with common.inference(transformer):
             latents: Tensor = pipeline(
                 prompt=None,
                 negative_prompt=None,
-                prompt_embeds=states[:1],
-                prompt_attention_mask=mask[:1],
-                negative_prompt_embeds=states[1:],
-                negative_prompt_attention_mask=mask[1:],
+                **self.prompts(positive, negative, transformer),
                 width=width,
                 height=height,
                 guidance_scale=guidance,

@@ -15,11 +15,12 @@ from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
 from runtime.families.flux import packed, unpacked
+from runtime.families.masked_text import OneEncoder
 
 STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
-class QwenImage(common.Stock):
+class QwenImage(OneEncoder, common.Stock):
     """QwenImagePipeline, QwenImageTransformer2DModel, AutoencoderKLQwenImage and Qwen2.5-VL.
 
     Latents are (B, 16, h, w) everywhere but in the model, which takes them packed as Flux does, and
@@ -72,11 +73,6 @@ class QwenImage(common.Stock):
             ).hidden_states[-1]
             found.append({STATES: states[0, begin : begin + text.max_length].clone()})
         return found
-
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
 
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`: states (B, tokens, channels), and where prompts differ in

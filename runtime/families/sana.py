@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from compiler.families import sana
-from compiler.plan import Model, Text
-from runtime.batch import Batch
+from compiler.plan import Text
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.masked_text import MASK, STATES, MaskedText
 
 
 def velocity(
@@ -29,8 +29,8 @@ def velocity(
     transformer: Any = model
     prediction: Tensor = transformer(
         hidden_states=noisy,
-        encoder_hidden_states=text["encoder_hidden_states"],
-        encoder_attention_mask=text["encoder_attention_mask"],
+        encoder_hidden_states=text[STATES],
+        encoder_attention_mask=text[MASK],
         timestep=times,
         guidance=guidance,
         return_dict=False,
@@ -38,10 +38,11 @@ def velocity(
     return prediction
 
 
-class Sana(common.Stock):
+class Sana(MaskedText, common.Stock):
     """SanaPipeline, SanaTransformer2DModel, AutoencoderDC and Gemma-2."""
 
     card = sana.CARD
+    text_channels = "caption_channels"
 
     @torch.no_grad()
     def encode_with(
@@ -65,17 +66,7 @@ class Sana(common.Stock):
             max_sequence_length=text.max_length,
             complex_human_instruction=None if negative else list(text.instruction) or None,
         )
-        return [{"encoder_hidden_states": s[m.bool()]} for s, m in zip(states, mask, strict=True)]
-
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
-
-    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
-        """See `Family.collate_text`: states (B, tokens, channels), mask (B, tokens) of 0 and 1."""
-        longest = max(e["encoder_hidden_states"].shape[0] for e in embeddings)
-        return self._padded(embeddings, longest)
+        return [{STATES: s[m.bool()]} for s, m in zip(states, mask, strict=True)]
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
         """See `Family.encode_pixels`: {"mean"}; the autoencoder is deterministic."""
@@ -95,32 +86,6 @@ class Sana(common.Stock):
         """See `Family.predict`. The time is 1000 sigma, scaled as the pipeline scales it."""
         transformer: Any = model
         return velocity(model, noisy, sigmas * 1000 * transformer.config.timestep_scale, text)
-
-    def example_batch(
-        self,
-        model: Model,
-        width: int,
-        height: int,
-        batch_size: int,
-        text: Text,
-        device: torch.device,
-    ) -> Batch:
-        """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        tokens = (batch_size, text.max_length)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={
-                "encoder_hidden_states": torch.zeros(
-                    *tokens, config["caption_channels"], device=device
-                ),
-                "encoder_attention_mask": torch.ones(tokens, dtype=torch.int64, device=device),
-            },
-        )
 
     def denoise(
         self,
@@ -147,7 +112,7 @@ class Sana(common.Stock):
                 generator=common.cpu_generator(seed),
                 use_resolution_binning=False,
                 output_type="latent",
-                **self._prompt(positive, negative, pipeline.transformer),
+                **self.prompts(positive, negative, pipeline.transformer),
             ).images
         return latents
 
@@ -157,30 +122,6 @@ class Sana(common.Stock):
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor
         pixels: Tensor = vae.decode(scaled, return_dict=False)[0]
         return pixels
-
-    def _prompt(
-        self, positive: TextEmbedding, negative: TextEmbedding, transformer: Any
-    ) -> dict[str, Tensor]:
-        """Padded as the pipeline pads, so that equal inputs run equal kernels."""
-        lengths = [e["encoder_hidden_states"].shape[0] for e in (positive, negative)]
-        both = self._padded([positive, negative], max(self.card.prompt_length, *lengths))
-        states = both["encoder_hidden_states"].to(transformer.device, transformer.dtype)
-        mask = both["encoder_attention_mask"].to(transformer.device)
-        return {
-            "prompt_embeds": states[:1],
-            "prompt_attention_mask": mask[:1],
-            "negative_prompt_embeds": states[1:],
-            "negative_prompt_attention_mask": mask[1:],
-        }
-
-    def _padded(self, embeddings: Sequence[TextEmbedding], length: int) -> dict[str, Tensor]:
-        states = [e["encoder_hidden_states"] for e in embeddings]
-        positions = torch.arange(length, device=states[0].device)
-        counts = torch.tensor([s.shape[0] for s in states], device=states[0].device)
-        return {
-            "encoder_hidden_states": common.pad_tokens(states, length),
-            "encoder_attention_mask": (positions < counts[:, None]).long(),
-        }
 
 
 FAMILY = Sana()

@@ -44,7 +44,7 @@ class SanaSprint(Sana):
     ) -> Tensor:
         """See `Family.denoise`. The guidance scale is told to the network: `negative` is unused."""
         pipeline = common.stock_pipeline(self.card, parts)
-        prompt = self._prompt(positive, negative, pipeline.transformer)
+        prompt = self.prompts(positive, negative, pipeline.transformer)
         with common.inference(parts["transformer"]):
             latents: Tensor = pipeline(
                 prompt=None,

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from compiler.families import z_image
-from compiler.plan import Model, Text
-from runtime.batch import Batch
+from compiler.plan import Text
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.masked_text import MASK, STATES, MaskedText
 from runtime.families.posterior import PosteriorLatents
 
-STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
-
-class ZImage(PosteriorLatents):
+class ZImage(MaskedText, PosteriorLatents):
     """ZImagePipeline, ZImageTransformer2DModel, AutoencoderKL and Qwen3."""
 
     card = z_image.CARD
+    text_channels = "cap_feat_dim"
 
     @torch.no_grad()
     def encode_with(
@@ -44,15 +43,6 @@ class ZImage(PosteriorLatents):
         )
         return [{STATES: each} for each in states]
 
-    def join_text(self, shares: Mapping[str, TextEmbedding]) -> TextEmbedding:
-        """See `Family.join_text`; there is one encoder."""
-        (share,) = shares.values()
-        return share
-
-    def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
-        """See `Family.collate_text`: states (B, tokens, channels), mask (B, tokens) of 0 and 1."""
-        return common.padded(embeddings, STATES, MASK)
-
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
     ) -> Tensor:
@@ -68,30 +58,6 @@ class ZImage(PosteriorLatents):
             return_dict=False,
         )[0]
         return -torch.stack(said).squeeze(2)
-
-    def example_batch(
-        self,
-        model: Model,
-        width: int,
-        height: int,
-        batch_size: int,
-        text: Text,
-        device: torch.device,
-    ) -> Batch:
-        """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        tokens = (batch_size, text.max_length)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={
-                STATES: torch.zeros(*tokens, config["cap_feat_dim"], device=device),
-                MASK: torch.ones(tokens, dtype=torch.int64, device=device),
-            },
-        )
 
     def denoise(
         self,
