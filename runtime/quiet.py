@@ -6,6 +6,7 @@ bars, and lines that native code prints while it is imported.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -13,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from runtime.collector import collector_off
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -38,8 +41,9 @@ def quiet(log: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
-            with native_output(log):
+            with native_output(log), collector_off():
                 import_libraries()
+                gc.freeze()  # or each collection goes through all that the libraries brought
             _take_handlers()
             yield
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import sys
@@ -77,10 +76,8 @@ def _undisturbed() -> Iterator[None]:
     from runtime.collector import collector_off
     from runtime.quiet import quiet
 
-    with collector_off():
-        with quiet(Path(os.devnull)):
-            yield
-        gc.freeze()  # or the next collection goes through all that the libraries brought
+    with collector_off(), quiet(Path(os.devnull)):
+        yield
 
 
 @cache
