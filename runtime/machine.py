@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def hub_token_is_there() -> bool:
     return os.path.exists(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
 
 
+@cache
 def version(package: str) -> str:
     """Installed version of a package; "" if it is not installed."""
     try:

@@ -54,6 +54,6 @@ def test_points_are_shared_out_and_repeat() -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_points(tmp_path: Path) -> None:
-    faults, happened = kill(tmp_path, 10, 11)
+    faults, happened = kill(tmp_path, 6, 11)
     assert faults == [], (tmp_path / "log").read_text()
-    assert sum(happened.values()) == 10
+    assert sum(happened.values()) == 6
