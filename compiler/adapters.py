@@ -15,7 +15,9 @@ from attrs import frozen
 if TYPE_CHECKING:
     from compiler.plan import Adapter
 
-AdapterKind = Literal["lora", "dora", "lokr", "loha", "oft", "boft"]
+AdapterKind = Literal[
+    "lora", "dora", "lokr", "loha", "glora", "ia3", "full", "oft", "boft", "textual-inversion"
+]
 Init = Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"]
 
 OF_THE_BASE: frozenset[Init] = frozenset({"pissa", "olora"})
@@ -40,8 +42,13 @@ class AdapterFacts:
 
     @property
     def ranked(self) -> bool:
-        """Whether the size of its update is a rank; else it is that of the blocks it rotates."""
+        """Whether the size of its update is a rank."""
         return "rank" in self.keys
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it is that of the blocks that it rotates."""
+        return "block_size" in self.keys
 
 
 COMMON = ("kind", "targets", "exclude", "from")
@@ -49,6 +56,8 @@ RANKED = ("rank", "alpha", "ranks", "alphas")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LYCORIS_FILE = "lycoris.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+EMBEDDINGS_FILE = "learned_embeds.safetensors"
+INVERSION: AdapterKind = "textual-inversion"
 LYCORIS_LOADS = "ComfyUI where it knows the family; lycoris-lora's `create_lycoris_from_weights`"
 PEFT_LOADS = "peft's `PeftModel.from_pretrained`"
 
@@ -84,7 +93,15 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="LoKr",
             paper="arXiv 2309.14859",
             weight="W + s (C kron B A), Kronecker's product",
-            keys=(*RANKED, "rank_dropout", "module_dropout", "factor", "decompose_both"),
+            keys=(
+                *RANKED,
+                "rank_dropout",
+                "module_dropout",
+                "factor",
+                "decompose_both",
+                "full_matrix",
+                "tucker",
+            ),
             inits=(),
             kernels=True,
             count="",  # by how the sizes divide
@@ -96,10 +113,46 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="LoHa",
             paper="arXiv 2108.06098",
             weight="W + s (B1 A1) (B2 A2), each number times the other",
-            keys=(*RANKED, "rank_dropout", "module_dropout"),
+            keys=(*RANKED, "rank_dropout", "module_dropout", "tucker"),
             inits=(),
             kernels=True,
             count="2 * rank * (inputs + outputs)",
+            file=LYCORIS_FILE,
+            loads=LYCORIS_LOADS,
+        ),
+        AdapterFacts(
+            kind="glora",
+            title="GLoRA",
+            paper="arXiv 2306.07967",
+            weight="W + s (W A1 A2 + B1 B2)",
+            keys=RANKED,
+            inits=(),
+            kernels=False,
+            count="rank * (3 * inputs + outputs)",
+            file=LYCORIS_FILE,
+            loads=LYCORIS_LOADS,
+        ),
+        AdapterFacts(
+            kind="ia3",
+            title="(IA)^3",
+            paper="arXiv 2205.05638",
+            weight="l W and l b, a factor l for each row",
+            keys=(),
+            inits=(),
+            kernels=True,
+            count="outputs",
+            file=PEFT_FILE,
+            loads=PEFT_LOADS,
+        ),
+        AdapterFacts(
+            kind="full",
+            title="full-matrix adapter",
+            paper="LyCORIS' `full`",
+            weight="W + D",
+            keys=(),
+            inits=(),
+            kernels=True,
+            count="inputs * outputs",
             file=LYCORIS_FILE,
             loads=LYCORIS_LOADS,
         ),
@@ -128,8 +181,22 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             file=PEFT_FILE,
             loads=PEFT_LOADS,
         ),
+        AdapterFacts(
+            kind=INVERSION,
+            title="textual inversion",
+            paper="arXiv 2208.01618",
+            weight="W; new tokens of the text encoders are all that is learned",
+            keys=(),
+            inits=(),
+            kernels=False,
+            count="",
+            file=EMBEDDINGS_FILE,
+            loads="Diffusers' `load_textual_inversion`",
+        ),
     )
 }
+LAYERED: tuple[AdapterKind, ...] = tuple(kind for kind in ADAPTERS if kind != INVERSION)
+"""Kinds that change layers of the model."""
 
 
 def rank_of(adapter: Adapter, module: str) -> int:
@@ -154,8 +221,10 @@ def scale_of(adapter: Adapter, module: str) -> float:
 def described(adapter: Adapter) -> str:
     """In words: "LoRA of rank 16"."""
     row = ADAPTERS[adapter.kind]
+    if adapter.kind == INVERSION:
+        return row.title
     if not row.ranked:
-        return f"{row.title} of blocks of {adapter.block_size}"
+        return f"{row.title} of blocks of {adapter.block_size}" if row.blocked else row.title
     several = " and others" if adapter.ranks else ""
     return f"{row.title} of rank {adapter.rank}{several}"
 

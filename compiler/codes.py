@@ -407,7 +407,8 @@ CODES: Mapping[str, Code] = {
     "not-a-pipeline": Code(
         "a base that is no whole pipeline folder",
         "A base folder has the Diffusers layout: model_index.json and a folder for each "
-        "component, as `save_pretrained` writes it.",
+        "component, as `save_pretrained` writes it. A base file holds a whole model as its "
+        "publishers lay it out, in safetensors, not quantised.",
         '[model]\nbase = "pictures"',
         '[model]\nbase = "base"',
     ),
@@ -432,6 +433,14 @@ CODES: Mapping[str, Code] = {
         "place or form, can't go with it.",
         '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adafactor"',
         '[launch]\ndevices = 2\nstrategy = "fsdp"\n[train.optimizer]\nname = "adamw"',
+    ),
+    "not-streamed": Code(
+        "a source that can't be read in parts",
+        "Streaming lists what a shard holds and later fetches single images out of it. That needs "
+        "plain tars or Parquet shards with the images inside: what is compressed as a whole has to "
+        "be read from its beginning, and of single files nothing is gained.",
+        '[[data.source]]\npath = "https://example.org/pictures.tar.gz"\nstreaming = true',
+        '[[data.source]]\npath = "https://example.org/pictures.tar.gz"',
     ),
     "old-key": Code(
         "a key of an older recipe language",
@@ -522,6 +531,14 @@ CODES: Mapping[str, Code] = {
         "effort at noise levels that sampling visits less.",
         "[train]\ntimesteps = { shift = 1.5 }",
         '[train]\ntimesteps = { shift = "auto" }',
+    ),
+    "single-file": Code(
+        "a single file that leaves something open",
+        "A file of weights holds no configuration. Shapes of its tensors tell which model it is "
+        "made of, but not what a model predicts; and what the file lacks comes from that model.",
+        '[model]\nfamily = "sd"\nbase = "v2.safetensors"  # which predicts noise or v',
+        '[model]\nfamily = "sd"\nbase = "v2.safetensors"\n'
+        'rest = "stabilityai/stable-diffusion-2-1"',
     ),
     "small-buckets": Code(
         "buckets that never fill a batch",
@@ -647,7 +664,8 @@ CODES: Mapping[str, Code] = {
     ),
     "wrong-family": Code(
         "a base of another family",
-        "The base's model_index.json names a pipeline of another family than the recipe.",
+        "The base's model_index.json names a pipeline of another family than the recipe, or its "
+        "tensors have the names and shapes of one.",
         '[model]\nfamily = "sd3"\nbase = "base"  # which is a Sana pipeline',
         '[model]\nfamily = "sana"\nbase = "base"',
     ),

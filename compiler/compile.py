@@ -11,7 +11,7 @@ from attrs import frozen
 
 from compiler.diagnostics import Diagnostic, sort_diagnostics
 from compiler.inherit import chain
-from compiler.mended import blamed_by, is_echo, mended
+from compiler.mended import blamed_by, is_echo, mended, without_miscounts
 from compiler.schema import Recipe
 from compiler.source import Source, merge, parse_overrides, read_source
 from compiler.structure import structure, tagged_paths
@@ -74,11 +74,14 @@ def compile_file(
             faults.append(_not_here(layer))
     parents, more = chain(source, path, presets)
     faults += more
+    orphaned = bool(more)  # a parent can't be read, and what it holds isn't known
     located, more = merge([*parents, *layers], tagged_paths(Recipe))
     faults += more
     recipe, more = structure(located.data, Recipe, located, SYNONYMS)
     faults += _without_echoes(more, blamed_by(faults))
     blamed = blamed_by(faults)
+    if orphaned or "extends" in blamed:
+        return _refused([fault for fault in faults if fault.code != "missing-key"], located.texts)
     if recipe is None:
         rest, blamed = mended(located.data, Recipe, blamed)
         recipe, _ = structure(rest, Recipe, located, SYNONYMS)
@@ -157,7 +160,7 @@ def _refused(
 def _finished(draft: Draft) -> Compiled:
     located = draft.located
     if any(fault.severity == "error" for fault in draft.diagnostics):
-        return _refused(draft.diagnostics, located.texts, draft)
+        return _refused(without_miscounts(draft.diagnostics), located.texts, draft)
     from compiler.passes.costs import judge_costs
 
     plan = _plan(draft)
@@ -192,6 +195,8 @@ def _plan(draft: Draft) -> Plan:
         device=draft.device,
         model=model_plan(draft),
         adapter=draft.adapter,
+        text_training=draft.text_training,
+        embeddings=draft.embeddings,
         precision=draft.precision,
         speed=draft.speed,
         text=draft.text,

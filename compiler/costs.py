@@ -237,6 +237,8 @@ def trained_parameters(plan: Plan) -> int | None:
 
 def _component_bytes(plan: Plan, name: str, otherwise: int) -> int:
     """Bytes of the files of a local component; `otherwise` of one on the hub."""
+    if any(part.name == name and part.file for part in plan.model.components):
+        return otherwise  # a part of a file
     folder = Path(plan.model.base) / name
     if not plan.model.local or not folder.is_dir():
         return otherwise

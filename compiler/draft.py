@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from compiler import plan
 from compiler.data.manifest import Manifest
 from compiler.data.scan import Index
 from compiler.data.sources.remote import DOWNLOADS, Remote
+from compiler.data.sources.streams import Unlisted
 from compiler.diagnostics import Diagnostic, Severity
 from compiler.families.card import FamilyCard, KnownModel
 from compiler.machine import Machine
@@ -22,6 +24,8 @@ from compiler.source import Merged, Part, dotted
 from compiler.spans import KeyPath
 
 _NOTHING = object()
+_LONG = re.compile(r"(?<=`)[^`\n]{121,}(?=`)|(?<=')[^'\n]{241,}(?=')")
+"""A quotation in a message that is too long to be read."""
 
 
 @define(kw_only=True)
@@ -36,6 +40,8 @@ class ModelFacts:
     parameters: dict[str, int]
     known: KnownModel | None
     index: dict[str, Any] = Factory(dict)  # of a folder: what its model_index.json says
+    file: str = ""  # a whole model in one file; `base` then is where the rest comes from
+    held: tuple[str, ...] = ()  # the components in it
 
     @property
     def prompt_length(self) -> int:
@@ -105,6 +111,8 @@ class Draft:
     copies: list[Remote] = Factory(list)  # sources that lie elsewhere, and whose copy is here
     remotes: list[Remote] = Factory(list)  # sources that are not copied here yet
     absent: list[str] = Factory(list)  # URLs of pictures that are not
+    fetched: list[str] = Factory(list)  # URLs of pictures whose copies are here
+    unlisted: list[Unlisted] = Factory(list)  # streamed containers nobody has looked into yet
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
     evaluation: plan.Evaluation | None = None
@@ -117,9 +125,12 @@ class Draft:
     schedule: plan.Schedule | None = None
     objective: plan.Objective | None = None
     sprint: plan.Sprint | None = None
+    text_training: plan.TextTraining | None = None
+    embeddings: plan.Embeddings | None = None
     ema: plan.Ema | None = None
     checkpoints: plan.Checkpoints | None = None
     validation: plan.Validation | None = None
+    clip_bytes: int = 0  # on the host, of what gives pictures their CLIP score
     publish: plan.Publish | None = None
     memory: plan.Memory | None = None
     run_folder: str = ""
@@ -157,7 +168,7 @@ class Draft:
             Diagnostic(
                 code=code,
                 severity=severity,
-                message=message,
+                message=_LONG.sub(_clipped, message),
                 span=span,
                 label=label,
                 help=help,
@@ -201,6 +212,10 @@ class Draft:
                 return _NOTHING
             node = node[part]
         return node
+
+
+def _clipped(quoted: re.Match[str]) -> str:
+    return f"{quoted[0][:60]}...{quoted[0][-30:]}"
 
 
 def spelt(value: object) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import attrs
 
@@ -17,8 +17,11 @@ from compiler.kinds import (
     Field,
     Length,
     Range,
+    fields_of,
+    is_union,
     kind_of,
     literal_words,
+    members,
     only_shape,
     origin_of,
     places,
@@ -29,13 +32,19 @@ from compiler.kinds import (
 )
 from compiler.source import Merged, Source, dotted
 from compiler.spans import KeyPath
-from compiler.synonyms import WORDS
+from compiler.synonyms import LEFT_OUT, WORDS
 
 MAX_SHOWN = 200
 """Diagnostics of one recipe; a file of megabytes may hold a fault in every line."""
 INT64 = 2**63
 _AS_TABLE = "{as table}"
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", re.A)
+_SIZE = re.compile(r"([0-9]{2,5}) *[xX*] *([0-9]{2,5})", re.A)
+_SECRETS = ("token", "hf_token", "hub_token", "api_key", "wandb_api_key", "password", "secret")
+_NO_SECRETS = (
+    "a recipe holds no secrets: log in with `hf auth login`, or set the variable that the service "
+    "reads, such as WANDB_API_KEY"
+)
 Part = Literal["key", "value", "table"]
 
 
@@ -101,28 +110,89 @@ def wrong_words(value: Any, expected: str) -> Rejected:
 def _type_advice(value: Any, kind: Any) -> str:
     """What to write instead of a value of the wrong type, where that can be told."""
     shapes, shape = shapes_of(kind), kind_of(value)
+    if shape == "bool" and (word := _switch(value, kind)):
+        return f'write `{{set}}"{word}"`'
+    if shape in SCALARS and "array" not in shapes and (table := _in_table(value, kind)):
+        return table
     if shape == "date":
         text_too = 'write `{set}"{text}"` if text is meant'
         return text_too if takes_text(kind) else "a recipe holds no dates"
     if shape == "str":
-        return _unquoted(value, shapes)
+        return _unquoted(value, kind)
     if shape == "table" and "array" in shapes and any(tables_in(kind)):
         return "write `[[{path}]]`, once for each entry"
+    if shape == "array" and shapes == {"table"} and all(isinstance(one, dict) for one in value):
+        return "there is only one: write `[{path}]`, with single brackets"
     if shape == "array" and len(value) == 1 and kind_of(value[0]) in shapes:
         return "write one value, without the brackets"
     if shape == "float" and "int" in shapes and math.isfinite(value) and value == int(value):
         return f"write `{{set}}{int(value)}`" if abs(value) < INT64 else ""
     if shape in SCALARS and takes_text(kind):
         return 'write `{set}"{text}"`'
-    if shape in SCALARS and "array" in shapes:
+    if shape in SCALARS and shape in _entries(kind):
         return "write `{set}[{raw}]`"
     if shape in SCALARS and "table" in shapes and attrs.has(kind):
         return _AS_TABLE
     return ""
 
 
-def _unquoted(value: str, shapes: frozenset[str]) -> str:
-    word = value.strip()
+def _switch(value: bool, kind: Any) -> str:
+    """The word that turns on or off what takes words instead of true and false; "" if unclear."""
+    words = _words_of(kind)
+    off = next((word for word in ("off", "none") if word in words), "")
+    if not off or not value:
+        return off
+    on = [word for word in words if word not in (off, "auto")]
+    return on[0] if len(on) == 1 else "auto" if "auto" in words else ""
+
+
+def _in_table(value: Any, kind: Any) -> str:
+    """How to write the table that a plain value stands for; "" where none of its keys takes it."""
+    tables = list(tables_in(kind))
+    if len(tables) != 1:
+        return ""
+    fields = fields_of(tables[0])
+    needed = [field for field in fields if field.required]
+    if value is True and all(_words_of(field.type) for field in needed):
+        inside = ", ".join(f'{field.key} = "{_words_of(field.type)[0]}"' for field in needed)
+        return f"write `{{set}}{{{{}} {inside} }}`" if inside else "write `{set}{{}}`"
+    for field in fields if isinstance(value, str) else ():
+        if value in _words_of(field.type) or (field.key == "name" and takes_text(field.type)):
+            more = "".join(f", {f.key} = ..." for f in fields if f.required and f != field)
+            return f'write `{{set}}{{{{}} {field.key} = "{{text}}"{more} }}`'
+    return ""
+
+
+def _words_of(kind: Any) -> tuple[str, ...]:
+    """The words that a type takes, "auto" last."""
+    options = members(kind) if is_union(kind) else (kind,)
+    found = [
+        word
+        for one in options
+        if origin_of(one) is Literal
+        for word in typing.get_args(one)
+        if isinstance(word, str)
+    ]
+    return tuple(sorted(found, key=lambda word: word == "auto"))
+
+
+def _entries(kind: Any) -> frozenset[str]:
+    """The shapes of the entries of the arrays that a type takes."""
+    options = members(kind) if is_union(kind) else (kind,)
+    found: set[str] = set()
+    for one in options:
+        bare, *limits = typing.get_args(one) if origin_of(one) is Annotated else (one,)
+        if any(isinstance(limit, Length) and limit.ge > 1 for limit in limits):
+            continue  # one entry would not do
+        if origin_of(bare) in (tuple, list, frozenset):
+            found |= {
+                s for item in typing.get_args(bare) if item is not ... for s in shapes_of(item)
+            }
+    return frozenset(found)
+
+
+def _unquoted(value: str, kind: Any) -> str:
+    shapes, word = shapes_of(kind), value.strip()
     if "int" in shapes and re.fullmatch(r"[+-]?(?:0|[1-9][0-9]{0,17})", word):
         return f"write `{{set}}{word}`, without quotes"
     if "float" in shapes and len(word) < 40 and _NUMBER.fullmatch(word):
@@ -131,7 +201,9 @@ def _unquoted(value: str, shapes: frozenset[str]) -> str:
         return "write `{set}true`"
     if shapes == {"bool"} and word.lower() in ("false", "no", "off", "0"):
         return "write `{set}false`"
-    if "array" in shapes:
+    if "float" in shapes and (pixels := _SIZE.fullmatch(word)):
+        return f"write one number: `{{set}}{max(int(pixels[1]), int(pixels[2]))}`"
+    if "str" in _entries(kind):
         return "write `{set}[{raw}]`"
     return _AS_TABLE if shapes == {"table"} else ""
 
@@ -160,7 +232,7 @@ def no_option(value: Any, kind: Any, failures: Sequence[tuple[Any, Rejected]]) -
     texts = [str(word) for word in words]
     near = nearest(value, texts, _words(texts)) if isinstance(value, str) else None
     if not others or near is not None:
-        numeric = isinstance(value, str) and near is None and _unquoted(value, shapes_of(kind))
+        numeric = isinstance(value, str) and near is None and _advice_for_text(value, kind)
         advice = f"did you mean `{near}`?" if near else numeric or f"it must be {type_words(kind)}"
         text = advice if numeric else escaped(advice)
         return reject("unknown-value", "unknown value `{text}`", advice=text)
@@ -169,6 +241,10 @@ def no_option(value: Any, kind: Any, failures: Sequence[tuple[Any, Rejected]]) -
         return others[-1][1]
     expected = escaped(f"it must be {type_words(kind)}")
     return Rejected([faults[0]._replace(help=expected)])
+
+
+def _advice_for_text(value: str, kind: Any) -> str:
+    return _in_table(value, kind) or _unquoted(value, kind)
 
 
 def check_range(value: float, limit: Range) -> None:
@@ -249,9 +325,16 @@ def placed_elsewhere(fault: Fault, cls: type, synonyms: Mapping[str, str]) -> Fa
     """An unknown key that belongs into another table of the recipe."""
     if not fault.unknown:
         return fault
+    if fault.unknown.lower().replace("-", "_") in _SECRETS:
+        return fault._replace(help=_NO_SECRETS, meant="")
+    if (why := LEFT_OUT.get(fault.unknown.lower().replace("-", "_"))) is not None:
+        return fault._replace(help=why, meant="")
     known = nearest(fault.unknown, [], synonyms)
     if known is not None and (not fault.meant or fault.meant != known.rpartition(".")[2]):
-        return fault._replace(help=f"did you mean `{escaped(known)}`?", meant="." + known)
+        table, _, key = known.rpartition(".")
+        here = ".".join(part for part in fault.path[:-1] if isinstance(part, str))
+        said = f"`{key}` (`{known}`)" if table and table == here else f"`{known}`"
+        return fault._replace(help=f"did you mean {escaped(said)}?", meant="." + known)
     if fault.meant:
         return fault
     known_places = places(cls).get(fault.unknown, ())

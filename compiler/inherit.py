@@ -78,7 +78,9 @@ def _place(
             message=f"the recipe `{parent}` that this one extends {why}",
             span=source.span(KEY),
             path="extends",
-            help="give a file (relative to this recipe) or `preset:NAME`",
+            help=f'write `extends = "{PRESET}{parent}"`'
+            if parent in preset_names(presets)
+            else "give a file (relative to this recipe) or `preset:NAME`",
         )
     )
     return None

@@ -9,6 +9,7 @@ from attrs import field, frozen
 from compiler.plan import (
     Adapter,
     AttentionKernel,
+    Embeddings,
     Layout,
     Model,
     Objective,
@@ -18,6 +19,7 @@ from compiler.plan import (
     Sharing,
     Sprint,
     Text,
+    TextTraining,
 )
 
 CORRECTION = "correction"
@@ -43,6 +45,7 @@ class Candidate:
     shapes: tuple[tuple[int, int, int], ...]  # of all buckets: width, height (pixels), batch size
     pictures: tuple[tuple[int, int], ...] = ()  # validation sizes (width, height); empty: none
     guidance: float = 0.0  # of validation
+    clip_bytes: int = 0  # on the host, of what scores its pictures
     sampler: str = ""  # of validation; "": the base's own
     evaluated: tuple[tuple[int, int, int], ...] = ()  # as `shapes`, of held-out pictures
     device: str
@@ -53,6 +56,8 @@ class Candidate:
     channels_last: bool = False
     sprint: Sprint | None = None
     keeps_base: bool = False  # whether samples of some source learn what the base predicts
+    text_training: TextTraining | None = None
+    embeddings: Embeddings | None = None
 
 
 @frozen(kw_only=True)

@@ -9,7 +9,7 @@ and is left out: one mistake, one message.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import attrs
@@ -20,6 +20,19 @@ from compiler.source import dotted
 from compiler.spans import KeyPath
 
 _CAPTIONS = re.compile(r"(^|\.)captions(\.|$)")
+_SIZES = frozenset({"resolution", "resolution_type", "multiple", "max_size", "crop", "resize"})
+_COUNTS = frozenset({"epochs", "steps", "batch_size", "accumulate", "devices", "repeats", "weight"})
+_RESTS_ON = {
+    "upscaled": _SIZES,
+    "crop-too-large": _SIZES,
+    "unusual-size": _SIZES,
+    "small-buckets": _SIZES | _COUNTS,
+    "interval-too-long": _COUNTS,
+    "idle-devices": _COUNTS,
+    "long-warmup": _COUNTS,
+}
+"""Keys, refused values of which make a pass say what it would not say of right ones."""
+_OF_COUNTS = [code for code, keys in _RESTS_ON.items() if keys & _COUNTS]
 NO_TEXT = "\0"  # neither a name, nor a path, nor a family
 
 
@@ -45,15 +58,29 @@ def is_echo(fault: Diagnostic, blamed: frozenset[str]) -> bool:
         return True
     table = fault.path.rpartition(".")[0]
     beside = [path for path in blamed if path.rpartition(".")[0] == table]
-    if fault.code == "no-effect":  # what it says of one key rests on the others of its table
-        return bool(table and beside)
     inside = [path for path in blamed if path.startswith(f"{fault.path}.")]
+    if fault.code == "no-effect":  # what it says of one key rests on the others of its table
+        return bool(inside or (table and beside))
     if fault.code == "missing-key":
         return any(path.removeprefix(f"{fault.path}.") in fault.message for path in inside) or (
             fault.path == "data" and "data.source" in blamed
         )
+    if fault.code in _RESTS_ON:
+        return any(path.rpartition(".")[2] in _RESTS_ON[fault.code] for path in blamed)
     about_captions = fault.code == "missing-captions"
     return about_captions and any(_CAPTIONS.search(path) for path in blamed)
+
+
+def without_miscounts(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
+    """Without warnings that rest on how much there is to train, where the data are refused."""
+    refused = any(d.severity == "error" and below(d.path, "data.source") for d in diagnostics)
+    return [
+        d
+        for d in diagnostics
+        if not refused
+        or d.severity == "error"
+        or not (d.code in _OF_COUNTS or (d.code, d.path) == ("no-effect", "train.accumulate"))
+    ]
 
 
 def below(path: str, blamed: str) -> bool:

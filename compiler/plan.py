@@ -64,6 +64,13 @@ class Model:
     components: tuple[Component, ...]
     configs: dict[str, str]
 
+    @property
+    def origin(self) -> str:
+        """What it starts from, in words: the base, or the file of what is trained and the base."""
+        trained = next((c for c in self.components if c.name == self.trained_component), None)
+        own = trained.file if trained and self.init == "pretrained" else None
+        return f"{Path(own).name}, with the rest of {self.base}" if own else self.base
+
 
 @frozen(kw_only=True)
 class Ranked:
@@ -100,11 +107,44 @@ class Adapter:
     module_dropout: float = 0.0  # chance of a whole module's update
     factor: int = 0  # of LoKr: size to be near to; 0: the root of each edge
     decompose_both: bool = False
+    full_matrix: bool = False  # of LoKr: neither factor is decomposed, whatever the rank
+    tucker: bool = False  # of LoKr and LoHa: kernels of several pixels apart (Tucker's)
     block_size: int = 0  # of OFT and BOFT
     block_share: bool = False
     butterfly_factors: int = 0  # of BOFT
     start: str = ""  # file of an adapter to start from
     start_digest: str = ""  # SHA-256 of that file
+
+
+@frozen(kw_only=True)
+class TextTraining:
+    """Text encoders that are trained beside the model. Their part of a prompt's embedding is made
+    anew in each step; that of the others is cached."""
+
+    encoders: tuple[str, ...]  # component names
+    lr: float  # on the run's schedule
+    until: int  # steps, after which they stay as they are
+    adapter: Adapter | None = None  # on each of them; None: all of their weights are trained
+
+
+@frozen(kw_only=True)
+class NewToken:
+    """A word that the text encoders learn: so many vectors, each a token of its own."""
+
+    token: str
+    vectors: int
+    initial: str = ""  # a text whose tokens' vectors it starts from; "": random ones
+
+
+@frozen(kw_only=True)
+class Embeddings:
+    """New tokens (textual inversion, arXiv 2208.01618). Only their vectors are trained; all others
+    of the encoders' tables stay as they are."""
+
+    encoders: tuple[str, ...]  # each has vectors of its own
+    tokens: tuple[NewToken, ...]
+    lr: float  # on the run's schedule
+    until: int  # steps, after which they stay as they are
 
 
 @frozen(kw_only=True)
@@ -528,6 +568,8 @@ class Plan:
     device: Device
     model: Model
     adapter: Adapter | None = None
+    text_training: TextTraining | None = None
+    embeddings: Embeddings | None = None
     precision: Precision
     speed: Speed = field(factory=Speed)
     text: Text

@@ -313,7 +313,10 @@ class _Stack:
             index = int(key) if str(key).isdecimal() and str(key).isascii() else -1
             if not 0 <= index < len(entries):
                 message = f"`{shown(dotted(path))}` has no entry `{shown(str(key))}`"
-                self.complain(layer, there, message, _entries(len(entries)))
+                advice = _entries(len(entries))
+                if str(key).isidentifier() and entries:
+                    advice += f": write `{shown(dotted(path))}[0].{shown(str(key))}`"
+                self.complain(layer, there, message, advice)
             elif isinstance(value, dict) and isinstance(entries[index], dict):
                 self.lay(entries[index], value, (*path, index), there, layer)
             else:
@@ -449,6 +452,17 @@ def _decode(content: bytes, name: str) -> str | Diagnostic:
     at = text.find("\x00")
     if at >= 0:
         fault = Fault((at, at + 1), "this file holds a NUL byte", code="wrong-encoding")
+        return _diagnostic(fault, name, text, Lines(text), 0)
+    conflict = re.search(r"^<{7}(?= |$)", text, re.M)
+    if conflict is not None:
+        what = "a merge was left undone here: both versions stand in the file"
+        fault = Fault(conflict.span(), what, "keep one of the two, and take the marks out")
+        return _diagnostic(fault, name, text, Lines(text), 0)
+    if "\n" not in text and text.rstrip().count("\r"):
+        at = text.index("\r")
+        what = "its lines end with carriage returns alone, which TOML does not know"
+        advice = "save it with line ends of Unix (LF) or Windows (CRLF)"
+        fault = Fault((at, at + 1), what, advice, code="wrong-encoding")
         return _diagnostic(fault, name, text, Lines(text), 0)
     return text
 

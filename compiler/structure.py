@@ -87,6 +87,8 @@ __all__ = [
 T = TypeVar("T")
 Hook = Callable[[Any, Any], Any]
 """Takes (value, type); returns the value or raises Rejected."""
+LARGEST = 1_000_000
+"""Of a number with a fraction; none is about more, and far beyond it float32 overflows."""
 _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.A)
 
 
@@ -169,6 +171,9 @@ def _float(value: Any, _: Any) -> float:
     number = _any_float(value)
     if not math.isfinite(number):
         raise reject("out-of-range", "{text} is not a finite number")
+    if abs(number) > LARGEST:
+        label = f"nothing in a recipe is beyond {LARGEST:,}"
+        raise reject("out-of-range", "{text} is out of range", label=label)
     return number
 
 
@@ -219,6 +224,7 @@ def _leaf(leaf: Leaf | None) -> Hook:
             if type(value) is not str:  # the user's own digits, not Python's
                 message = message.replace(str(value), "{text}")
                 advice = advice.replace(str(value), "{text}")
+                advice = re.sub(r"^say `([^`]*)`$", r'write `{set}"\1"`', advice)
             raise reject(leaf.code, message, advice=advice) from None
 
     return hook

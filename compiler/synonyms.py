@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_MAKERS = ("quanto", "torchao", "sdnq")
+
 WORDS = (
     *(("gpu", name) for name in ("cuda", "same", "device")),
     ("nvidia", "cuda"),
@@ -10,8 +12,42 @@ WORDS = (
     ("half", "fp16"),
     ("float32", "fp32"),
     ("float", "fp32"),
+    ("locon", "lora"),
+    ("embedding", "textual-inversion"),
+    ("dylora", "lora"),
+    ("diff", "full"),
+    ("(ia)^3", "ia3"),
+    ("diag-oft", "oft"),
+    ("sdpa", "native"),
+    ("sdp", "native"),
+    ("flash_attention_2", "flash"),
+    ("flash_attention_3", "flash-3"),
+    ("l2", "mse"),
+    ("l1", "smooth-l1"),
+    ("constant_with_warmup", "constant"),
+    ("zero2", "deepspeed"),
+    ("zero3", "deepspeed"),
+    ("dpmsolver++", "dpm++"),
+    ("dpmsolver_multistep", "dpm++"),
+    ("DPMSolverMultistepScheduler", "dpm++"),
+    ("euler_a", "euler-ancestral"),
+    ("none", "off"),
+    ("disabled", "off"),
+    *((f"{name}-{maker}", name) for name in ("int8", "int4", "fp8") for maker in _MAKERS),
+    *((f"{maker}-nf4", "nf4") for maker in ("bnb", "bitsandbytes")),
+    ("float8", "fp8"),
 )
 """Other words for values, where a key takes one of a few."""
+
+_FUSED = (
+    "leave it out: projections of queries, keys and values that are fused make no step faster, and "
+    "of Stable Diffusion 3.5 Diffusers' fused form leaves out norms (docs/speed.md)"
+)
+
+LEFT_OUT = dict.fromkeys(
+    ("fuse_qkv", "fuse_qkv_projections", "fused_qkv", "fused_qkv_projections"), _FUSED
+)
+"""Settings of other trainers that are not here on purpose, and why."""
 
 SYNONYMS = {
     "training": "train",
@@ -67,6 +103,48 @@ SYNONYMS = {
     "min_snr_gamma": "train.loss.weighting",
     "loss_type": "train.loss.kind",
     "huber_c": "train.loss.delta",
+    "noise_offset": "train.noise.offset",
+    "offset_noise": "train.noise.offset",
+    "zero_terminal_snr": "train.noise.zero_terminal_snr",
+    "rescale_betas_zero_snr": "train.noise.zero_terminal_snr",
+    "train_text_encoder": "train.text_encoders",
+    "text_encoder_lr": "train.text_encoders.lr",
+    "text_encoder_learning_rate": "train.text_encoders.lr",
+    "train_text_encoder_frac": "train.text_encoders.until",
+    "stop_text_encoder_training": "train.text_encoders.until",
+    "textual_inversion": "embeddings",
+    "train_text_encoder_ti": "embeddings",
+    "train_text_encoder_ti_frac": "embeddings.until",
+    "placeholder_token": "embeddings.token.name",
+    "token_abstraction": "embeddings.token.name",
+    "token_string": "embeddings.token.name",
+    "initializer_token": "embeddings.token.initial",
+    "init_word": "embeddings.token.initial",
+    "num_vectors": "embeddings.token.vectors",
+    "num_vectors_per_token": "embeddings.token.vectors",
+    "masked_loss": "data.mask",
+    "alpha_mask": "data.mask",
+    "quantize": "model.transformer.quantize",
+    "validation_scheduler": "validation.scheduler",
+    "noise_scheduler": "validation.scheduler",
+    "rank_dropout": "adapter.rank_dropout",
+    "module_dropout": "adapter.module_dropout",
+    "network_dropout": "adapter.dropout",
+    "network_module": "adapter.kind",
+    "network_type": "adapter.kind",
+    "lycoris_algo": "adapter.kind",
+    "network_weights": "adapter.from",
+    "blocks_to_swap": "memory.offload.blocks",
+    "enable_bucket": "data.crop.aspect",
+    "class_prompt": "data.source.captions.prompt",
+    "save_every_n_epochs": "checkpoints.every",
+    "save_every_n_steps": "checkpoints.every",
+    "sample_every_n_steps": "validation.every",
+    "sample_every_n_epochs": "validation.every",
+    "sample_prompts": "validation.prompts",
+    "sample_sampler": "validation.scheduler",
+    "output_name": "name",
+    "log_with": "track.to",
     "huber_schedule": "train.loss.schedule",
     "weighting_scheme": "train.timesteps.sampling",
     "ladd_multi_scale": "sprint.heads",

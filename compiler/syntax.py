@@ -283,7 +283,7 @@ def _escape(case: _Case) -> Fault | None:
         start = case.text.rfind("\\", case.statement.start, case.at)
         end = min(start + 2, start + len(_rest(case.text, start)))
         message = f"`{shown(case.text[start:end])}` is not an escape of a string"
-        advice = "in a path write `/`, or put the text in single quotes, where `\\` is plain"
+        advice = _plain(case.text, start)
         return Fault((start, max(end, start + 1)), message, advice)
     if case.what.startswith(("Invalid hex", "Escaped character")):
         start = case.text.rfind("\\", case.statement.start, case.at)
@@ -291,9 +291,19 @@ def _escape(case: _Case) -> Fault | None:
         token = re.match(r"\\[uU][0-9a-fA-F]*", case.text[start:end])
         stop = start + (token.end() if token else 2)
         message = f"`{shown(case.text[start:stop])}` names no character"
-        advice = "in a path write `/`, or put the text in single quotes, where `\\` is plain"
+        advice = _plain(case.text, start)
         return Fault((start, stop), message, advice)
     return None
+
+
+def _plain(text: str, at: int) -> str:
+    """How to write the string around `at`, in which a backslash was probably meant as it stands."""
+    line = text.rfind("\n", 0, at) + 1
+    for found in re.finditer(r'"((?:[^"\\\n]|\\.)*)"', _rest(text, line)):
+        is_path = re.match(r"[A-Za-z]:\\", found[1]) and "'" not in found[1]
+        if found.start() <= at - line < found.end() and is_path:
+            return f"write `'{shown(found[1])}'`: in single quotes `\\` is plain; or `/` in a path"
+    return "in a path write `/`, or put the text in single quotes, where `\\` is plain"
 
 
 def _unclosed_bracket(case: _Case) -> Fault | None:
@@ -368,6 +378,13 @@ def _about_token(token: str, name: str, nested: bool) -> tuple[str, str]:
         return f"`{text}` is not a TOML number", f"write `{begin}{shown(fixed)}`"
     if not token.isprintable() or not re.search(r"\w", token):
         return f"`{text}` is not a TOML value", ""
+    digits = unicodedata.normalize("NFKC", token)
+    if digits != token and re.fullmatch(r"[+-]?[0-9]+(?:\.[0-9]+)?", digits):
+        return f"`{text}` is not written in plain digits", f"write `{begin}{digits}`"
+    if token[0] == "(":
+        return "an array stands in square brackets", "write `[...]` instead of `(...)`"
+    if nested and re.match(r"[A-Za-z_][\w-]*\s*=", token):
+        return f"`{text}` can't stand in an array", "close the array before it, with `]`"
     if '"' in token or "\\" in token:
         return f"text must stand in quotes: `{text}`", f"write `{begin}'{text}'`"
     return f"text must stand in quotes: `{text}`", f'write `{begin}"{text}"`'
@@ -445,6 +462,8 @@ def _no_equals(case: _Case) -> Fault | None:
     extent = (case.at, case.at + max(1, len(rest[:1])))
     if rest.startswith(":"):
         value = shown(rest[1:].strip()) or "..."
+        if re.fullmatch(r"[A-Za-z_][\w./ -]*", value) and value not in ("true", "false"):
+            value = f'"{value}"'
         advice = f"write `{name} = {value}`"
         return Fault(extent, "a key and its value are joined by `=`, not `:`", advice)
     if rest[:1] in ("+", "-", "*", "?", "|") and rest[1:2] == "=":
@@ -455,6 +474,12 @@ def _no_equals(case: _Case) -> Fault | None:
         return _odd_key(case.text, case.at)
     if "=" in rest:
         spaced = (case.text[start : case.at] + rest.partition("=")[0]).strip()
+        before = re.search(r"[0-9]+,$", case.text[:start].rstrip())
+        behind = re.match(r"[0-9][0-9eE+-]*(?=\s*[,}])", case.text[start:])
+        if before and behind:  # a decimal comma in an inline table
+            number = f"{before[0][:-1]}.{behind[0]}"
+            extent = (start - len(before[0]), start + len(behind[0]))
+            return Fault(extent, "a number has a decimal point, no comma", f"write `{number}`")
         advice = f"write `{shown(re.sub(r'[^A-Za-z0-9]+', '_', spaced))} = ...`"
         return Fault((start, start + len(spaced)), f"`{shown(spaced)}` is not one key", advice)
     line = (start, start + max(1, len(_rest(case.text, start).split("#")[0].rstrip())))

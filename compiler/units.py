@@ -217,7 +217,8 @@ def _quantity(
         raise UnitError("an empty string is no quantity", f"say `1 {usual}`; the unit is {known}")
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        raise UnitError(f"`{clipped}` is not a number with a unit", f"the unit is {known}")
+        advice = f"say `1 {text}`" if text in units and text != "%" else f"the unit is {known}"
+        raise UnitError(f"`{clipped}` is not a number with a unit", advice)
     number, unit = match["number"], match["unit"]
     if len(number) > _MAX_DIGITS:
         raise UnitError(f"`{clipped}` has too many digits")

@@ -10,12 +10,22 @@ from attrs import evolve
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compiler.plan import Adapter, Layout, Model, Precision, Speed, Sprint
+from compiler.plan import (
+    Adapter,
+    Embeddings,
+    Layout,
+    Model,
+    Precision,
+    Speed,
+    Sprint,
+    TextTraining,
+)
 from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES, component_of
 from runtime.methods import full, lora
 from runtime.methods.base import Built, load_state, state
+from runtime.methods.encoders import with_encoders
 from runtime.methods.sprint import prepare as distil
 from runtime.modules import blocks_of
 from runtime.offload.activations import offload_activations
@@ -40,8 +50,11 @@ def build(
     sharded: bool = False,
     speed: Speed = AS_WRITTEN,
     sprint: Sprint | None = None,
+    text_training: TextTraining | None = None,
+    embeddings: Embeddings | None = None,
 ) -> Built:
-    """The trained component on `device`, with its adapter, in training mode.
+    """The trained component on `device`, with its adapter, in training mode; and the text encoders
+    that are trained with it or learn new tokens.
 
     `sharded` is for `runtime.sharded`: the model's own weights are those to train, and what
     computes is rounded from them there. `empty` leaves its weights unset, for meta tensors. Fresh
@@ -72,7 +85,8 @@ def build(
     elif adapter is None:
         built = full.prepare(component, kept)
     else:
-        built = lora.prepare(component, adapter, kept, seed)
+        beside = text_training.encoders if text_training else ()
+        built = lora.prepare(component, adapter, kept, seed, beside=beside)
     speed_up(built.model, family.card.blocks, speed)
     checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
     if layout.offload_blocks:
@@ -82,6 +96,9 @@ def build(
     if layout.offload_activations:
         offload_activations(built.model)
     built.model.train()
+    if text_training is not None or embeddings is not None:
+        given = (model, text_training, embeddings, precision, family, device)
+        built = with_encoders(built, *given, empty=empty, seed=seed)
     return built
 
 

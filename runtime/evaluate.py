@@ -39,6 +39,7 @@ from runtime.noise_table import kept_at
 from runtime.objective import place_weights
 from runtime.step import forward_losses
 from runtime.stop import Stop
+from runtime.text_training import TrainedText, tokenizers
 from runtime.track import METRICS, Tracker, rows
 
 
@@ -65,6 +66,7 @@ class Judge:
         self._latents = cache.locate(sample_keys(plan, self._manifest, family, cache))
         self._captions = cache.locate([keys.key(text) for text in self._manifest.captions])
         cache.used_by(plan.run_folder, self._latents, self._captions)
+        self._tokenizers = tokenizers(plan, family)
         told = rows(Path(plan.run_folder) / METRICS, done)
         self.measured = {int(row["step"]) for row in told if LOSS in row}
         """Steps whose loss is among the metrics already."""
@@ -77,22 +79,26 @@ class Judge:
         events: Events,
         trackers: Sequence[Tracker],
         stop: Stop,
+        words: TrainedText | None = None,
     ) -> None:
         """Measure after `step` updates and tell the trackers. Returns early, with nothing told, if
-        a stop is requested."""
+        a stop is requested. `words` are the text encoders that are trained too."""
         if step in self.measured:
             return
         events.phase("evaluate", sum(group.images for group in self._facts.groups), "pictures")
         averaged = ema if self._facts.weights == "average" else None
-        with averaged.swapped() if averaged else nullcontext(), inference(model):
-            found = self._losses(model, events, stop)
+        unchanged = words.inference() if words else nullcontext()
+        with averaged.swapped() if averaged else nullcontext(), inference(model), unchanged:
+            found = self._losses(model, events, stop, words)
         if found is None:
             return
         for tracker in trackers:
             tracker.metrics(step, found)
         self.measured.add(step)
 
-    def _losses(self, model: nn.Module, events: Events, stop: Stop) -> dict[str, float] | None:
+    def _losses(
+        self, model: nn.Module, events: Events, stop: Stop, words: TrainedText | None
+    ) -> dict[str, float] | None:
         by_source: dict[str, list[Tensor]] = {}
         done = 0
         for group, members in zip(self._facts.groups, self._manifest.buckets, strict=True):
@@ -104,7 +110,12 @@ class Judge:
                 for batch in self._batches(chosen):
                     found.append(
                         forward_losses(
-                            self._family, model, batch, self._plan.objective, self._plan.precision
+                            self._family,
+                            model,
+                            batch,
+                            self._plan.objective,
+                            self._plan.precision,
+                            words,
                         )
                     )
                 done += len(chosen)
@@ -124,12 +135,17 @@ class Judge:
         if "std" in cached:
             posterior = self._normal("evaluation-posterior", cached["mean"], numbers)
         latents = self._family.latents(cached, self._vae, posterior).float()
-        texts = [self._cache.read(self._captions, self._first_caption(int(row))) for row in chosen]
+        first = [self._first_caption(int(row)) for row in chosen]
+        texts = [self._cache.read(self._captions, number) for number in first]
         collated = self._family.collate_text(texts)
         if self._family.card.size_conditions:
             shown = frames(self._manifest, chosen, self._cache, self._latents)
             collated |= self._family.size_conditions(shown)
         text = {name: tensor.to(self._device) for name, tensor in collated.items()}
+        tokens = None
+        if self._tokenizers is not None:
+            captions = [self._manifest.captions[number] for number in first]
+            tokens = self._tokenizers.batch(captions).to(self._device)
         mask = self._mask(chosen)
         self._cache.let_go()
         height, width = latents.shape[-2:]
@@ -145,6 +161,7 @@ class Judge:
                 kept=None if kept is None else kept.repeat(len(chosen)).to(self._device),
                 text=text,
                 mask=mask,
+                tokens=tokens,
             )
 
     def _first_caption(self, row: int) -> int:

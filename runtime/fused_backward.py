@@ -31,7 +31,8 @@ class FusedBackward:
 
     `trainable` are what the optimizer updates, by the names that the model's own parameters have
     (the masters, where there are some; see `runtime.methods.base`). For each step: `begin` between
-    the forward and the backward pass, then `finish`.
+    the forward and the backward pass, then `finish`. `copies` are the parameters that compute, by
+    those names, where not all are the model's own.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class FusedBackward:
         model: nn.Module,
         trainable: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        copies: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._norms: list[Tensor | None] = [None] * len(trainable)
@@ -50,7 +52,7 @@ class FusedBackward:
             for number, group in enumerate(optimizer.param_groups)
             for p in group["params"]
         }
-        own = dict(model.named_parameters())
+        own = dict(model.named_parameters()) if copies is None else copies
         self._handles = [
             own[name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 self._hook(number, parameter, groups[id(parameter)])

@@ -44,6 +44,7 @@ from runtime.rng import seed_torch
 from runtime.scaler import Scaler
 from runtime.step import gradient_norm, method_step, micro_step, update
 from runtime.stop import Stop
+from runtime.text_training import TrainedText
 from runtime.track import Tracker
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Trained:
     scaler: Scaler | None = None  # of the loss, where gradients are float16
     method: Method | None = None  # what an update computes; None: the family's own loss
     rival: Side | None = None  # what is trained in turns with it
+    text: TrainedText | None = None  # encoders that are trained too
 
     def turn(self, step: int) -> Side:
         """What the update after `step` others changes."""
@@ -304,6 +306,8 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
     more: list[dict[str, Tensor]] = []
     if method is not None:
         method.begin(window.step)
+    if trained.text is not None:
+        trained.text.begin(window.step)
     size = plan.steps.micro_batch
     parts = list(ranks.parts(window, size))
     behind = shards.behind(len(parts)) if shards else 0  # asked before anything is gathered
@@ -325,6 +329,7 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
                     fused.begin if fused else None,
                     scaler.scale if scaler else None,
                     shards.backward if shards else None,
+                    trained.text,
                 )
             )
     if shards:
@@ -333,7 +338,7 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
     if shards:
         shards.collect()
     else:
-        ranks.sum_gradients(side.parameters.values())
+        ranks.sum_gradients(_changing(trained, side))
     if scaler:
         scaler.unscale(trained.parameters.values())
     norm = norm_of(trained, side)
@@ -367,6 +372,12 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
     if scaler:
         scaler.update(~torch.isfinite(norm))
     return row
+
+
+def _changing(trained: Trained, side: Side) -> list[nn.Parameter]:
+    """What the update is to change: all, or all but encoders that are trained no more."""
+    text = trained.text
+    return [p for name, p in side.parameters.items() if text is None or text.trains(name)]
 
 
 def norm_of(trained: Trained, side: Side) -> Tensor:

@@ -21,6 +21,7 @@ from runtime.memory.step import worst
 from runtime.methods.sprint import Distillation
 from runtime.methods.sprint_draws import example
 from runtime.optimizers import state_tensors
+from runtime.text_training import example_tokens
 
 
 def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def planned_peaks(plan: Plan) -> dict[str, dict[str, int]]:
 def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:
     """Bytes of live tensors at the worst moment of one update, over the largest buckets."""
     shapes = [(b.width, b.height, b.batch_size) for b in plan.buckets]
-    last = plan.steps.total - 1
+    ends = [each.until for each in (plan.text_training, plan.embeddings) if each]
+    last = min([plan.steps.total, *ends]) - 1  # while all is trained
     steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
     return max(
         _update_peak(plan, trained, device, shape, step)
@@ -91,6 +93,9 @@ def _update_peak(
         batches = tuple(masked(batch) for batch in batches)
     if any(source.target == "base" for source in plan.sources):
         batches = tuple(evolve(batch, keeps_base=True) for batch in batches)
+    if trained.text is not None:
+        tokens = example_tokens(plan.model, tuple(trained.text.encoders), batch_size, device)
+        batches = tuple(evolve(batch, tokens=tokens) for batch in batches)
     if plan.sprint is not None:
         batches = tuple(example(plan.sprint, batch, step) for batch in batches)
     window = Window(
@@ -112,6 +117,7 @@ def _update_peak(
                 *b.text.values(),
                 b.mask,
                 *b.draws.values(),
+                *(b.tokens.numbers.values() if b.tokens else ()),
             )
             if t is not None
         ],
@@ -125,10 +131,11 @@ def _resident(trained: Trained) -> dict[str, Iterable[Tensor]]:
     """What is there before a step, as the plan names it."""
     method, rival = trained.method, trained.rival
     others = method.others if isinstance(method, Distillation) else []
+    encoders = trained.text.encoders.values() if trained.text else ()
     return {
         "weights": [
             each
-            for model in (trained.model, *others)
+            for model in (trained.model, *others, *encoders)
             for each in (*model.parameters(), *model.buffers())
         ],
         "adapter": list(trained.parameters.values()),

@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS, OptimizerFacts
-from compiler.plan import Optimizer
+from compiler.plan import Optimizer, Plan
 from runtime.errors import MachineUnfit
 from runtime.machine import compiler
+from runtime.new_tokens import is_rows
+
+SHARE = "share"
+"""Of a group: its learning rate over the run's."""
 
 
 def make_optimizer(
     optimizer: Optimizer,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    named_parameters: Iterable[Any],
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The plan's optimizer over `named_parameters`, on `device`.
+    """The plan's optimizer over `named_parameters`, on `device`: (name, parameter) each, or groups
+    of them, see `grouped`.
 
     Raises MachineUnfit if its package is missing or the device has no fused kernel of it.
     """
@@ -112,12 +118,34 @@ def kept_weights(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from the next update on."""
+    """Use `lr` from the next update on, and a group's share of it where it has one."""
     for group in optimizer.param_groups:
+        own = lr * group.get(SHARE, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
+
+
+def grouped(named: Iterable[tuple[str, nn.Parameter]], of: Plan | Candidate) -> list[Any]:
+    """What the optimizer is made of: (name, parameter) each, or groups of them where text encoders
+    or new tokens have a learning rate of their own."""
+    run, groups = of.optimizer.lr, dict[float, list[tuple[str, nn.Parameter]]]()
+    for name, parameter in named:
+        groups.setdefault(_rate(name, of), []).append((name, parameter))
+    if set(groups) <= {run}:
+        return [pair for pairs in groups.values() for pair in pairs]
+    return [{"params": pairs, "lr": rate, SHARE: rate / run} for rate, pairs in groups.items()]
+
+
+def _rate(name: str, of: Plan | Candidate) -> float:
+    """The learning rate of what is called `name` in training."""
+    text, embeddings = of.text_training, of.embeddings
+    if embeddings is not None and is_rows(name):
+        return embeddings.lr
+    if text is not None and name.partition(".")[0] in text.encoders:
+        return text.lr
+    return of.optimizer.lr
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -144,7 +144,8 @@ class Group(Ranks):
         self.rank, self.count, self.local = rank, count, local
         self._store = store
         self._met = 0  # how often `told` and `words` were called
-        self._trained: set[int] | None = None  # positions of the parameters that have gradients
+        self._trained: dict[int, set[int]] = {}
+        """By how many are trained: positions of the parameters that have gradients."""
 
     def form(self, device: torch.device) -> None:
         """Connect: gloo between processors, NCCL between CUDA devices."""
@@ -152,7 +153,7 @@ class Group(Ranks):
 
         if device.type == "cuda" and not dist.is_nccl_available():
             raise MachineUnfit("this torch has no NCCL, which several CUDA devices need")
-        self._trained = None
+        self._trained.clear()
         with peers():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -313,14 +314,15 @@ class Group(Ranks):
                 _sum(bucket)
 
     def _with_gradients(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that have a gradient in any rank. Which ones is a fact of the model, so that the
-        ranks ask each other only once."""
+        """Those that have a gradient in any rank. Which ones is a fact of the model, and of how
+        much of it is trained at a time, so that the ranks ask each other only once."""
         mine = {index for index, p in enumerate(parameters) if p.grad is not None}
-        if self._trained is None:
-            found = self.any(*(index in mine for index in range(len(parameters))))
-            self._trained = {index for index, there in enumerate(found) if there}
-        assert mine <= self._trained, "a model has the same gradients in every step"
-        return [p for index, p in enumerate(parameters) if index in self._trained]
+        if (count := len(parameters)) not in self._trained:
+            found = self.any(*(index in mine for index in range(count)))
+            self._trained[count] = {index for index, there in enumerate(found) if there}
+        trained = self._trained[count]
+        assert mine <= trained, "a model has the same gradients in every step"
+        return [p for index, p in enumerate(parameters) if index in trained]
 
 
 def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> Iterator[list[Tensor]]:

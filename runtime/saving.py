@@ -2,7 +2,8 @@
 
 Training stops for a copy of the state to host memory. A thread does the rest: it writes, waits for
 the disk, publishes, and deletes what need not be kept. One save is under way at most; the next one
-waits for it. What fails in the thread is raised in the training thread, after its next step.
+waits for it. What fails in the thread is raised in the training thread, after its next step; in
+ranks that write together, in all of them after the same step.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from compiler.keeping import best_of, doomed
 from compiler.plan import Checkpoints
 from runtime import checkpoints, files
-from runtime.checkpoints import Snapshot
+from runtime.ranks import ALONE, Ranks
 from runtime.track import rows
+
+Write = Callable[[], Path]
+"""Writes a checkpoint, of which it holds all that there is to write; returns its folder."""
 
 
 class Saver:
-    """Saves the checkpoints of one run."""
+    """Saves the checkpoints of one run, or of one rank its part of them."""
 
     def __init__(
         self,
@@ -27,32 +31,37 @@ class Saver:
         rules: Checkpoints,
         metrics: Path,
         saved: Callable[[Path, int], None] = lambda folder, step: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Writes below `root`; `metrics` is the file by which the best one is known. `saved` is
-        told of each (folder, step), in the thread."""
-        self._root, self._rules, self._metrics, self._saved = root, rules, metrics, saved
+        told of each (folder, step), in rank 0's thread. `ranks` are those that save together."""
+        self.root, self._rules, self._metrics, self._saved = root, rules, metrics, saved
+        self._ranks = ranks
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._step = -1  # of the last save, under way or done
 
     def has(self, step: int) -> bool:
         """Whether `step` is saved, or about to be."""
-        folder = checkpoints.folder_of(self._root, step)
+        folder = checkpoints.folder_of(self.root, step)
         return step == self._step or checkpoints.is_complete(folder)
 
-    def save(self, step: int, take: Callable[[], Snapshot]) -> None:
+    def save(self, step: int, take: Callable[[], Write]) -> None:
         """Begin to save what `take` copies, once the save before is done. Raises its error."""
         self.finish()
-        snapshot = take()
+        write = take()
         self._step = step
-        self._thread = threading.Thread(
-            target=self._work, args=(snapshot,), name="save", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(write,), name="save", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise RunFailed if a save has failed; waits for none."""
-        if self._thread is not None and not self._thread.is_alive():
+        """Raise RunFailed if a save has failed. Waits for none, unless another rank's part of it
+        has failed."""
+        if self._thread is None:
+            return
+        ended = not self._thread.is_alive()
+        failed, under_way = self._ranks.any(ended and self._error is not None, not ended)
+        if failed or not under_way:
             self.finish()
 
     def finish(self) -> None:
@@ -65,13 +74,15 @@ class Saver:
             self._step = -1
             raise error
 
-    def _work(self, snapshot: Snapshot) -> None:
+    def _work(self, write: Write) -> None:
+        leads = self._ranks.leads
         try:
-            if self._metrics.exists():  # a checkpoint promises the metrics of all steps before it
+            if leads and self._metrics.exists():  # a checkpoint promises those of all its steps
                 files.sync(self._metrics)
-            folder = checkpoints.save(self._root, snapshot)
-            self._saved(folder, snapshot.step)
-            prune(self._root, self._rules, self._metrics)
+            folder = write()
+            if leads:
+                self._saved(folder, self._step)
+                prune(self.root, self._rules, self._metrics)
         except BaseException as error:
             self._error = error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -27,54 +28,94 @@ from runtime import files
 from runtime.checkpoints import Snapshot, is_complete, latest, load, read_state, write_state
 from runtime.ema import Ema
 from runtime.errors import RunFailed
-from runtime.optimizers import load_state, to_host
-from runtime.ranks import Ranks, RanksLost, is_disconnected
+from runtime.host_copy import HostCopy
+from runtime.optimizers import load_state
+from runtime.ranks import REDUCING, Ranks, RanksLost, is_disconnected, peers
 from runtime.saved import folder_of
 from runtime.shard_files import SHARDS, joined
 from runtime.sharded import Shards
 
 
-def save(
+class Channel:
+    """What the ranks write checkpoints through while they train: connections of their own, so that
+    neither waits for the other. All ranks make it together."""
+
+    def __init__(self) -> None:
+        with peers():
+            self.group = dist.new_group(backend="gloo", timeout=REDUCING)
+
+    def meet(self) -> None:
+        """Wait until all ranks are here. Raises RanksLost."""
+        with peers():
+            dist.barrier(self.group)
+
+
+def taken(
     checkpoints: Path,
     head: Snapshot,
     shards: Shards,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     ranks: Ranks,
-) -> Path:
-    """Write a checkpoint, all ranks together; returns its folder. `head` says what `state.json` is
-    to hold. Raises RunFailed if it can't be written; older checkpoints are untouched then."""
-    tensors, rest = _parts(shards, optimizer, ema)
+    room: HostCopy,
+    channel: Channel,
+) -> Callable[[], Path]:
+    """Copy this rank's part of a checkpoint to `room`. What is returned writes it, all ranks
+    together, in a thread of each, and returns its folder. `head` says what `state.json` is to hold.
+
+    Writing raises RunFailed if it can't be done; older checkpoints are untouched then.
+    """
+    rows, rest = room.take(_parts(shards, optimizer, ema))
+    pieces = list(shards.pieces.values())
+    names = {name: number for number, name in enumerate(shards.pieces)}
+    tensors = {}
+    for key, tensor in rows.items():
+        kind, _, name = key.partition(".")
+        number = int(name.partition(".")[0]) if kind == "optimizer" else names[name]
+        tensors[key] = pieces[number].dealt(tensor)
 
     def write(folder: Path) -> None:
-        save_shards(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+        writer = FileSystemWriter(folder / SHARDS)
+        save_shards(tensors, storage_writer=writer, process_group=channel.group)
         if ranks.leads:
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(rest, file)
 
-    return save_together(checkpoints, head, ranks, write, sharded=True)
+    return lambda: _saved(checkpoints, head, ranks, write, channel.meet, sharded=True)
 
 
 def save_together(
-    checkpoints: Path,
-    head: Snapshot,
-    ranks: Ranks,
-    write: Callable[[Path], None],
-    *,
-    sharded: bool = False,
+    checkpoints: Path, head: Snapshot, ranks: Ranks, write: Callable[[Path], None]
 ) -> Path:
-    """Write a checkpoint in which each rank has put its part by `write`; returns its folder.
+    """Write a checkpoint in which each rank has put its part by `write`; returns its folder once it
+    is there.
 
-    `write` must not return in any rank before all have written. Raises as `save`.
+    `write` must not return in any rank before all have written. Raises RunFailed as what `taken`
+    returns.
     """
     target = folder_of(checkpoints, head.step)
     there = is_complete(target) and read_state(target)["plan"] == head.plan
     if ranks.told("there" if there else "") == "there":
         return target
+    found = _saved(checkpoints, head, ranks, write, lambda: ranks.told(""), sharded=False)
+    ranks.told("")  # it has its name
+    return found
+
+
+def _saved(
+    checkpoints: Path,
+    head: Snapshot,
+    ranks: Ranks,
+    write: Callable[[Path], None],
+    meet: Callable[[], object],
+    *,
+    sharded: bool,
+) -> Path:
+    target = folder_of(checkpoints, head.step)
     try:
         whole = files.partial_folder(target) if ranks.leads else nullcontext(files.beside(target))
         with whole as folder:
-            ranks.told("")  # the folder is there
+            meet()  # the folder is there
             write(folder)
             if ranks.leads:
                 write_state(folder, head, sharded=sharded)
@@ -89,7 +130,6 @@ def save_together(
             help=f"free space below {checkpoints} and run again: it goes on from "
             + (f"step {read_state(older)['step']}" if older else "the start"),
         ) from error
-    ranks.told("")  # it has its name
     return target
 
 
@@ -124,21 +164,20 @@ def restore(folder: Path, shards: Shards, optimizer: torch.optim.Optimizer, ema:
 
 def _parts(
     shards: Shards, optimizer: torch.optim.Optimizer, ema: Ema | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What each rank writes of its own, and what rank 0 writes for all."""
-    tensors = {f"weights.{n}": p.dealt(p.mine.detach()) for n, p in shards.pieces.items()}
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What each rank writes of its own, its rows, and what rank 0 writes for all."""
+    rows: dict[str, Tensor] = {f"weights.{n}": p.mine.detach() for n, p in shards.pieces.items()}
     if ema is not None:
-        for name, rows in ema.average.items():
-            tensors[f"ema.{name}"] = shards.pieces[name].dealt(rows)
+        rows |= {f"ema.{name}": tensor for name, tensor in ema.average.items()}
     state = optimizer.state_dict()
     pieces = list(shards.pieces.values())
     rest = {number: dict(kept) for number, kept in state["state"].items()}
     for number, kept in state["state"].items():
         for key, value in kept.items():
             if isinstance(value, Tensor) and value.shape == pieces[number].mine.shape:
-                tensors[f"optimizer.{number}.{key}"] = pieces[number].dealt(value)
+                rows[f"optimizer.{number}.{key}"] = value
                 del rest[number][key]
-    return tensors, to_host({**state, "state": rest})
+    return rows, {**state, "state": rest}
 
 
 def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:

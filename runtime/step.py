@@ -8,7 +8,7 @@ Gradients arrive in `precision.trained`, see `runtime.methods.base`. Nothing wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from runtime.families.common import DTYPES, inference
 from runtime.methods.base import LOSS, Method
 from runtime.methods.frozen import adapters_off
 from runtime.objective import noised, per_sample_loss
+from runtime.text_training import TrainedText
 
 
 def micro_step(
@@ -32,15 +33,17 @@ def micro_step(
     before_backward: Callable[[Tensor], None] | None = None,
     scale: Tensor | None = None,
     backward: Callable[[Tensor], None] | None = None,
+    words: TrainedText | None = None,
 ) -> Tensor:
     """Forward and backward of one batch; gradients add up until `update`. Returns losses (B,).
 
     `window_samples` is the number of samples in the whole accumulation window, so that each sample
     weighs the same however the window is cut into batches. `before_backward` is given the losses
     (B,) when the forward pass is done. `scale` multiplies the gradients, see `runtime.scaler`.
-    `backward` is what to do with the sum in place of autograd's backward pass.
+    `backward` is what to do with the sum in place of autograd's backward pass. `words` are the text
+    encoders that are trained too.
     """
-    losses = forward_losses(family, model, batch, objective, precision)
+    losses = forward_losses(family, model, batch, objective, precision, words)
     if before_backward is not None:
         before_backward(losses.detach())
     total = losses.sum() / window_samples
@@ -63,20 +66,37 @@ def method_step(
 
 
 def forward_losses(
-    family: Family, model: nn.Module, batch: Batch, objective: Objective, precision: Precision
+    family: Family,
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    precision: Precision,
+    words: TrainedText | None = None,
 ) -> Tensor:
-    """The loss of each sample, (B,) float32. A batch that `keeps_base` costs a second pass."""
+    """The loss of each sample, (B,) float32. A batch that `keeps_base` costs a second pass, with
+    the embeddings of the base's own encoders."""
     compute = DTYPES[precision.compute]
     noisy = noised(batch, objective).to(compute)
-    text = {k: v.to(compute) if v.is_floating_point() else v for k, v in batch.text.items()}
-    if objective.guidance is not None:
-        text["guidance"] = torch.full_like(batch.sigmas, objective.guidance)
+    of_base = words is None or batch.keeps_base
+    text = _told(batch.text, batch, objective, compute) if of_base else {}
     target = None
     if batch.keeps_base:
         with inference(model), adapters_off(model):
             target = family.predict(model, noisy, batch.sigmas, text)
+    if words is not None:
+        text = _told(words.of(batch), batch, objective, compute)
     prediction = family.predict(model, noisy, batch.sigmas, text)
     return per_sample_loss(prediction, batch, objective, target)
+
+
+def _told(
+    text: Mapping[str, Tensor], batch: Batch, objective: Objective, compute: torch.dtype
+) -> dict[str, Tensor]:
+    """What the model is told beside the noisy latents, in the number format that it computes in."""
+    told = {k: v.to(compute) if v.is_floating_point() else v for k, v in text.items()}
+    if objective.guidance is not None:
+        told["guidance"] = torch.full_like(batch.sigmas, objective.guidance)
+    return told
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

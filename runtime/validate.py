@@ -33,6 +33,7 @@ from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import sample
 from runtime.refined import picture_part
 from runtime.stop import Stop
+from runtime.text_training import TrainedText, tokenizers
 from runtime.track import Tracker
 
 SCORES = "scores.json"
@@ -73,6 +74,7 @@ class Painter:
     stop: Stop
     clip: Measure | None = None
     told: set[int] = field(factory=set)  # steps whose CLIP score is among the metrics already
+    text: TrainedText | None = None  # encoders that are trained: they encode the prompts anew
 
 
 def pictures(validation: Validation) -> list[Picture]:
@@ -128,11 +130,13 @@ def _drawn(painter: Painter, step: int) -> bool:
     wanted = pictures(plan.validation)
     painter.events.phase("validate", len(wanted), "pictures")
     with _drawing(painter):
+        positive, negative = _embeddings(painter)
         for index, picture in enumerate(wanted):
             if painter.stop.asked:
                 return False
             if not (folder / picture.file).exists():
-                _draw(painter, picture, folder / picture.file)
+                told = positive[picture.prompt.text], negative
+                _draw(painter, picture, told, folder / picture.file)
             for tracker in painter.trackers:
                 with Image.open(folder / picture.file) as image:
                     tracker.picture(step, Path(picture.file).stem, image.convert("RGB"))
@@ -183,7 +187,19 @@ def _drawing(painter: Painter) -> Iterator[None]:
             painter.vae.to("cpu")
 
 
-def _draw(painter: Painter, picture: Picture, path: Path) -> None:
+def _embeddings(painter: Painter) -> tuple[Mapping[str, TextEmbedding], TextEmbedding]:
+    """Of the prompts, by text, and of the negative one: by the encoders as they are now."""
+    text, plan = painter.text, painter.plan
+    if text is None:
+        return painter.positive, painter.negative
+    made = tokenizers(plan, painter.family)
+    assert made is not None, "the plan trains encoders"
+    return text.embedded(made, painter.positive, (plan.validation.negative, painter.negative))
+
+
+def _draw(
+    painter: Painter, picture: Picture, told: tuple[TextEmbedding, TextEmbedding], path: Path
+) -> None:
     validation = painter.plan.validation
     parts = {
         painter.plan.model.trained_component: painter.model,
@@ -194,8 +210,7 @@ def _draw(painter: Painter, picture: Picture, path: Path) -> None:
     image = sample(
         painter.family,
         parts,
-        painter.positive[picture.prompt.text],
-        painter.negative,
+        *told,
         width=picture.width,
         height=picture.height,
         guidance=validation.guidance,

@@ -39,7 +39,9 @@ def save(
     ema: Ema | None,
     ranks: Ranks,
 ) -> Path:
-    """As `runtime.sharded_saving.save`. There is no average."""
+    """Write a checkpoint, all ranks together; returns its folder. `head` says what `state.json` is
+    to hold. There is no average. Raises RunFailed if it can't be written; older checkpoints are
+    untouched then."""
 
     def write(folder: Path) -> None:
         zero.save(str(folder / PARTS), TAG)

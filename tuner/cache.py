@@ -1,4 +1,8 @@
-"""`tuner cache`: what is cached, whether it is whole, and what may go."""
+"""`tuner cache`: what is cached, whether it is whole, and what may go.
+
+Copies of what lies elsewhere, and of compressed tars, are in the user's cache folder, whatever
+folder a recipe has for its cache; they are told and removed with what is cached there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compiler.data.scan import shown
 from compiler.units import ByteSize, Duration, UnitError
 from tuner.exits import DONE, FAILED, REFUSED
 from tuner.formats import counted, duration, size
@@ -16,7 +21,8 @@ from tuner.layout import columns
 from tuner.screen import err, out
 
 if TYPE_CHECKING:
-    from runtime.data.keep import Shard
+    from runtime.data.copies import Copy
+    from runtime.data.keep import Kept, Shard
     from runtime.data.store import Store
 
 
@@ -27,12 +33,12 @@ def list_cache(folder: Path | None, *, as_json: bool) -> int:
     with closing(_store(folder)) as store:
         every = shards(store)
         where = store.path.parent
+    copied = _copies(folder)
     if as_json:
-        out(json_module.dumps(_object(where, every), indent=2))
-    elif not every:
-        out(f"nothing is cached in {where}")
-    else:
-        out("\n".join(_lines(where, every)))
+        out(json_module.dumps(_object(where, every, copied), indent=2))
+        return DONE
+    lines = _lines(where, every) if every else [f"nothing is cached in {where}"]
+    out("\n".join([*lines, *_copy_lines(copied)]))
     return DONE
 
 
@@ -55,6 +61,7 @@ def verify_cache(folder: Path | None) -> int:
 
 def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, really: bool) -> int:
     """Remove what the person names; without `really`, only say what would go."""
+    from runtime.data import copies
     from runtime.data.keep import disposable, remove, shards, sweep
 
     try:
@@ -67,14 +74,20 @@ def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, rea
             "nothing says what may go", 'say --older "30 d", --unused or --size "20 GiB"'
         )
     with closing(_store(folder)) as store:
-        every = shards(store)
-        gone = disposable(every, time.time(), older=age, unused=unused, size=limit)
+        every, copied = shards(store), _copies(folder)
+        both: list[Shard | Copy] = [*every, *copied]
+        chosen = disposable(both, time.time(), older=age, unused=unused, size=limit)
+        gone = [each for each in chosen if not isinstance(each, copies.Copy)]
+        lost = [each for each in chosen if isinstance(each, copies.Copy)]
         words = f"{counted(len(gone), 'shard')} of {len(every)}, {_bytes(gone)} of {_bytes(every)}"
+        if copied:
+            words += f"; {_copy_words(lost)} of {_copy_words(copied)}"
         if not really:
             out(f"would remove {words}; --yes does it")
             return DONE
         if gone:
             remove(store, gone)
+        copies.remove(lost)
         left = sweep(store) if every else []
     out(f"removed {words}" + (f", and {counted(len(left), 'lost file')}" if left else ""))
     return DONE
@@ -92,7 +105,49 @@ def _refused(message: str, help: str) -> int:
     return REFUSED
 
 
-def _bytes(every: Sequence[Shard]) -> str:
+def _copies(folder: Path | None) -> list[Copy]:
+    """What was copied; none of it lies in a `folder` that is named."""
+    from compiler.compile import default_cache
+    from runtime.data.copies import copies
+
+    return copies(default_cache()) if folder is None else []
+
+
+_KINDS = {"source": "source", "image": "image", "unpacked": "unpacked tar"}
+
+
+def _copy_words(copied: Sequence[Copy]) -> str:
+    return f"{counted(len(copied), 'copy', 'copies')}, {_bytes(copied)}"
+
+
+def _copy_lines(copied: Sequence[Copy]) -> list[str]:
+    if not copied:
+        return []
+    now = time.time()
+    lines = [f"copied: {_copy_words(copied)}"]
+    rows = [
+        (_bytes([each]), f"{shown(each.name)}, {_used_by(each)}, last {_ago(now, each.last)} ago")
+        for each in copied
+        if each.kind == "source"
+    ]
+    for kind, name in _KINDS.items():
+        mine = [each for each in copied if each.kind == kind]
+        if mine and kind != "source":
+            unused = sum(not each.uses for each in mine)
+            rows.append((_bytes(mine), f"{counted(len(mine), name)}, {unused} used by no run"))
+    return [*lines, *columns(rows)]
+
+
+def _used_by(copy: Copy) -> str:
+    runs = sorted(use.run for use in copy.uses)
+    return f"used by {', '.join(runs)}" if runs else "used by no run"
+
+
+def _ago(now: float, moment: float) -> str:
+    return duration(max(0.0, now - moment))
+
+
+def _bytes(every: Sequence[Kept]) -> str:
     return size(sum(shard.bytes for shard in every))
 
 
@@ -129,7 +184,7 @@ def _last(run: str, mine: Sequence[Shard]) -> float:
     return max(times or [shard.written for shard in mine])
 
 
-def _object(where: Path, every: Sequence[Shard]) -> dict[str, object]:
+def _object(where: Path, every: Sequence[Shard], copied: Sequence[Copy]) -> dict[str, object]:
     return {
         "format_version": 1,
         "folder": str(where),
@@ -143,5 +198,15 @@ def _object(where: Path, every: Sequence[Shard]) -> dict[str, object]:
                 "runs": {use.run: use.used for use in shard.uses},
             }
             for shard in every
+        ],
+        "copies": [
+            {
+                "kind": copy.kind,
+                "name": copy.name,
+                "bytes": copy.bytes,
+                "written": copy.written,
+                "runs": {use.run: use.used for use in copy.uses},
+            }
+            for copy in copied
         ],
     }

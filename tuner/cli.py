@@ -258,10 +258,15 @@ def diff(
 @app.command()
 def explain(
     code: Annotated[
-        str, typer.Argument(metavar="CODE", help="Without it: all codes.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="CODE",
+            help="Or a key of the recipe. Without it: all codes.",
+            show_default=False,
+        ),
     ] = "",
 ) -> int:
-    """Say what a diagnostic's code means."""
+    """Say what a diagnostic's code means, or a key."""
     from tuner.explain import explain_code
 
     return explain_code(code)
@@ -421,6 +426,10 @@ def export(
     single_file: Annotated[
         bool, typer.Option("--single-file", help="A whole model in one file.")
     ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option("--everything", help="Also what published files leave out: text encoders."),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
@@ -463,6 +472,7 @@ def export(
         step=checkpoint,
         merge=merge,
         single_file=single_file,
+        everything=everything,
         precision=precision,
         ema=ema,
         place=out,

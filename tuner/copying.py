@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from compiler.compile import Compiled
@@ -22,44 +22,70 @@ def compile_copied(path: Path, overrides: Sequence[str], *, offline: bool) -> Co
     `offline`. What was copied before is copied again where it has changed, but not under a run that
     was begun: it could not go on. Raises RunFailed where something can't be copied.
     """
-    compiled = _copied(compiling.compile_here(path, overrides), path, overrides, offline)
-    if compiled.plan is None or compiled.draft is None or not compiled.draft.copies:
+    first = compiling.compile_here(path, overrides)
+    compiled = _copied(first, path, overrides, offline)
+    if compiled.plan is None or compiled.draft is None:
         return compiled
-    if not _renewed(compiled.plan, compiled.draft, offline):
+    fresh = frozenset(first.draft.absent if first.draft else ())
+    if not _renewed(compiled.plan, compiled.draft, offline, fresh):
         return compiled
     return _copied(compiling.compile_here(path, overrides), path, overrides, offline)
 
 
 def _copied(compiled: Compiled, path: Path, overrides: Sequence[str], offline: bool) -> Compiled:
     """As `compiled`, once what is not here has been copied, if nothing else is wrong."""
-    for _ in range(2):  # a table may have to be copied before the images that it names
+    for _ in range(2):  # a table may have to be copied before the images that it names, and so on
         errors = {fault.code for fault in compiled.diagnostics if fault.severity == "error"}
         if offline or errors != {MISSING} or compiled.draft is None:
             break
-        from runtime.data.downloads import copy_pictures, copy_sources
+        from runtime.data.downloads import copy_sources
+        from runtime.data.pictures import copy_pictures
+        from runtime.data.streams import list_containers
 
         draft = compiled.draft
         copy_sources(draft.remotes, draft.downloads, err)
         if draft.absent:
             copy_pictures(draft.absent, draft.downloads, err)
+        if draft.unlisted:
+            list_containers(draft.unlisted, err)
         compiled = compiling.compile_here(path, overrides)
     return compiled
 
 
-def _renewed(plan: Plan, draft: Draft, offline: bool) -> bool:
-    """Whether copies were made again, because what they were made of has changed."""
+def _renewed(plan: Plan, draft: Draft, offline: bool, fresh: Set[str]) -> bool:
+    """Whether copies were made again, because what they were made of has changed. Images that are
+    `fresh` were copied a moment ago."""
     if offline:
         for remote in draft.copies:
             err(f"{shown(remote.url)} is not asked whether it has changed (--offline)")
+        if draft.fetched:
+            err(
+                f"{len(draft.fetched):,} images on the web are not asked whether they have changed "
+                "(--offline)"
+            )
+        return False
+    begun = plan.run_folder if lock_path(Path(plan.run_folder)).exists() else ""
+    sources = _renewed_sources(draft, begun)
+    pictures = [url for url in draft.fetched if url not in fresh]
+    if not pictures:
+        return sources
+    from runtime.data.pictures import renew_pictures
+
+    return renew_pictures(pictures, draft.downloads, err, begun=begun) or sources
+
+
+def _renewed_sources(draft: Draft, begun: str) -> bool:
+    if not draft.copies:
         return False
     from runtime.data.downloads import changed_sources, copy_sources
 
     changed = changed_sources(draft.copies, draft.downloads, err)
-    if changed and lock_path(Path(plan.run_folder)).exists():
+    if changed and begun:
         for remote in changed:
+            made, found = ("listed", "list") if remote.streamed else ("copied", "copy")
             err(
-                f"{shown(remote.url)} has changed since it was copied. {plan.run_folder} was begun "
-                "with the copy and goes on with it; a run with another name takes the new state"
+                f"{shown(remote.url)} has changed since it was {made}. {begun} was begun with the "
+                f"{found} and goes on with it; a run with another name takes the new state"
             )
         return False
     copy_sources(changed, draft.downloads, err, again=True)

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 import attrs
 
+from compiler import schema
 from compiler.schema import Recipe
 
 _INDEX = re.compile(r"\[\d+\]")
@@ -50,7 +51,7 @@ def _field(cls: type, name: str) -> attrs.Attribute[Any] | None:
 def _class_in(hint: Any) -> type | None:
     """The recipe class that a hint holds, alone, in a union, in a tuple or annotated."""
     if isinstance(hint, type) and attrs.has(hint):
-        return hint if hint.__module__ == Recipe.__module__ else None
+        return hint if hint.__module__.startswith(f"{schema.__name__}.") else None
     if get_origin(hint) in (typing.Union, types.UnionType, tuple, typing.Annotated):
         return next((cls for part in get_args(hint) if (cls := _class_in(part))), None)
     return None

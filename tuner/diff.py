@@ -124,6 +124,11 @@ def _plan(path: Path) -> Plan | None:
     """The plan of a run's folder, a saved plan or a recipe; None after telling why not."""
     if path.is_dir() or path.name.endswith(LOCK_SUFFIX):
         place = lock_path(path) if path.is_dir() else path
+        if not place.is_file():
+            what = f"holds no {place.name}" if path.is_dir() else "does not exist"
+            err(f"error: `{path}` is no plan: it {what}")
+            err("help: give a recipe, a plan.lock.toml, or the folder of a run")
+            return None
         try:
             return lock.read(place)
         except lock.LockError as error:

@@ -74,9 +74,30 @@ def _about(card: FamilyCard) -> Iterator[str]:
         yield f"- {trap}"
     if card.traps:
         yield ""
+    yield _keys(card.name)
+    if card.whole_file:
+        held = ", ".join(f"`{name}`" for name in card.whole_file.usual)
+        yield f"A base may be one file (`model.base`), which as published holds {held}.\n"
+    if card.trainable_encoders:
+        trained = ", ".join(f"`{name}`" for name in card.trainable_encoders)
+        words = " They learn new tokens." if card.embedding_keys else ""
+        yield f"Text encoders that can be trained: {trained}.{words}\n"
     rows = ["| base | pixels | parameters |", "| --- | --- | --- |"]
     rows += [f"| `{known.base}` | {known.resolution} | {_sizes(known)} |" for known in card.known]
     yield "\n".join(rows) + "\n"
+
+
+def _keys(family: str) -> str:
+    """Which other programs' names of a LoRA's keys there are, and whose."""
+    from runtime.export.conventions import LORA, NO_KEYS
+
+    found = [
+        f"`{format}` ({LORA[format][family]})"
+        if family in LORA[format]
+        else f"not `{format}`: {NO_KEYS[format][family]}"
+        for format in LORA
+    ]
+    return f"A LoRA's keys besides Diffusers': {', '.join(found)}.\n"
 
 
 def _sizes(known: KnownModel) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from compiler.families.card import FamilyCard
 
 METHODS = ("lora", "full")
+SOME = 16  # images; of fewer each is an update of its own
 RATES = {"lora": "1e-4", "full": "1e-5"}
 
 
@@ -106,6 +108,8 @@ def schema_line(folder: Path) -> str:
 
 def _complete(answers: Answers) -> Answers:
     """The answers with defaults where one is right for most; there is nobody to ask."""
+    if answers.family:
+        _family(answers)  # before a base of a family that there is not is asked for
     missing = [key for key in ("family", "base", "data") if not getattr(answers, key)]
     if missing:
         options = " ".join(f"--{key}" for key in missing)
@@ -157,7 +161,7 @@ def _prompt(question: str, default: str | None, *, show_default: bool = True) ->
 def _checked(answers: Answers) -> None:
     """Raises NotAnswered for an answer that no recipe can hold."""
     from compiler.diagnostics import nearest
-    from compiler.passes.storage import SAFE_NAME
+    from compiler.passes.storage import LONGEST_NAME, how_to_name, safe_name
     from compiler.units import ByteSize, UnitError
 
     _family(answers)
@@ -165,8 +169,8 @@ def _checked(answers: Answers) -> None:
         guess = nearest(answers.method, METHODS)
         advice = f"did you mean `{guess}`?" if guess else "say lora or full"
         raise NotAnswered(f"unknown method `{answers.method}`", advice)
-    if not SAFE_NAME.fullmatch(answers.name):
-        advice = "use letters, digits, `.`, `_` and `-`; begin with a letter or digit"
+    if not safe_name(answers.name, LONGEST_NAME):
+        advice = how_to_name(answers.name, LONGEST_NAME)
         raise NotAnswered(f"`{answers.name}` can't name a run", advice)
     if answers.budget not in ("auto", "none"):
         try:
@@ -178,10 +182,12 @@ def _checked(answers: Answers) -> None:
 def _family(answers: Answers) -> FamilyCard:
     from compiler.diagnostics import choices, nearest
     from compiler.families import FAMILIES
+    from compiler.passes.model import OTHER_NAMES
 
     if answers.family not in FAMILIES:
-        guess = nearest(answers.family, FAMILIES)
-        advice = f"did you mean `{guess}`?" if guess else f"known: {choices(tuple(FAMILIES))}"
+        guess = nearest(answers.family, FAMILIES, OTHER_NAMES)
+        known = choices(tuple(FAMILIES), len(FAMILIES))
+        advice = f"did you mean `{guess}`?" if guess else f"known: {known}"
         raise NotAnswered(f"unknown family `{answers.family}`", advice)
     return FAMILIES[answers.family]
 
@@ -212,9 +218,17 @@ def _title(answers: Answers) -> str:
 
 def _model(answers: Answers, folder: Path) -> list[str]:
     base = answers.base
-    if (Path(base).expanduser()).is_dir():
+    if _is_here(base):
         base = _relative(base, folder)
     return ["[model]", f"family = {_quoted(answers.family)}", f"base = {_quoted(base)}", ""]
+
+
+def _is_here(base: str) -> bool:
+    """Whether it is a folder or a file, and no hub id."""
+    try:
+        return Path(base).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _adapter(answers: Answers) -> list[str]:
@@ -257,7 +271,7 @@ def _train(answers: Answers) -> list[str]:
         "[train]",
         "epochs = 20                    # or steps = 2000: one of the two",
         "batch_size = 1",
-        "accumulate = 4                 # batches in one update",
+        f"accumulate = {4 if _many(answers.data) else 1}                 # batches in one update",
         f'optimizer = {{ name = "adamw", lr = {rate} }}',
         'schedule = { name = "cosine", warmup = "5%" }',
         "",
@@ -266,6 +280,19 @@ def _train(answers: Answers) -> list[str]:
         "keep = 3",
         "",
     ]
+
+
+def _many(data: str) -> bool:
+    """Whether an epoch over a folder holds several updates of four images."""
+    from compiler.data.headers import SUFFIXES
+
+    try:
+        files = (
+            one for one in Path(data).expanduser().rglob("*") if one.suffix.lower() in SUFFIXES
+        )
+        return len(list(islice(files, SOME))) == SOME
+    except (OSError, ValueError, RuntimeError):
+        return True
 
 
 def _validation(answers: Answers) -> list[str]:

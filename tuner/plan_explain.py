@@ -59,7 +59,7 @@ def text(key: str, row: Row, decisions: list[Decision], *, whole: bool = True) -
     if row.doc:
         lines += ["", *wrapped(row.doc, "", "")]
     if own is not None or not row.table:
-        lines += ["", *_takes(row)]
+        lines += ["", *takes(row)]
     return "\n".join(lines)
 
 
@@ -75,7 +75,8 @@ def origin(decision: Decision) -> str:
     return f"{source}, because {decision.why}" if decision.why else source
 
 
-def _takes(row: Row) -> list[str]:
+def takes(row: Row) -> list[str]:
+    """What values a key takes, and which it has where a recipe leaves it out."""
     bounds = f", {row.range}" if row.range else ""
     unit = f" ({row.unit})" if row.unit else ""
     default = row.default or ("none, it is required" if row.required else "left out")

@@ -17,7 +17,7 @@ from compiler.plan import Objective, Plan, Text, plain
 from compiler.schedules import multiplier
 from compiler.site import Counted, Present
 from tuner.plan_memory import peak
-from tuner.plan_view import result_folder
+from tuner.plan_view import result_folder, whole_parameters
 
 FORMAT_VERSION = 1
 LISTED = 1000  # steps of checkpoints and of validation, at most
@@ -45,9 +45,9 @@ def json_object(
 def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
-        "name seed run_folder cache_folder device adapter precision speed text sources buckets "
-        "sharing optimizer objective sprint max_grad_norm ema guard decisions track track_project "
-        "publish"
+        "name seed run_folder cache_folder device adapter embeddings precision speed text sources "
+        "buckets sharing optimizer objective sprint max_grad_norm ema guard decisions track "
+        "track_project publish"
     )
     return {
         "digest": plan.digest,
@@ -58,6 +58,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
             "components": [{"file": None} | part for part in tree["model"]["components"]],
         },
         "text": dict.fromkeys(fields_dict(Text)) | tree["text"],
+        "text_training": tree.get("text_training") and {"adapter": None} | tree["text_training"],
         "objective": dict.fromkeys(fields_dict(Objective)) | tree["objective"],
         "sources": [{"mask": None} | source for source in tree["sources"]],
         "steps": tree["steps"],
@@ -81,12 +82,11 @@ def _times(steps: Sequence[int]) -> dict[str, Any]:
 
 
 def _parameters(plan: Plan) -> dict[str, Any]:
-    """Of the trained component, with its adapter: all, and those that the optimizer updates."""
+    """Of what is trained or adapted, with adapters: all, and those that the optimizer updates."""
     counts = plan.memory.counts
     if not counts:
         return {"total": None, "trainable": None}
-    added = counts["trainable"] if plan.adapter else 0
-    return {"total": counts["parameters"] + added, "trainable": counts["trainable"]}
+    return {"total": whole_parameters(plan), "trainable": counts["trainable"]}
 
 
 def schedule_points(plan: Plan) -> list[dict[str, Any]]:

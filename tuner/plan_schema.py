@@ -62,8 +62,8 @@ def _head() -> dict[str, Schema]:
 def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
     hints = typing.get_type_hints(plan.Plan)
     names = (
-        "name seed run_folder cache_folder device model adapter precision speed text sources "
-        "buckets sharing "
+        "name seed run_folder cache_folder device model adapter text_training embeddings precision "
+        "speed text sources buckets sharing "
         "optimizer objective sprint max_grad_norm ema guard decisions track track_project publish "
         "steps "
         "schedule checkpoints validation evaluation memory"

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from compiler.adapters import result_name
+from compiler.adapters import INVERSION, result_name
 from compiler.costs import Outlook
 from compiler.occasions import validation_steps
 from compiler.plan import (
@@ -74,7 +74,7 @@ def summary(plan: Plan, outlook: Outlook | None = None) -> str:
     if trained != "0":
         method += f", {trained} parameters train"
     rows = [
-        ("model", f"{plan.model.base} ({plan.model.family})"),
+        ("model", f"{plan.model.origin} ({plan.model.family})"),
         ("method", method),
         ("data", f"{counted(_images(plan), 'image')}; {_arithmetic(plan)}"),
     ]
@@ -98,7 +98,7 @@ def result_folder(plan: Plan) -> str:
 def _model(plan: Plan, recipe: str) -> list[str]:
     model = plan.model
     revision = f" @ {model.revision}" if model.revision not in ("", "main") else ""
-    words = f"{model.base}{revision} ({model.family})"
+    words = f"{model.origin}{revision} ({model.family})"
     lines = section("model", words, where(plan, "model.base", recipe))
     parts = [part for part in model.components if not part.name.startswith(_BARE)]
     rows = [
@@ -121,11 +121,14 @@ def _held(part: Component) -> str:
 def _fate(part: Component, plan: Plan) -> str:
     """What becomes of a component during the run."""
     origin = f", from {Path(part.file).name}" if part.file else ""
+    text = plan.text_training
     if part.trained:
         return "trained" + (" from random weights" if plan.model.init == "random" else origin)
     if part.name == plan.model.trained_component:
         adapted = plan.memory.counts.get("adapted", 0)
         return f"frozen{origin}" + (f", {counted(adapted, 'layer')} adapted" if adapted else "")
+    if text is not None and part.name in text.encoders:
+        return "frozen, adapted, in each step"
     if part.name.startswith("text_encoder"):
         return "frozen, freed after step 1"
     return "frozen, " + ("decodes pictures" if plan.validation.prompts else "freed after step 2")
@@ -137,11 +140,12 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     if adapter is None:
         lines = section("method", _method_words(plan))
         lines += [] if plan.sprint is None else _sprint(plan.sprint)
-        whole = counts.get("parameters", 0)
     else:
-        key = "adapter.rank" if adapter.rank else "adapter.block_size"
+        sized = "adapter.rank" if adapter.rank else "adapter.block_size"
+        key = sized if adapter.rank or adapter.block_size else "adapter.kind"
+        key = "adapter.kind" if adapter.kind == INVERSION else key
         lines = section("adapter", adapter_words(adapter), where(plan, key, recipe))
-        whole = counts.get("parameters", 0) + trainable
+    whole = whole_parameters(plan)
     if trainable and plan.sprint is not None:
         lines.append(f"  student {amount(trainable)} parameters, all trained, as large a teacher")
     elif trainable:
@@ -153,7 +157,39 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     frozen = f", {held} frozen" if adapter else ""
     scaled = ", loss scaled" if precision.compute == "float16" else ""
     words = f"  {precision.compute} compute{frozen}, {precision.trained} trained weights{scaled}"
-    return [*lines, words, *_speed(plan)]
+    return [*lines, *_encoders(plan), words, *_speed(plan)]
+
+
+def whole_parameters(plan: Plan) -> int:
+    """Of all that is trained or carries an adapter, and of the adapters; 0 where that is not
+    known."""
+    counts, text = plan.memory.counts, plan.text_training
+    beside = [c.parameters for c in plan.model.components if text and c.name in text.encoders]
+    added = counts.get("trainable", 0) if plan.adapter else 0
+    return counts.get("parameters", 0) + sum(beside) + added
+
+
+def _encoders(plan: Plan) -> list[str]:
+    """The text encoders that are trained too, and new tokens."""
+    lines = []
+    if (text := plan.text_training) is not None:
+        how = f"rank {text.adapter.rank}" if text.adapter else "all weights"
+        told = f"{how}, lr {number(text.lr)}{_end(text.until, plan)}"
+        lines.append(f"  {' and '.join(text.encoders)} too: {told}")
+    if (new := plan.embeddings) is not None:
+        words = ", ".join(
+            f"{t.token} ({counted(t.vectors, 'vector')}{_from(t.initial)})" for t in new.tokens
+        )
+        lines.append(f"  new tokens {words}, lr {number(new.lr)}{_end(new.until, plan)}")
+    return lines
+
+
+def _from(initial: str) -> str:
+    return f" from `{initial}`" if initial else ""
+
+
+def _end(until: int, plan: Plan) -> str:
+    return f", up to step {until}" if until < plan.steps.total else ""
 
 
 def _method_words(plan: Plan) -> str:
@@ -162,7 +198,10 @@ def _method_words(plan: Plan) -> str:
     if plan.adapter is None:
         return "full fine-tune"
     kind, rank = plan.adapter.kind, plan.adapter.rank
-    return f"{kind}, rank {rank}" if rank else f"{kind}, blocks of {plan.adapter.block_size}"
+    if kind == INVERSION:
+        return kind
+    blocks = f", blocks of {plan.adapter.block_size}" if plan.adapter.block_size else ""
+    return f"{kind}, rank {rank}" if rank else f"{kind}{blocks}"
 
 
 def _sprint(facts: Sprint) -> list[str]:
@@ -182,10 +221,13 @@ def _sprint(facts: Sprint) -> list[str]:
 def adapter_words(adapter: Adapter) -> str:
     """Its kind and sizes, and the scale of its update where that has one."""
     begun = f", from {'/'.join(Path(adapter.start).parts[-2:])}" if adapter.start else ""
+    if adapter.kind == INVERSION:
+        return f"{adapter.kind}: all of the base is frozen"
     if not adapter.rank:
         factors = adapter.butterfly_factors
         more = f", {counted(factors, 'butterfly factor')}" if factors else ""
-        return f"{adapter.kind}, blocks of {adapter.block_size}{more}{begun}"
+        blocks = f", blocks of {adapter.block_size}" if adapter.block_size else ""
+        return f"{adapter.kind}{blocks}{more}{begun}"
     root = adapter.rank**0.5 if adapter.scaling == "sqrt-rank" else adapter.rank
     others = f", {counted(len(adapter.ranks), 'pattern')} of other ranks" if adapter.ranks else ""
     scale = number(adapter.alpha / root)

@@ -18,6 +18,7 @@ from tuner.formats import amount, counted, duration, number, size
 from tuner.html import document, table
 from tuner.judged import judged_by, judged_note, judged_title
 from tuner.plan_view import text as plan_text
+from tuner.plan_view import whole_parameters
 from tuner.report_data import contact_sheet
 from tuner.report_events import events
 from tuner.report_pictures import sliders
@@ -86,10 +87,12 @@ def _header(run: RunData, name: str) -> str:
     method = "Full fine-tune of"
     if plan.adapter:
         method = f"{described(plan.adapter)} on"
+    elif plan.sprint:
+        method = "Sprint distillation of"
     return (
         f'<header><div class="title"><h1>{escape(name)}</h1>'
         f'<span class="chip{" done" if done else ""}">{status}</span></div>'
-        f"<p>{escape(method)} {escape(plan.model.base)} "
+        f"<p>{escape(method)} {escape(plan.model.origin)} "
         f'<span class="soft">({escape(plan.model.family)})</span></p>'
         f'<p class="soft small">Plan <code>{plan.digest[:12]}</code></p>'
         f"{_facts(run, plan)}</header>"
@@ -112,8 +115,9 @@ def _facts(run: RunData, plan: Plan) -> str:
         facts.append(("Training", duration(sum(seconds)), f"{mean:.2g} s a step"))
     trainable = plan.memory.counts.get("trainable", 0)
     if trainable:
-        whole = plan.memory.counts["parameters"] + (trainable if plan.adapter else 0)
-        facts.append(("Trained", amount(trainable), f"of {amount(whole)} parameters"))
+        whole = whole_parameters(plan)
+        words = "parameters, a teacher beside" if plan.sprint else f"of {amount(whole)} parameters"
+        facts.append(("Trained", amount(trainable), words))
     if run.skipped:
         facts.append(("Passed over", counted(len(run.skipped), "step"), "with bad numbers"))
     if run.scores:

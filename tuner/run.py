@@ -180,6 +180,7 @@ def _execute(job: Job) -> Outcome:
     """Execute the plan, in a process for each of several devices; Ctrl-C anywhere in it ends in an
     outcome, not in an exception."""
     _keep_manifest(job)
+    _note_copies(job)
     if job.seat is not None:
         from tuner.worker import lead
 
@@ -206,6 +207,14 @@ def _keep_manifest(job: Job) -> None:
         job.manifest.save(folder / MANIFEST)
     except OSError as error:
         raise RunFailed(f"can't write the run folder: {error}") from error
+
+
+def _note_copies(job: Job) -> None:
+    """Note in the user's cache folder that the run reads what was copied there."""
+    from compiler.compile import default_cache
+    from runtime.data.copies import note_run
+
+    note_run(Path(job.plan.run_folder), default_cache())
 
 
 def _accept(plan: Plan, error: PlanChanged, accepted: Sequence[str]) -> bool:

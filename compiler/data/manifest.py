@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from attrs import astuple, fields, frozen
 
@@ -233,6 +233,23 @@ class Manifest:
             except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
                 raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
 
+    @staticmethod
+    def places(path: Path) -> set[str]:
+        """The sources' folders, and the files outside of them, of a saved manifest; it is read, not
+        checked. Raises ManifestDamaged, and OSError where there is no file."""
+        found: set[str] = set()
+        with open(path, encoding="ascii") as file:
+            try:
+                while line := file.readline():
+                    head = json.loads(line)
+                    found |= {json.loads(file.readline())[1] for _ in range(head["folders"])}
+                    _pass(file, head["placements"] + head["captions"])
+                    found |= {json.loads(file.readline()) for _ in range(head["files"])} - {""}
+                    _pass(file, head.get("masks", 0) + head["samples"])
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
+        return found
+
     def _places(self) -> str:
         """SHA-256 (hex) over what the digest leaves out: where each picture lies."""
         columns = self._columns
@@ -327,6 +344,11 @@ def _place(sample: Sample) -> tuple[int, str, bool]:
 def _framed(data: bytes) -> bytes:
     """The length goes first, so that no two lists of texts give the same bytes."""
     return _LENGTH.pack(len(data)) + data
+
+
+def _pass(file: IO[str], count: int) -> None:
+    for _ in range(count):
+        file.readline()
 
 
 def _take(lines: Iterator[Any], count: int) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
@@ -21,6 +22,9 @@ from compiler.data.headers import NEEDS_HEIF, Header, read_header
 from compiler.data.index import Index
 from compiler.data.quick_headers import Broken, Size
 from compiler.data.stamp import Stamp
+
+if TYPE_CHECKING:
+    from compiler.data.sources.streams import Unlisted
 
 __all__ = [
     "ALONE",
@@ -81,6 +85,8 @@ class Scan:
     lines: Mapping[str, tuple[str, ...] | Fault] | None = None
     """By key: lines of a caption that stand in the container; None: they stand beside the file."""
     absent: tuple[str, ...] = ()  # URLs that are not downloaded yet
+    fetched: tuple[str, ...] = ()  # URLs that are
+    unlisted: tuple[Unlisted, ...] = ()  # streamed containers nobody has looked into yet
 
 
 @frozen(slots=True)

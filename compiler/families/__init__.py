@@ -5,6 +5,7 @@ from __future__ import annotations
 from compiler.families import (
     flux,
     flux2,
+    flux2_dev,
     kolors,
     lumina2,
     pixart,
@@ -24,6 +25,7 @@ FAMILIES: dict[str, FamilyCard] = {
     "sd": sd.CARD,
     "flux": flux.CARD,
     "flux2": flux2.CARD,
+    "flux2_dev": flux2_dev.CARD,
     "sdxl": sdxl.CARD,
     "pixart": pixart.CARD,
     "lumina2": lumina2.CARD,

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
+from compiler.families.whole_file import WholeFile
+
 
 @frozen(kw_only=True)
 class KnownModel:
@@ -59,7 +61,8 @@ class FamilyCard:
     """How many there are, by the trained component's configuration."""
     runs: Callable[[Mapping[str, Any]], Sequence[int] | None] | None
     """Numbers of equal blocks that follow each other, by the trained component's configuration;
-    None where they are not so regular. A last block that differs is not counted."""
+    None where they are not so regular. A last block that differs is not counted. With
+    `runs_together` each stands for several runs, all of that many."""
     shortened: Callable[[Mapping[str, Any], Sequence[int]], dict[str, Any]]
     """The configuration with other such numbers."""
     latent_channels_key: str  # key of the vae's configuration
@@ -89,6 +92,7 @@ class FamilyCard:
     """What else the pipeline's class must be given."""
     few_step_pipeline: str = ""
     """Diffusers' pipeline of models that were distilled into few steps; "": there is none."""
+    runs_together: bool = False
     size_conditions: bool = False  # the model is told each picture's size and crop
     refines: float = 0.0
     """The share of the noise levels, from the last on, by which the pipeline refines a picture that
@@ -108,6 +112,14 @@ class FamilyCard:
     """Key of the trained component's configuration that says whether the model is told a guidance
     scale, because it was distilled from guidance. "": no model of the family is."""
     negative_prompts: bool = True  # the pipeline's guidance needs a negative prompt
+    trainable_encoders: tuple[str, ...] = ()
+    """Those of `text_encoders` that may be trained beside the model: CLIPs, which are small and
+    whose whole output goes into the model. (T5 and language models are larger than what they
+    speak to; nobody trains them with it.)"""
+    embedding_keys: Mapping[str, str] = field(factory=dict)
+    """Encoders that can be given new tokens (textual inversion), and what a file calls the vectors
+    of each; "": by the token itself, as where there is one encoder. Empty: the pipeline has no
+    `load_textual_inversion`."""
     few_steps_key: str = ""
     """Key of model_index.json that says that a base was distilled into a few steps, and that the
     pipeline then takes no notice of a guidance scale. "": no model of the family was."""
@@ -121,6 +133,8 @@ class FamilyCard:
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     """What loads a LoRA: Diffusers' pipeline, or peft alone where that has no `load_lora_weights`.
     """
+    whole_file: WholeFile | None = None
+    """How its models lie in one file; None: they are published in folders only."""
 
     def multiple(self, configs: Configs) -> int:
         """Pixels that both edges must divide by: VAE down-sampling times patch size."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.families import sd, sd3
+from compiler.families import sd, sd3, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
+from compiler.families.whole_file import Held, WholeFile
 
 VAE: dict[str, Any] = {**sd3.VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 TRANSFORMER: dict[str, Any] = {
@@ -93,6 +94,24 @@ def shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any
     return {**config, "num_layers": double, "num_single_layers": single}
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a transformer of this configuration by the shapes of its tensors, under the names
+    that were published (see `runtime.export.bfl`)."""
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    double, single = runs(config)
+    told = (width, 256) if config.get("guidance_embeds") else None
+    return {
+        "img_in.weight": (width, int(config["in_channels"])),
+        "txt_in.weight": (width, int(config["joint_attention_dim"])),
+        "vector_in.in_layer.weight": (width, int(config["pooled_projection_dim"])),
+        "guidance_in.in_layer.weight": told,
+        f"double_blocks.{double - 1}.img_attn.qkv.weight": (3 * width, width),
+        f"double_blocks.{double}.img_attn.qkv.weight": None,
+        f"single_blocks.{single - 1}.linear2.weight": (width, 5 * width),
+        f"single_blocks.{single}.linear2.weight": None,
+    }
+
+
 CARD = FamilyCard(
     name="flux",
     title="Flux.1",
@@ -107,6 +126,8 @@ CARD = FamilyCard(
         "vae": "AutoencoderKL",
     },
     text_encoders=("text_encoder", "text_encoder_2"),
+    trainable_encoders=("text_encoder",),
+    embedding_keys={"text_encoder": ""},
     trained_component="transformer",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     depth=counted("num_layers", "num_single_layers"),
@@ -168,4 +189,14 @@ CARD = FamilyCard(
     packed=2,
     guidance_key="guidance_embeds",
     negative_prompts=False,
+    whole_file=WholeFile(
+        parts={
+            # As published, and as other programs write whole models.
+            "transformer": (Held("", probes), Held(whole_file.MODEL, probes)),
+            "vae": whole_file.VAES,
+            "text_encoder": whole_file.TEXTS["clip_l"],
+            "text_encoder_2": whole_file.TEXTS["t5"],
+        },
+        usual=("transformer",),
+    ),
 )

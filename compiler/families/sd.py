@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families import unet
+from compiler.families import unet, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel
+from compiler.families.whole_file import Held, WholeFile
 
 CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
@@ -137,6 +138,8 @@ CARD = FamilyCard(
         "vae": "AutoencoderKL",
     },
     text_encoders=("text_encoder",),
+    trainable_encoders=("text_encoder",),
+    embedding_keys={"text_encoder": ""},
     trained_component="unet",
     blocks=unet.BLOCKS,
     depth=unet.depth,
@@ -170,5 +173,17 @@ CARD = FamilyCard(
     ),
     traps=(
         "Stable Diffusion 2 at 768 pixels predicts v; its scheduler says so, and training follows.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            "unet": (Held(whole_file.MODEL, unet.probes),),
+            "vae": whole_file.VAES,
+            # Version 1, and version 2.
+            "text_encoder": (
+                Held("cond_stage_model.transformer.", whole_file.clip),
+                Held("cond_stage_model.model.", whole_file.open_clip),
+            ),
+        },
+        usual=("unet", "vae", "text_encoder"),
     ),
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compiler.families import whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
+from compiler.families.whole_file import Held, WholeFile
 
 CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModelWithProjection"],
@@ -153,6 +155,26 @@ def _shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, An
     return {**config, "num_layers": first + second + 1, "dual_attention_layers": dual}
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells an MMDiT of this configuration by the shapes of its tensors, under the names that
+    were published (see `runtime.export.mmdit`)."""
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    layers, patch = int(config["num_layers"]), int(config["patch_size"])
+    dual = 0 in config.get("dual_attention_layers", ())
+    head = (int(config["attention_head_dim"]),) if config.get("qk_norm") else None
+    return {
+        "x_embedder.proj.weight": (width, int(config["in_channels"]), patch, patch),
+        "context_embedder.weight": (
+            int(config["caption_projection_dim"]),
+            int(config["joint_attention_dim"]),
+        ),
+        f"joint_blocks.{layers - 1}.x_block.attn.qkv.weight": (3 * width, width),
+        f"joint_blocks.{layers}.x_block.attn.qkv.weight": None,
+        "joint_blocks.0.x_block.attn2.qkv.weight": (3 * width, width) if dual else None,
+        "joint_blocks.0.x_block.attn.ln_q.weight": head,
+    }
+
+
 CARD = FamilyCard(
     name="sd3",
     title="Stable Diffusion 3",
@@ -169,6 +191,7 @@ CARD = FamilyCard(
         "vae": "AutoencoderKL",
     },
     text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    trainable_encoders=("text_encoder", "text_encoder_2"),
     trained_component="transformer",
     blocks=("transformer_blocks",),
     depth=counted("num_layers"),
@@ -239,5 +262,15 @@ CARD = FamilyCard(
         "The example scripts weight the loss by sigma^2 unless told otherwise; here that is "
         '`weighting = "diffusers-compat"`, and the default is the plain velocity error.',
         "The example scripts train with 77 T5 tokens where the pipeline uses 256 at inference.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            "transformer": (Held(whole_file.MODEL, probes),),
+            "vae": whole_file.VAES,
+            "text_encoder": whole_file.TEXTS["clip_l"],
+            "text_encoder_2": whole_file.TEXTS["clip_g"],
+            "text_encoder_3": whole_file.TEXTS["t5"],
+        },
+        usual=("transformer", "vae"),
     ),
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families import sd, sd3, unet
+from compiler.families import sd, sd3, unet, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel
+from compiler.families.whole_file import Held, WholeFile
 
 TEXT_PROJECTED: dict[str, Any] = {**sd3.CLIP_G}  # with the projection that pools
 VAE: dict[str, Any] = {
@@ -102,10 +103,13 @@ CARD = FamilyCard(
         "vae": "AutoencoderKL",
     },
     text_encoders=("text_encoder", "text_encoder_2"),
+    trainable_encoders=("text_encoder", "text_encoder_2"),
+    embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
     trained_component="unet",
     blocks=unet.BLOCKS,
     depth=unet.depth,
-    runs=None,
+    runs=unet.runs,
+    runs_together=True,
     shortened=unet.shortened,
     latent_channels_key="latent_channels",
     moments=("mean", "std"),
@@ -138,5 +142,14 @@ CARD = FamilyCard(
         "VAE saw. Pictures are drawn as if they were large and uncut.",
         "An empty negative prompt is zeros, not an encoded empty text (`model_index.json` says "
         "so); so is a dropped caption.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            "unet": (Held(whole_file.MODEL, unet.probes),),
+            "vae": whole_file.VAES,
+            "text_encoder": (Held("conditioner.embedders.0.transformer.", whole_file.clip),),
+            "text_encoder_2": (Held("conditioner.embedders.1.model.", whole_file.open_clip),),
+        },
+        usual=("unet", "vae", "text_encoder", "text_encoder_2"),
     ),
 )

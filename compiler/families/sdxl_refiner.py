@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiler.families import sdxl, unet
-from compiler.families.card import Configs, FamilyCard, KnownModel
+from attrs import evolve
+
+from compiler.families import sdxl, unet, whole_file
+from compiler.families.card import Configs, KnownModel
+from compiler.families.whole_file import Held, WholeFile
 
 UNET: dict[str, Any] = {
     **sdxl.SIZED,
@@ -54,7 +57,8 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
     }
 
 
-CARD = FamilyCard(
+CARD = evolve(
+    sdxl.CARD,
     name="sdxl_refiner",
     title="Stable Diffusion XL refiner",
     pipeline="StableDiffusionXLImg2ImgPipeline",
@@ -72,35 +76,15 @@ CARD = FamilyCard(
         "vae": "AutoencoderKL",
     },
     text_encoders=("text_encoder_2",),
-    trained_component="unet",
-    blocks=unet.BLOCKS,
-    depth=unet.depth,
+    trainable_encoders=("text_encoder_2",),
+    runs_together=False,
+    embedding_keys={},
     runs=None,
-    shortened=unet.shortened,
-    latent_channels_key="latent_channels",
-    moments=("mean", "std"),
     embedding_shapes=_embedding_shapes,
-    unpadded_text=False,
-    prompt_length=77,
-    instruction=(),
-    default_resolution=1024,
-    sampling="uniform",
-    default_shift=1.0,
-    token_shift=None,
-    prediction="epsilon",
-    guidance=5.0,
-    inference_steps=50,
-    target_sets=unet.TARGET_SETS,
-    default_targets="attention",
-    fp16_overflows=False,
-    overflowing=("vae",),
-    masked_attention=False,
-    attention="self- and cross-attention",
     known=(
         _known("stabilityai/stable-diffusion-xl-refiner-1.0"),
         _known("stabilityai/stable-diffusion-xl-refiner-0.9"),
     ),
-    size_conditions=True,
     zeros_for_empty=False,
     refines=0.3,
     made_for=0.2,
@@ -112,5 +96,13 @@ CARD = FamilyCard(
         "picture` names.",
         "Beside sizes and cuts it is told how pleasing a picture is: 6 of 10 in training, as in "
         "drawing.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            "unet": (Held(whole_file.MODEL, unet.probes),),
+            "vae": whole_file.VAES,
+            "text_encoder_2": (Held("conditioner.embedders.0.model.", whole_file.open_clip),),
+        },
+        usual=("unet", "vae", "text_encoder_2"),
     ),
 )

@@ -24,6 +24,33 @@ TARGET_SETS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a UNet of this configuration by the shapes of its tensors, under the names of
+    latent diffusion's own code (see `runtime.export.sgm`)."""
+    widths = [int(width) for width in config["block_out_channels"]]
+    layers, first = int(config.get("layers_per_block", 2)), widths[0]
+    entries = len(widths) * (layers + 1)
+    deep = _each(config.get("transformer_layers_per_block", 1), len(widths))
+    found: dict[str, tuple[int, ...] | None] = {
+        "input_blocks.0.0.weight": (first, int(config.get("in_channels", 4)), 3, 3),
+        f"output_blocks.{entries - 1}.0.emb_layers.1.weight": (first, 4 * first),
+        f"output_blocks.{entries}.0.emb_layers.1.weight": None,
+        "label_emb.0.0.weight": None,
+    }
+    for level, kind in enumerate(config["down_block_types"]):
+        place = f"input_blocks.{1 + level * (layers + 1)}.1.transformer_blocks"
+        if "CrossAttn" not in kind:
+            found[f"{place}.0.attn2.to_k.weight"] = None
+            continue
+        width = int(config["cross_attention_dim"])
+        found[f"{place}.{deep[level] - 1}.attn2.to_k.weight"] = (widths[level], width)
+        found[f"{place}.{deep[level]}.attn2.to_k.weight"] = None
+    if config.get("addition_embed_type") == "text_time":
+        told = int(config["projection_class_embeddings_input_dim"])
+        found["label_emb.0.0.weight"] = (4 * first, told)
+    return found
+
+
 def depth(config: Mapping[str, Any]) -> int:
     """How many modules `BLOCKS` matches in a UNet of this configuration.
 
@@ -48,6 +75,15 @@ def _each(value: int | Sequence[int], count: int) -> list[int]:
     return [int(value)] * count if isinstance(value, int) else [int(each) for each in value]
 
 
+def runs(config: Mapping[str, Any]) -> list[int] | None:
+    """Blocks in each transformer of a level, from the highest resolution down; the middle one has
+    as many as the lowest level's. None where the way up has others."""
+    if config.get("reverse_transformer_layers_per_block") is not None:
+        return None
+    kinds = config["down_block_types"]
+    return _each(config.get("transformer_layers_per_block", 1), len(kinds))
+
+
 def shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
-    """UNets have no runs of equal blocks, so none is ever shortened."""
-    raise AssertionError("a UNet is simulated whole")
+    """The configuration with other numbers of blocks in the transformers of each level."""
+    return {**config, "transformer_layers_per_block": list(counts)}

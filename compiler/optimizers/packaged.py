@@ -174,6 +174,7 @@ PACKAGED = (
         copies=2,
         whole=GLOBAL_ESTIMATE,
         not_in_backward=GLOBAL_ESTIMATE,
+        one_lr=GLOBAL_ESTIMATE,
     ),
     # Luo et al., "CAME", arXiv 2307.02047.
     OptimizerFacts(

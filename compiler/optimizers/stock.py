@@ -98,6 +98,7 @@ STOCK = (
             "weight_decay": 0.1,
         },
         whole="it makes each whole matrix orthogonal",
+        one_lr="it deals the weights out by their shapes alone",
     ),
     # torchao keeps the moments in blocks of 256 (128 at 4 bits), as Dettmers et al., "8-bit
     # optimizers via block-wise quantization", arXiv 2110.02861. Weights that are no whole number of
@@ -145,5 +146,6 @@ STOCK = (
         host_bytes=8.0,
         defaults={**ADAM, "weight_decay": 1e-2},
         not_in_backward=ON_HOST,
+        one_lr=ON_HOST,
     ),
 )

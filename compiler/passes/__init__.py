@@ -12,6 +12,7 @@ from compiler.draft import Draft
 from compiler.passes.batches import resolve_batches
 from compiler.passes.components import resolve_components
 from compiler.passes.data import resolve_data
+from compiler.passes.embeddings import resolve_embeddings
 from compiler.passes.evaluation import resolve_evaluation
 from compiler.passes.keeping import judge_keeping
 from compiler.passes.memory import resolve_memory
@@ -23,6 +24,7 @@ from compiler.passes.sharing import resolve_sharing
 from compiler.passes.speed import resolve_speed
 from compiler.passes.sprint import resolve_sprint
 from compiler.passes.storage import resolve_storage
+from compiler.passes.text_training import resolve_text_training
 from compiler.passes.training import resolve_training
 
 Pass = Callable[[Draft], None]
@@ -36,6 +38,8 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("batches", resolve_batches),
     ("speed", resolve_speed),
     ("training", resolve_training),
+    ("text training", resolve_text_training),
+    ("embeddings", resolve_embeddings),
     ("sprint", resolve_sprint),
     ("sharing", resolve_sharing),
     ("outputs", resolve_outputs),

@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import evolve, fields
 
-from compiler.adapters import ADAPTERS, COMMON, OF_THE_BASE, AdapterFacts, rank_of
+from compiler.adapters import ADAPTERS, COMMON, INVERSION, OF_THE_BASE, AdapterFacts, rank_of
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families import FAMILIES
@@ -30,6 +30,9 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
         return None
     row = ADAPTERS[recipe.kind]
     _judge_keys(draft, row)
+    if recipe.kind == INVERSION:
+        draft.decide((*WHERE, "kind"), recipe.kind)
+        return Adapter(kind=recipe.kind, rank=0, alpha=0.0, dropout=0.0, init="", targets=())
     made = Adapter(
         kind=recipe.kind,
         rank=recipe.rank if row.ranked else 0,
@@ -44,7 +47,9 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
         module_dropout=recipe.module_dropout,
         factor=recipe.factor or 0,
         decompose_both=recipe.decompose_both,
-        block_size=0 if row.ranked else recipe.block_size or BLOCK_SIZES[recipe.kind],
+        full_matrix=recipe.full_matrix,
+        tucker=recipe.tucker,
+        block_size=(recipe.block_size or BLOCK_SIZES[recipe.kind]) if row.blocked else 0,
         block_share=recipe.block_share,
         butterfly_factors=recipe.butterfly_factors if recipe.kind == "boft" else 0,
     )
@@ -83,14 +88,17 @@ def _record(draft: Draft, row: AdapterFacts, made: Adapter) -> None:
 
 
 def _judge_keys(draft: Draft, row: AdapterFacts) -> None:
+    common = COMMON[:1] if row.kind == INVERSION else COMMON
     for field in fields(AdapterRecipe):
         key = str(field.metadata.get("key", field.name))
-        if draft.given((*WHERE, key)) and key not in (*COMMON, *row.keys):
+        if draft.given((*WHERE, key)) and key not in (*common, *row.keys):
             draft.error(
                 "no-effect",
                 (*WHERE, key),
                 f"an adapter of kind `{row.kind}` takes no `{key}`",
-                help=f"it takes {choices(row.keys)}",
+                help=f"it takes {choices((*common[1:], *row.keys))}"
+                if row.kind != INVERSION
+                else "see [embeddings] for what it learns",
                 of="key",
             )
 
@@ -205,7 +213,8 @@ def _with_file(draft: Draft, family: FamilyCard, made: Adapter) -> Adapter:
     path = _file(draft.folder, said, made)
     header = None if path is None else header_of(path)
     if path is None:
-        draft.error("missing-path", where, f"there is no file `{said}`")
+        help = "an adapter's safetensors file, or a folder that holds one, relative to the recipe"
+        draft.error("missing-path", where, f"there is no file `{said}`", help=help)
     elif header is None:
         message = f"`{said}` is no safetensors file, so no adapter is in it"
         draft.error("bad-adapter", where, message, help="name the file of an adapter")
@@ -232,12 +241,23 @@ def _file(folder: Path, said: str, made: Adapter) -> Path | None:
         return None
 
 
-PARTS = {"lora": "lora_A", "dora": "lora_A", "lokr": "lokr_w", "loha": "hada_w1_b", "oft": "oft_R"}
+PARTS = {
+    "lora": "lora_A",
+    "dora": "lora_A",
+    "lokr": "lokr_w",
+    "loha": "hada_w1_b",
+    "glora": "a2.weight",
+    "ia3": "ia3_l",
+    "full": "diff",
+    "oft": "oft_R",
+    "boft": "boft_R",
+}
+"""A part of each kind's tensors by which its files are known."""
 
 
 def _mismatch(header: Header, component: str, made: Adapter) -> str:
     """Why the file can't be the start of such an adapter; "" if it can."""
-    part = PARTS.get(made.kind, "boft_R")
+    part = PARTS[made.kind]
     shapes = {name: shape for name, shape in header.shapes.items() if f".{part}" in name}
     title = ADAPTERS[made.kind].title
     if not shapes:
@@ -246,6 +266,8 @@ def _mismatch(header: Header, component: str, made: Adapter) -> str:
     if made.kind in ("lora", "dora") and magnitudes != (made.kind == "dora"):
         return "it is a DoRA" if magnitudes else "it is a LoRA without magnitudes"
     for name, shape in shapes.items():
+        if name.startswith("text_encoder"):  # see `passes.text_training`
+            continue
         module = name.partition(f".{part}")[0].removeprefix(f"{component}.")
         found, wanted = _size(made, name, shape), _wanted(made, module)
         if found is not None and wanted is not None and found != wanted:
@@ -263,6 +285,8 @@ def _size(made: Adapter, name: str, shape: tuple[int, ...]) -> int | None:
         return int((1 + (1 + 8 * count) ** 0.5) / 2)
     if made.kind == "boft":
         return shape[-1] if shape else 0
+    if not ADAPTERS[made.kind].ranked:
+        return None
     return shape[0] if shape else 0
 
 

@@ -69,6 +69,13 @@ def judge_targets(draft: Draft) -> None:
     """Refuse to learn the base's own predictions where there is no frozen base, or nothing else."""
     stated = [one.regularisation for one in draft.recipe.data.source]
     kept = [n for n, one in enumerate(stated) if one is not None and one.target == "base"]
+    if stated and None not in stated and len(kept) < len(stated):
+        draft.warn(
+            "no-effect",
+            ("data", "source", len(stated) - 1, "regularisation"),
+            "all sources are images of the class: nothing is learned that they could hold back",
+            help="add a source of the subject, or leave `regularisation` out",
+        )
     if not kept:
         return
     path = ("data", "source", kept[0], "regularisation", "target")

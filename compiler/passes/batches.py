@@ -39,9 +39,9 @@ def resolve_batches(draft: Draft) -> None:
     except Gap as gap:
         draft.error(
             "conflict",
-            ("data", "source"),
+            _last_to_leave(draft),
             f"no source trains in epoch {gap.epoch + 1}, and the run goes on",
-            help="let one go on longer, or let the run end there",
+            help=f"let one go on longer, or let the run end there: epochs = {gap.epoch}",
         )
         return
     if not _all_train(draft, every):
@@ -62,6 +62,14 @@ def resolve_batches(draft: Draft) -> None:
     draft.decide(("train", key), train.steps if key == "steps" else train.epochs)
     _small_buckets(draft)
     _idle_devices(draft, draft.steps)
+    _long_window(draft, draft.steps)
+
+
+def _last_to_leave(draft: Draft) -> KeyPath:
+    """The last `until` of the recipe, which leaves nothing to train."""
+    recipes = draft.recipe.data.source
+    leaving = [number for number, recipe in enumerate(recipes) if recipe.until is not None]
+    return ("data", "source", leaving[-1], "until") if leaving else ("data", "source")
 
 
 def _span(source: DataSource) -> Span:
@@ -203,6 +211,20 @@ def _small_buckets(draft: Draft) -> None:
             ("data", "source"),
             f"{len(short)} of {len(draft.buckets)} buckets never fill a batch ({sizes}{more})",
             help="they are trained short and weighted by their samples; nothing is dropped",
+        )
+
+
+def _long_window(draft: Draft, steps: Steps) -> None:
+    """A window of accumulation ends with its epoch, so none is ever longer."""
+    batches = max([stage.batches_per_epoch for stage in steps.stages] or [steps.batches_per_epoch])
+    most = max(ceil(batches / steps.ranks), 1)
+    if steps.accumulate > most:
+        draft.warn(
+            "no-effect",
+            ("train", "accumulate"),
+            f"no update ever takes {steps.accumulate} batches: an epoch has {most} on a device, "
+            "and a window ends with its epoch",
+            help=f"accumulate = {most}, or more repeats",
         )
 
 

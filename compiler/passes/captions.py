@@ -14,6 +14,7 @@ from compiler.data.variants import PLACEHOLDER, forms, is_random, named, says, t
 from compiler.draft import Draft
 from compiler.passes.inherited import Effects, inherited, path_of
 from compiler.schema import SourceRecipe
+from compiler.source import dotted
 from compiler.spans import KeyPath
 
 LISTED = 8  # files named in one message
@@ -105,9 +106,19 @@ def _note_effects(draft: Draft, where: KeyPath, made: plan.Captions, effects: Ef
     for key in ("column", "fallback"):
         why = f'it belongs to `from = "column"`; these captions come from `{made.kind}`'
         effects.note(draft, where, TABLE, key, used=made.kind == "column", why=why)
+    if made.dropout == 1:
+        _warn_of_none(draft, where, "dropout", "each sample is trained with the empty prompt")
+    if made.tag_dropout == 1:
+        _warn_of_none(draft, where, "tag_dropout", "each tag that may be left out always is")
     lines = made.kind in (*COMPANION, "column")
     why = f"captions from `{made.kind}` have one line"
     effects.note(draft, where, TABLE, "multiline", used=lines, why=why)
+
+
+def _warn_of_none(draft: Draft, where: KeyPath, key: str, what: str) -> None:
+    path = path_of(draft, where, TABLE, key)
+    if not any(fault.path == dotted(path) for fault in draft.diagnostics):
+        draft.warn("no-effect", path, f"{what}: captions are never learned", help=f"{key} = 0.1")
 
 
 def _has_prompt(draft: Draft, where: KeyPath, made: plan.Captions) -> bool:
@@ -159,6 +170,7 @@ def captioned(
             f"{len(faults)} caption{' file' * (captions.kind in COMPANION)}"
             f"{'s' * (len(faults) != 1)} in `{recipe.path}` can't be read",
             notes=tuple(str(fault) for fault in faults[:LISTED]),
+            help="save them as UTF-8 text" if captions.kind == "textfile" else "",
         )
     pairs = [(p, t) for p, t in zip(pictures, found, strict=True) if not isinstance(t, Fault)]
     without = [picture for picture, texts in pairs if not texts]

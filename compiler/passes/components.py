@@ -110,7 +110,9 @@ def _words(name: str) -> str:
 
 def _is_trained(draft: Draft, facts: ModelFacts, name: str) -> bool:
     """Whether all of its weights are trained."""
-    return name == facts.family.trained_component and draft.recipe.adapter is None
+    text = draft.text_training
+    beside = text is not None and name in text.encoders
+    return (beside or name == facts.family.trained_component) and draft.recipe.adapter is None
 
 
 def _refuse_stranger(draft: Draft, facts: ModelFacts, name: str) -> None:

@@ -184,7 +184,7 @@ def _source(
         source = first + len(made.sources)
         samples, left = placed(draft, where, recipe, kept, geometry, source)
         if not samples:
-            _report_none(draft, where, recipe, found, [*skips, *left])
+            _report_none(draft, where, recipe, spot, found, [*skips, *left])
             return None
         made.sources.append(
             evolve(
@@ -204,7 +204,12 @@ def _source(
 
 
 def _report_none(
-    draft: Draft, where: KeyPath, recipe: SourceRecipe, found: Scan, skips: Sequence[Skip]
+    draft: Draft,
+    where: KeyPath,
+    recipe: SourceRecipe,
+    spot: Spot,
+    found: Scan,
+    skips: Sequence[Skip],
 ) -> None:
     errors = [d.path for d in draft.diagnostics if d.severity == "error"]
     if not any(path.startswith(f"data.source[{where[2]}]") for path in errors):
@@ -212,7 +217,7 @@ def _report_none(
             "no-images",
             (*where, "path"),
             f"there is no usable image in `{recipe.path}`",
-            help=_why_none(found, sum(skip.images for skip in skips)),
+            help=_why_none(spot, found, skips),
         )
 
 
@@ -223,7 +228,13 @@ def _identity(spot: Spot, picture: Picture) -> str:
     return picture.file if picture.at == ALONE else f"{picture.file}/{picture.key}"
 
 
-def _why_none(found: Scan, skipped: int) -> str:
+def _why_none(spot: Spot, found: Scan, skips: Sequence[Skip]) -> str:
+    if skips:
+        why = "; ".join(f"{skip.images}: {skip.why}" for skip in skips)
+        return f"{sum(skip.images for skip in skips)} were skipped ({why})"
     if found.others or found.hidden:
         return f"it holds {found.others} other files and {found.hidden} hidden ones"
-    return f"{skipped} were skipped" if skipped else "the folder is empty"
+    if spot.kind == "folder":
+        empty = not any(Path(spot.root).iterdir())
+        return "the folder is empty" if empty else "it holds texts alone, and no image"
+    return "it has no rows" if spot.kind != "webdataset" else "no member of it ends like an image"

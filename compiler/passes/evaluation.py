@@ -22,6 +22,14 @@ def resolve_evaluation(draft: Draft) -> None:
         return
     every = in_steps(draft, (*WHERE, "every"), recipe.every, draft.steps)
     draft.decide((*WHERE, "every"), f"{every} steps")
+    if every > draft.steps.total and draft.given((*WHERE, "every")):
+        draft.warn(
+            "interval-too-long",
+            (*WHERE, "every"),
+            f"every {every} steps in a run of {draft.steps.total}: no loss is measured between the "
+            "start and the end",
+            help='every = "1 epoch"',
+        )
     weights = _weights(draft)
     draft.decide((*WHERE, "timesteps"), recipe.timesteps)
     if len(set(recipe.timesteps)) < len(recipe.timesteps):

@@ -66,7 +66,8 @@ def _optimizer_reason(draft: Draft) -> str | None:
 def _advice(draft: Draft) -> str:
     train = draft.recipe.train
     if train.max_grad_norm > 0 and draft.recipe.sprint is None:
-        return "max_grad_norm = 0 in [train], or leave `fused_backward` out"
+        also = " and accumulate = 1" if train.accumulate > 1 else ""
+        return f"max_grad_norm = 0{also} in [train], or leave `fused_backward` out"
     if train.accumulate > 1:
         return "accumulate = 1 in [train], or leave `fused_backward` out"
     return "leave `fused_backward` out"

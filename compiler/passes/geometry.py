@@ -148,7 +148,7 @@ def _buckets(draft: Draft, where: KeyPath, aspect: str, effects: Effects) -> tup
     if wrong:
         draft.error(
             "bad-ratio",
-            path,
+            (*path, listed.index(wrong[0])),
             f"`{wrong[0]}` is no aspect ratio of a bucket",
             label=f"width and height as whole numbers, at most {MAX_ASPECT}:1",
             help='buckets = ["1:1", "4:3", "3:4"]; their size follows from `resolution`',

@@ -87,6 +87,8 @@ def _unknown(draft: Draft, asked: str, known: dict[str, int]) -> None:
     wanted = (LOSS, CLIP_SCORE)
     if asked in wanted or asked.startswith(f"{LOSS}/"):
         lacking = "holdout = 0.05 in [[data.source]]"
+        if asked != CLIP_SCORE and draft.recipe.evaluation.every.is_off:
+            lacking = 'every = "1 epoch" in [evaluation]'
         if asked == CLIP_SCORE:
             lacking = "clip_score = true in [validation], with prompts"
         several = asked.startswith(f"{LOSS}/") and LOSS in known

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from attrs import evolve
 
 from compiler import plan
+from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.passes import ladder
@@ -13,6 +16,7 @@ from compiler.passes.ladder import Rung
 from compiler.passes.optimizer import resolve_optimizer
 from compiler.passes.sharing import choose_sharded, decide_sharing
 from compiler.passes.suggest import refuse
+from compiler.passes.text_training import trains
 from compiler.schema import OffloadRecipe
 from compiler.spans import KeyPath
 from compiler.units import ByteSize
@@ -52,10 +56,10 @@ def resolve_memory(draft: Draft) -> None:
             chosen = search.run()
         if search.fits(chosen):
             chosen = search.encoders(chosen)
+        found = search.look(chosen)
     except ValueError as error:
-        draft.error("model-refused", blame(draft), str(error))
+        _refused(draft, str(error))
         return
-    found = search.look(chosen)
     _settle(draft, chosen, search.why(chosen))
     decide_sharing(draft, shared)
     draft.memory = plan.Memory(
@@ -177,8 +181,14 @@ def _open_encoders(draft: Draft) -> list[str]:
     return [
         name
         for name in draft.model.family.text_encoders
-        if getattr(draft.recipe.model, name).quantize == "auto"
+        if getattr(draft.recipe.model, name).quantize == "auto" and not _learns(draft, name)
     ]
+
+
+def _learns(draft: Draft, name: str) -> bool:
+    """Whether text encoder `name` is there in each step."""
+    words = draft.embeddings
+    return trains(draft, name) or (words is not None and name in words.encoders)
 
 
 def _settle(draft: Draft, rung: Rung, why: str) -> None:
@@ -283,14 +293,37 @@ def _candidate(draft: Draft) -> Candidate:
         ),
         pictures=drawn.sizes if drawn else (),
         guidance=drawn.guidance if drawn else 0.0,
+        clip_bytes=draft.clip_bytes if drawn else 0,
         sampler=drawn.scheduler if drawn else "",
         evaluated=tuple(sorted({(g.width, g.height, min(g.batch_size, g.images)) for g in groups})),
         device=draft.device,
         attention=draft.speed.attention,
         channels_last=draft.speed.channels_last,
         masked=any(source.mask for source in draft.sources),
+        text_training=draft.text_training,
+        embeddings=draft.embeddings,
         keeps_base=any(source.target == "base" for source in draft.sources),
     )
+
+
+def _refused(draft: Draft, why: str) -> None:
+    """The model can't be built, or a pattern of the adapter matches nothing of it."""
+    adapter, quoted = draft.recipe.adapter, re.search(r"`([^`]+)`", why)
+    name = quoted[1] if quoted else ""
+    place: KeyPath = ("model", "base")
+    help = "a base whose configuration is as its publisher left it"
+    if adapter is not None and draft.model is not None:
+        sets = choices(tuple(draft.model.family.target_sets))
+        for key in ("targets", "exclude", "ranks", "alphas"):
+            stated = getattr(adapter, key)
+            if name in (key, stated) or name in stated:
+                place, help = ("adapter", key), f"named sets of this family: {sets}"
+                help = help if key == "targets" else "patterns are matched with whole names"
+                if not isinstance(stated, str) and name in stated:
+                    inside = name if isinstance(stated, dict) else list(stated).index(name)
+                    place = (*place, inside)
+                break
+    draft.error("model-refused", place, why, help=help)
 
 
 def blame(draft: Draft) -> KeyPath:

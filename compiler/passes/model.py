@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compiler.diagnostics import choices, nearest
 from compiler.draft import Draft, ModelFacts
@@ -15,9 +16,26 @@ from compiler.families.card import FamilyCard
 from compiler.files import read_small
 from compiler.noise import noise_table, predicted
 from compiler.passes.adapter import resolve_adapter
+from compiler.passes.whole_file import facts_of_file, facts_of_known
 from compiler.safetensors import header_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(rf"{HUB_ID.pattern}/[\w./-]+\.safetensors")
+HUB_PAGE = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/.*)?/?"
+)
+OTHER_NAMES = {
+    **dict.fromkeys(("sd1", "sd15", "sd1.5", "sd2", "sd21", "sd2.1", "stable-diffusion"), "sd"),
+    **dict.fromkeys(("sd35", "sd3.5", "sd3.5-large", "sd3.5-medium", "stable-diffusion-3"), "sd3"),
+    **dict.fromkeys(("stable-diffusion-xl", "pony", "illustrious"), "sdxl"),
+    **dict.fromkeys(("flux1", "flux.1", "flux-dev", "flux-schnell"), "flux"),
+    **dict.fromkeys(("klein", "flux.2", "flux2-klein"), "flux2"),
+    **dict.fromkeys(("pixart-sigma", "pixart-alpha"), "pixart"),
+    "lumina": "lumina2",
+    "z-image-turbo": "z_image",
+}
+"""What families are called elsewhere."""
+Key = Literal["base", "rest"]  # of `[model]`
 
 
 def resolve_model(draft: Draft) -> None:
@@ -28,7 +46,9 @@ def resolve_model(draft: Draft) -> None:
     draft.model = _facts(draft, family)
     if draft.model is None:
         return
-    draft.decide(("model", "base"), draft.model.base)
+    draft.decide(("model", "base"), draft.model.file or draft.model.base)
+    if not draft.model.file:
+        draft.decide(("model", "rest"), "none", why="the base is no single file")
     draft.adapter = resolve_adapter(draft, family)
     _text(draft, family)
     _init(draft)
@@ -38,31 +58,66 @@ def _family(draft: Draft) -> FamilyCard | None:
     name = draft.recipe.model.family
     if name in FAMILIES:
         return FAMILIES[name]
-    guess = nearest(name, FAMILIES)
+    guess = nearest(name, FAMILIES, OTHER_NAMES)
     draft.error(
         "unknown-value",
         ("model", "family"),
         f"unknown family `{name}`",
-        help=f"did you mean `{guess}`?" if guess else f"known families: {choices(tuple(FAMILIES))}",
+        help=f"did you mean `{guess}`?"
+        if guess
+        else f"known families: {choices(tuple(FAMILIES), len(FAMILIES))}",
     )
     return None
 
 
 def _facts(draft: Draft, family: FamilyCard) -> ModelFacts | None:
-    base = draft.recipe.model.base
-    folder = folder_of(draft.folder, base)
+    base, rest = draft.recipe.model.base, draft.recipe.model.rest
+    place = folder_of(draft.folder, base)
+    if place is not None and place.is_file():
+        return facts_of_file(draft, family, place, partial(_named, draft, family, "rest", rest))
+    if rest != "auto":
+        draft.error(
+            "no-effect",
+            ("model", "rest"),
+            f"`{base}` is no file, so nothing of another model is needed",
+            help="leave out `rest`",
+            of="key",
+        )
+    return _named(draft, family, "base", base)
+
+
+def _named(draft: Draft, family: FamilyCard, key: Key, text: str) -> ModelFacts | None:
+    """What is known of the folder or hub id `text`, which stands at `model.<key>`."""
+    folder = folder_of(draft.folder, text)
     if folder is not None:
-        return _local(draft, family, folder)
-    if not HUB_ID.fullmatch(base) or base.startswith((".", "/", "~")):
+        return _local(draft, family, folder, key)
+    if HUB_FILE.fullmatch(text):
+        owner, name, file = text.split("/", 2)
         draft.error(
             "missing-path",
-            ("model", "base"),
-            f"there is no folder `{base}`",
-            help="give a hub id such as `owner/name`, or a folder in the Diffusers layout; "
-            "paths are relative to the recipe",
+            ("model", key),
+            f"there is no file `{text}` here; its header is needed, and a plan downloads nothing",
+            help=f"`hf download {owner}/{name} {file} --local-dir .`, then give that file",
         )
         return None
-    return _hub(draft, family, base)
+    if page := HUB_PAGE.fullmatch(text):
+        draft.error(
+            "missing-path",
+            ("model", key),
+            f"`{text}` is a page about a model",
+            help=f'{key} = "{page[1]}"',
+        )
+        return None
+    if not HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
+        draft.error(
+            "missing-path",
+            ("model", key),
+            f"there is no {'file' if text.endswith('.safetensors') else 'folder'} `{text}`",
+            help="give a hub id such as `owner/name`, a folder in the Diffusers layout or a "
+            "safetensors file; paths are relative to the recipe",
+        )
+        return None
+    return _hub(draft, family, text, key)
 
 
 def folder_of(recipe_folder: Path, base: str) -> Path | None:
@@ -74,62 +129,66 @@ def folder_of(recipe_folder: Path, base: str) -> Path | None:
         return None
 
 
-def _hub(draft: Draft, family: FamilyCard, base: str) -> ModelFacts | None:
-    revision = draft.recipe.model.revision or "main"
-    draft.decide(("model", "revision"), revision)
+def _hub(draft: Draft, family: FamilyCard, base: str, key: Key) -> ModelFacts | None:
     for known in family.known:
         if known.base == base:
-            return ModelFacts(
-                family=family,
-                base=base,
-                local=False,
-                revision=revision,
-                configs={name: dict(config) for name, config in known.configs.items()},
-                parameters=dict(known.parameters),
-                known=known,
-                index=dict(known.index),
-            )
+            return facts_of_known(draft, family, known)
+    owner = _family_of(base)
+    if owner is not None and key == "base":
+        draft.error(
+            "wrong-family",
+            ("model", key),
+            f"`{base}` is of the family {owner.name}, not {family.name}",
+            help=f'say `family = "{owner.name}"`',
+        )
+        return None
     draft.error(
         "unknown-model",
-        ("model", "base"),
+        ("model", key),
         f"`{base}` is no folder here and no model that {family.name} knows",
         help=_known_help(family, base),
     )
     return None
 
 
+def _family_of(base: str) -> FamilyCard | None:
+    """The family that a published model is known to be of."""
+    cards = FAMILIES.values()
+    return next((c for c in cards if any(known.base == base for known in c.known)), None)
+
+
 def _known_help(family: FamilyCard, base: str) -> str:
     names = [known.base for known in family.known]
     guess = nearest(base, names)
-    start = (
-        f"did you mean `{guess}`? " if guess else f"known without a download: {choices(names)}. "
-    )
+    known = ", ".join(f"`{name}`" for name in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    start = f"did you mean `{guess}`? " if guess else f"known without a download: {known}{more}. "
     return start + f"For any other, `hf download {base} --local-dir FOLDER` and give that folder"
 
 
-def _local(draft: Draft, family: FamilyCard, folder: Path) -> ModelFacts | None:
-    where = ("model", "base")
-    if not folder.is_dir():
+def _local(draft: Draft, family: FamilyCard, folder: Path, key: Key) -> ModelFacts | None:
+    where, said = ("model", key), _said(draft, key)
+    if key == "base" and draft.recipe.model.revision:
         draft.error(
-            "not-a-pipeline",
-            where,
-            f"`{draft.recipe.model.base}` is a file; {family.name} needs a folder in the "
-            "Diffusers layout",
+            "no-effect",
+            ("model", "revision"),
+            "`revision` has no effect: it picks a state of a repository, and the base is a folder",
+            help="leave `revision` out",
+            of="key",
         )
-        return None
     index = _json(folder / "model_index.json")
     if index is None:
         draft.error(
             "not-a-pipeline",
             where,
-            f"`{draft.recipe.model.base}` holds no readable model_index.json",
+            f"`{said}` holds no readable model_index.json",
             help="the base must be a pipeline folder as Diffusers' `save_pretrained` writes it",
         )
         return None
-    if not _right_class(draft, family, index):
+    if not _right_class(draft, family, index, key):
         return None
-    configs = _configs(draft, family, folder)
-    if configs is None or not _usable(draft, family, configs):
+    configs = _configs(draft, family, folder, key)
+    if configs is None or not _usable(draft, family, configs, key):
         return None
     counts = {name: _parameters(folder / name) for name in family.components}
     return ModelFacts(
@@ -144,21 +203,27 @@ def _local(draft: Draft, family: FamilyCard, folder: Path) -> ModelFacts | None:
     )
 
 
-def _right_class(draft: Draft, family: FamilyCard, index: dict[str, Any]) -> bool:
+def _said(draft: Draft, key: Key) -> str:
+    return draft.recipe.model.base if key == "base" else draft.recipe.model.rest
+
+
+def _right_class(draft: Draft, family: FamilyCard, index: dict[str, Any], key: Key) -> bool:
     name = index.get("_class_name")
     if name == family.pipeline:
         return True
     other = next((card.name for card in FAMILIES.values() if card.pipeline == name), None)
     draft.error(
         "wrong-family",
-        ("model", "base"),
+        ("model", key),
         f"this base is a {name}, not a {family.pipeline}",
         help=f'say `family = "{other}"`' if other else f"{family.name} trains {family.pipeline}",
     )
     return False
 
 
-def _configs(draft: Draft, family: FamilyCard, folder: Path) -> dict[str, dict[str, Any]] | None:
+def _configs(
+    draft: Draft, family: FamilyCard, folder: Path, key: Key
+) -> dict[str, dict[str, Any]] | None:
     configs: dict[str, dict[str, Any]] = {}
     missing = []
     for name in family.components:
@@ -175,15 +240,15 @@ def _configs(draft: Draft, family: FamilyCard, folder: Path) -> dict[str, dict[s
     if missing:
         draft.error(
             "not-a-pipeline",
-            ("model", "base"),
-            f"`{draft.recipe.model.base}` lacks {choices(missing)}",
+            ("model", key),
+            f"`{_said(draft, key)}` lacks {choices(missing)}",
             help="copy the whole pipeline folder, all components included",
         )
         return None
     return configs
 
 
-def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]) -> bool:
+def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]], key: Key) -> bool:
     """Whether the configurations hold what the family's card reads in them."""
     try:
         multiple = family.multiple(configs)
@@ -201,8 +266,8 @@ def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]
     if not good:
         draft.error(
             "not-a-pipeline",
-            ("model", "base"),
-            f"the configurations of `{draft.recipe.model.base}` are none of {family.title}: {why}",
+            ("model", key),
+            f"the configurations of `{_said(draft, key)}` are none of {family.title}: {why}",
             help="copy the config.json files of the published pipeline, as they are",
         )
     return good

@@ -44,6 +44,13 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
     guidance = _guidance(draft)
     if not _judge_loss(draft, prediction):
         return None
+    if recipe.stratified and draft.steps is not None and _alone(draft):
+        draft.warn(
+            "no-effect",
+            (*WHERE, "stratified"),
+            "each step has one sample: there is nothing to share the noise levels out among",
+            help="a larger batch_size or accumulate in [train]",
+        )
     made = plan.Objective(
         prediction=prediction,
         table=table,
@@ -67,6 +74,12 @@ def resolve_objective(draft: Draft) -> plan.Objective | None:
         guidance=guidance,
     )
     return made if _has_levels(draft, made) else None
+
+
+def _alone(draft: Draft) -> bool:
+    assert draft.steps is not None
+    largest = max((bucket.batch_size for bucket in draft.buckets), default=1)
+    return largest * draft.steps.accumulate * draft.steps.ranks == 1
 
 
 def _made_for(family: FamilyCard) -> str:

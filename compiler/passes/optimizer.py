@@ -19,6 +19,7 @@ WHERE: KeyPath = ("train", "optimizer")
 NAME: KeyPath = (*WHERE, "name")
 LR: KeyPath = (*WHERE, "lr")
 DEFAULT_WHY = "the reference scripts' own"
+LEAST_LR = 1e-10  # a weight of 0.01 in float32 is a multiple of 1e-9
 WARNINGS = ("unusual-lr", "missing-package")
 
 
@@ -127,6 +128,13 @@ def _judge_argument(draft: Draft, row: OptimizerFacts, key: str, value: Any) -> 
             help=f"{key} = {list(own)} are its own",
         )
         return
+    if key == "nesterov" and value and planned(draft, row.name).arguments.get("momentum") == 0:
+        draft.error(
+            "conflict",
+            where,
+            "Nesterov's momentum looks ahead by the momentum, and `momentum` is 0",
+            help="momentum = 0.9, or nesterov = false",
+        )
     least, most = row.least.get(key), row.most.get(key)
     low = min(value) if isinstance(value, tuple) else value
     if (least is not None and low < least) or (most is not None and value > most):
@@ -136,9 +144,12 @@ def _judge_argument(draft: Draft, row: OptimizerFacts, key: str, value: Any) -> 
 
 def _judge_lr(draft: Draft, row: OptimizerFacts, lr: float) -> None:
     low, high = row.usual_lr
-    if low <= lr <= high:
+    if max(low, LEAST_LR) <= lr <= high:
         return
-    if lr < low:
+    if low == 0 and lr < LEAST_LR:
+        message = f"a learning rate of {lr:g} is below what changes float32 weights"
+        advice = "1e-4 is where most begin"
+    elif lr < low:
         message = f"`{row.name}` finds its own step size: `lr` only multiplies it, and is about 1"
         advice = "lr = 1.0"
     else:

@@ -17,13 +17,14 @@ from compiler.passes.batches import edge_of
 from compiler.passes.clip import clip_model
 from compiler.passes.keeping import KEEP_EVERY
 from compiler.passes.refined import refined_picture
+from compiler.passes.storage import how_to_name, safe_name
 from compiler.passes.training import in_steps
 from compiler.samplers import SAMPLERS
 from compiler.spans import KeyPath
 from compiler.trackers import TRACKERS
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-PROMPT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+LONGEST_NAME = 60  # characters of a prompt's name: size and seed are put behind it
 SCORES = ("shapes",)
 LARGEST_EDGE = 8192  # pixels; no family samples beyond
 FAR = 2.0  # a model that draws at twice or half of its size repeats things or leaves them out
@@ -146,6 +147,14 @@ def _sampler(draft: Draft) -> str:
     draft.decide(where, own.get("_class_name", "auto") if name == "auto" else name, by="the base")
     if name == "auto":
         return ""
+    if draft.recipe.sprint is not None:
+        draft.error(
+            "not-in-family",
+            where,
+            "a model of few steps is drawn with by the scheduler that it was distilled for",
+            help="leave `scheduler` out",
+        )
+        return ""
     facts = SAMPLERS[name]
     if not (facts.flow if family.prediction == "flow" else facts.table):
         able = [
@@ -237,19 +246,21 @@ def _add_prompt(
 ) -> None:
     if not isinstance(text, str):
         draft.error("wrong-type", where, f"prompt `{name}` is no text")
-    elif not PROMPT_NAME.fullmatch(name):
+    elif not safe_name(name, LONGEST_NAME):
         draft.error(
             "bad-name",
             where,
             f"prompt name `{name}` can't name a file everywhere",
-            help="use letters, digits, `.`, `_` and `-`, at most 60",
+            help=how_to_name(name, LONGEST_NAME),
             of="key",
         )
-    elif any(prompt.name == name for prompt in found):
+    elif same := [one.name for one in found if one.name.casefold() == name.casefold()]:
         draft.error(
             "duplicate-id",
             where,
-            f"two prompts are called `{name}`",
+            f"two prompts are called `{name}`"
+            if same[0] == name
+            else f"`{same[0]}` and `{name}` name one file where case does not count",
             help="names must differ, because pictures are named by them",
             of="key",
         )
@@ -270,14 +281,23 @@ def _prompt_file(draft: Draft, name: str) -> Mapping[str, Any]:
         text = read_small(path).decode("utf-8-sig")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        draft.error("missing-path", where, f"can't read `{name}`: {error.strerror or error}")
+        why = error.strerror or error
+        draft.error("missing-path", where, f"can't read `{name}`: {why}", help=_how_prompts(name))
     except (ValueError, RecursionError) as error:
-        draft.error("bad-prompts", where, f"`{name}` is not valid: {error}")
+        message = f"`{name}` is not valid: {error}"
+        draft.error("bad-prompts", where, message, help=_how_prompts(""))
     else:
         if isinstance(table, dict):
             return table
-        draft.error("bad-prompts", where, f"`{name}` must hold a table of names and prompts")
+        message = f"`{name}` must hold a table of names and prompts"
+        draft.error("bad-prompts", where, message, help=_how_prompts(""))
     return {}
+
+
+def _how_prompts(text: str) -> str:
+    """How to write what was probably meant by `text`: a prompt, if it looks like one."""
+    words = text if " " in text and '"' not in text else "a dog on a beach"
+    return f'prompts = {{ first = "{words}" }}, or a .toml or .json file of names and prompts'
 
 
 def _sizes(draft: Draft) -> tuple[tuple[int, int], ...]:
@@ -307,8 +327,10 @@ def _size(draft: Draft, where: KeyPath, text: str, multiple: int) -> tuple[int, 
     configs = draft.model.configs if draft.model else {}
     match = SIZE.fullmatch(text.strip())
     if match is None:
+        edges = re.fullmatch(r"(\d{2,4})\D{1,3}(\d{2,4})", text.strip())
+        meant = f"{edges[1]}x{edges[2]}" if edges else "1024x768"
         draft.error(
-            "bad-unit", where, f"`{text}` is no size", help='write width and height: "1024x768"'
+            "bad-unit", where, f"`{text}` is no size", help=f'write width and height: "{meant}"'
         )
         return None
     width, height = int(match[1]), int(match[2])

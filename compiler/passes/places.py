@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from compiler import plan
@@ -9,17 +10,25 @@ from compiler.data.scan import Scan, scan, shown
 from compiler.data.sources.listing import SourceUnfit, Wanted
 from compiler.data.sources.remote import HUB, Remote, copied, hub_parts, is_remote
 from compiler.data.sources.spots import Spot, spot_of
+from compiler.data.sources.streams import judge
 from compiler.draft import Draft
 from compiler.passes.captions import listed
 from compiler.passes.masks import stated
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
 
+HUB_PAGE = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)(?:/tree/[^/]+)?/?"
+)
+
 
 def resolve_spot(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Spot | None:
     """What the source's path leads to; None after an error."""
     if where[2] in draft.entangled:
         return None  # it may be a whole disk
+    if not recipe.path.strip():
+        draft.error("missing-path", (*where, "path"), "`path` is empty", help='path = "pictures"')
+        return None
     try:
         path = _path(draft, where, recipe)
         if path is None:
@@ -27,6 +36,8 @@ def resolve_spot(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Spot | N
         remote = is_remote(recipe.path)
         files = () if remote and not path.is_dir() else recipe.files
         spot = spot_of(path, recipe.format, files)
+        if recipe.streaming and spot is not None:
+            judge(recipe.path, spot.kind)
         what = "does not exist"
     except SourceUnfit as error:
         _report(draft, where, recipe, error)
@@ -37,18 +48,38 @@ def resolve_spot(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Spot | N
         draft.error(
             "missing-path",
             (*where, "path"),
-            f"the data folder `{recipe.path}` {what}",
-            help=f"paths are relative to the recipe: looked in {shown(str(draft.folder))}",
+            f"no file matches `{recipe.path}`"
+            if "*" in recipe.path
+            else f"the data folder `{recipe.path}` {what}",
+            help=_where_else(draft, recipe.path),
         )
         return None
     draft.decide((*where, "format"), spot.kind, by="decided", why="by what lies at `path`")
     draft.decide((*where, "files"), recipe.files or "all")
+    draft.decide((*where, "streaming"), recipe.streaming)
     return spot
+
+
+def _where_else(draft: Draft, path: str) -> str:
+    """What was probably meant by a path that leads to nothing."""
+    looked = f"paths are relative to the recipe: looked in {shown(str(draft.folder))}"
+    if "$" in path or "%" in path:
+        return f"environment variables are not read into recipes; {looked}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and hub_parts(HUB + path) is not None:
+        return f'{looked}. A data set of the hub is path = "{HUB}{path}"'
+    return looked
 
 
 def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
     """The absolute path of the source, or of the copy of a remote one; None after an error."""
     if not is_remote(recipe.path):
+        if recipe.streaming:
+            draft.error(
+                "no-effect",
+                (*where, "streaming"),
+                "`streaming` has no effect: the data lie on this machine",
+            )
+            return None
         return (draft.folder / Path(recipe.path).expanduser()).absolute()
     if recipe.path.startswith(HUB) and hub_parts(recipe.path) is None:
         draft.error(
@@ -58,15 +89,28 @@ def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
             help='path = "hub:owner/name", or "hub:owner/name@revision"',
         )
         return None
-    remote = Remote(url=recipe.path, files=recipe.files)
+    page = HUB_PAGE.fullmatch(recipe.path)
+    if page is not None:
+        draft.error(
+            "bad-path",
+            (*where, "path"),
+            f"`{recipe.path}` is a page about a data set, and no data",
+            help=f'path = "{HUB}{page[1]}"',
+        )
+        return None
+    if recipe.streaming:
+        judge(recipe.path)
+    remote = Remote(url=recipe.path, files=recipe.files, streamed=recipe.streaming)
     copy = copied(draft.downloads, remote)
     if copy is None:
         draft.remotes.append(remote)
         draft.error(
             "not-downloaded",
             (*where, "path"),
-            f"`{recipe.path}` has not been copied to this machine yet",
-            help=_HOW,
+            f"what `{recipe.path}` holds is not known on this machine yet"
+            if recipe.streaming
+            else f"`{recipe.path}` has not been copied to this machine yet",
+            help=_HOW_STREAMED if recipe.streaming else _HOW,
         )
         return None
     draft.copies.append(remote)
@@ -74,6 +118,7 @@ def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
 
 
 _HOW = "`tuner run` copies it first, once; a plan opens no connection"
+_HOW_STREAMED = "`tuner run` looks into it first, once; a plan opens no connection"
 
 
 def scanned(
@@ -100,7 +145,18 @@ def scanned(
             f"`{recipe.path}` can't be read: {error.strerror or error}",
         )
         return None
+    if found.unlisted:
+        draft.unlisted += found.unlisted
+        draft.error(
+            "not-downloaded",
+            (*where, "path"),
+            f"what {len(found.unlisted)} files of `{recipe.path}` hold is not known on this "
+            "machine yet",
+            help=_HOW_STREAMED,
+        )
+        return None
     draft.decide((*where, "image"), column or "none", by="decided", why="by its name")
+    draft.fetched += found.fetched
     if found.absent:
         draft.absent += found.absent
         draft.error(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from compiler.data.headers import read_header
+from compiler.data.quick_headers import Broken, Size
 from compiler.draft import Draft
 from compiler.passes.model import folder_of
 from compiler.spans import KeyPath
@@ -51,4 +53,27 @@ def refined_picture(draft: Draft, steps: int) -> str | None:
             help="the path of a picture file, relative to the recipe",
         )
         return None
+    why = _unreadable(str(file))
+    if why:
+        draft.error(
+            "broken-images",
+            WHERE,
+            f"`{asked}` is no picture: {why}",
+            help="the path of a file such as .png or .jpg",
+        )
+        return None
     return str(file)
+
+
+def _unreadable(path: str) -> str:
+    """Why the file is no picture; "" if it is one."""
+    try:
+        match read_header(path):
+            case Size():
+                return ""
+            case Broken(why):
+                return why
+            case _:
+                return "it is of no format that is read"
+    except OSError as error:
+        return f"it can't be read: {error.strerror or error}"

@@ -102,6 +102,12 @@ def _of_model(draft: Draft) -> tuple[str, KeyPath]:
     nothing: KeyPath = ()
     if draft.model is None:
         return "", nothing
+    if draft.recipe.train.text_encoders is not None:
+        why = "text encoders that are trained would stay whole on each device"
+        return why, ("train", "text_encoders")
+    if draft.recipe.embeddings is not None:
+        why = "text encoders that learn new tokens would stay whole on each device"
+        return why, ("embeddings",)
     trained = draft.model.family.trained_component
     kind = draft.quantize.get(trained, "none")
     if kind != "none":

@@ -18,6 +18,13 @@ TEACHER_TIME = 1000.0  # what a Sana network takes for pure noise, times its `ti
 UNIT = 1e-3  # how far from 1 that may be and still be 1
 HEADS = {20: (2, 8, 14, 19), 28: (2, 8, 14, 20, 27)}
 """Of the published depths: the reference script's, and its authors' own for the deeper one."""
+_OF_DISCRIMINATOR = (
+    "discriminator_mean",
+    "discriminator_std",
+    "discriminator_lr",
+    "train_largest_timestep",
+    "misaligned_pairs",
+)
 SHARES = (0.1, 0.4, 0.7)  # of any other depth, besides the last block
 
 
@@ -123,6 +130,30 @@ def _judge(draft: Draft, recipe: SprintRecipe) -> None:
                 f"`{key}` has no effect without `train_largest_timestep = true`",
                 of="key",
             )
+    if recipe.consistency_weight == 0 and recipe.adversarial_weight == 0:
+        draft.error(
+            "conflict",
+            (*WHERE, "adversarial_weight"),
+            "nothing is learned: both `consistency_weight` and `adversarial_weight` are 0",
+            help="adversarial_weight = 0.5",
+        )
+    for key in _OF_DISCRIMINATOR if recipe.adversarial_weight == 0 else ():
+        if draft.given((*WHERE, key)):
+            draft.error(
+                "no-effect",
+                (*WHERE, key),
+                f"`{key}` has no effect: with adversarial_weight = 0 there is no discriminator",
+                of="key",
+            )
+    total = draft.steps.total if draft.steps is not None else 0
+    if draft.given((*WHERE, "tangent_warmup")) and recipe.tangent_warmup > total:
+        draft.warn(
+            "long-warmup",
+            (*WHERE, "tangent_warmup"),
+            f"the part that rests on the derivative never counts in full: the run has {total} "
+            "steps",
+            help=f"tangent_warmup = {total // 10}",
+        )
     alone = max((bucket.batch_size for bucket in draft.buckets), default=1) == 1
     if recipe.misaligned_pairs and alone:
         draft.warn(
@@ -168,7 +199,7 @@ def _refuse_companions(draft: Draft) -> None:
         if source.mask is not None:
             conflict((*where, "mask"), "a discriminator judges whole pictures")
         if source.target == "base":
-            conflict((*where, "regularisation"), "a student has no adapter to switch off")
+            conflict((*where, "regularisation", "target"), "a student has no adapter to switch off")
         if source.held_out:
             conflict((*where, "holdout"), "a student has no loss of one denoising pass to measure")
     for table in ("timesteps", "loss"):
@@ -179,11 +210,14 @@ def _unused(draft: Draft, table: str) -> None:
     """Keys of the ordinary objective, which a distillation has none of."""
     stated: Any = draft.located.data.get("train", {})
     inside = stated.get(table, {}) if isinstance(stated, dict) else {}
-    for key in inside if isinstance(inside, dict) else ():
+    keys = list(inside) if isinstance(inside, dict) else []
+    if keys:
+        listed = ", ".join(f"`{key}`" for key in keys)
         draft.error(
             "no-effect",
-            ("train", table, key),
-            f"`{key}` has no effect: [sprint] has its own loss and its own noise levels",
+            ("train", table, keys[0]),
+            f"{listed} in [train.{table}] ha{'s' if len(keys) == 1 else 've'} no effect: [sprint] "
+            "has its own loss and its own noise levels",
             help="see `mean` and `std` in [sprint]" if table == "timesteps" else "leave it out",
             of="key",
         )

@@ -10,18 +10,21 @@ from compiler.draft import Draft
 from compiler.source import dotted
 from compiler.spans import KeyPath
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+SAFE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+DEVICE_NAME = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.I)
+"""What Windows takes for a device, whatever ending it has."""
+LONGEST_NAME = 80  # characters; systems take 255, and more is put behind it
 
 
 def resolve_storage(draft: Draft) -> None:
     """Fill in `draft.run_folder` and `draft.cache_folder`; touches nothing."""
     name = draft.recipe.name
-    if not SAFE_NAME.fullmatch(name):
+    if not safe_name(name, LONGEST_NAME):
         draft.error(
             "bad-name",
             ("name",),
             f"`{name}` can't name a folder everywhere",
-            help="use letters, digits, `.`, `_` and `-`, at most 80; begin with a letter or digit",
+            help=how_to_name(name, LONGEST_NAME),
         )
         return
     output = _resolved(draft, ("output",), draft.recipe.output)
@@ -40,6 +43,20 @@ def resolve_storage(draft: Draft) -> None:
     draft.cache_folder = str(cache)
     draft.decide(("cache", "path"), draft.cache_folder, why="shared by all runs of this user")
     _apart_from_data(draft)
+
+
+def safe_name(name: str, longest: int) -> bool:
+    """Whether a file or folder may be called `name` on every system."""
+    fits = len(name) <= longest and SAFE_NAME.fullmatch(name) is not None
+    return fits and not DEVICE_NAME.fullmatch(name)
+
+
+def how_to_name(name: str, longest: int) -> str:
+    """What to do about a name that is not safe."""
+    if DEVICE_NAME.fullmatch(name):
+        return f"Windows takes it for a device: say more, such as `{name.partition('.')[0]}-1`"
+    first = "begin with a letter or digit and don't end with `.`"
+    return f"use letters, digits, `.`, `_` and `-`, at most {longest}; {first}"
 
 
 def _resolved(draft: Draft, path: KeyPath, text: str) -> Path | None:
@@ -62,6 +79,8 @@ def _apart_from_data(draft: Draft) -> None:
     )
     for number, source in enumerate(draft.recipe.data.source):
         where: KeyPath = ("data", "source", number, "path")
+        if not source.path.strip():
+            continue  # the data pass says so
         try:
             data = (draft.folder / Path(source.path).expanduser()).resolve()
         except (OSError, ValueError, RuntimeError):
@@ -75,6 +94,7 @@ def _apart_from_data(draft: Draft) -> None:
                     f"{what} `{folder}` would lie in the data folder `{source.path}`",
                     help=f"nothing is written beside your data: choose another `{dotted(key)}`",
                 )
+                break
             elif data.is_relative_to(folder):
                 draft.entangled.add(number)
                 draft.error(
@@ -83,6 +103,7 @@ def _apart_from_data(draft: Draft) -> None:
                     f"the data folder `{source.path}` lies in {what} `{folder}`",
                     help="runs and caches are cleared as a whole: keep data elsewhere",
                 )
+                break
 
 
 def _check_writable(draft: Draft, path: KeyPath, folder: Path) -> None:

@@ -81,7 +81,9 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
     """Changes that lower what `phase` needs, the smallest first."""
     assert draft.model is not None
     if phase in draft.model.family.text_encoders:
-        yield from _fewer_bits(draft, candidate, phase)
+        trained = [each for each in (candidate.text_training, candidate.embeddings) if each]
+        if not any(phase in each.encoders for each in trained):
+            yield from _fewer_bits(draft, candidate, phase)
         return
     if phase == "latents":
         yield from _tiled(candidate)

@@ -6,8 +6,9 @@ from math import prod
 from pathlib import Path
 
 from compiler.draft import Draft, ModelFacts
-from compiler.safetensors import header_of
+from compiler.safetensors import Header, header_of
 from compiler.schema import ComponentRecipe
+from compiler.spans import KeyPath
 
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".absmax", ".quant_map", ".comfy_quant")
 """Ends of names that only files of quantised weights have."""
@@ -17,6 +18,8 @@ def resolve_file(draft: Draft, facts: ModelFacts, name: str, recipe: ComponentRe
     """Fill in `draft.files` where component `name` has one."""
     where, carrier = ("model", name, "file"), facts.family.trained_component
     draft.decide(where, recipe.file or "none", why="its weights are the base's")
+    if name in facts.held and recipe.init != "random":
+        draft.files[name] = facts.file
     if not recipe.file:
         return
     if name != carrier:
@@ -59,8 +62,8 @@ def _found(draft: Draft, where: tuple[str, ...], text: str) -> Path | None:
     return path
 
 
-def _holds_enough(draft: Draft, where: tuple[str, ...], path: Path, wanted: int) -> bool:
-    """Whether it is a file of weights, and not of a smaller model or a LoRA."""
+def plain_weights(draft: Draft, where: KeyPath, path: Path) -> Header | None:
+    """The header of a file of weights that are not quantised; None where it is none, and said."""
     header = header_of(path)
     if header is None:
         draft.error(
@@ -69,14 +72,21 @@ def _holds_enough(draft: Draft, where: tuple[str, ...], path: Path, wanted: int)
             f"`{path.name}` is no safetensors file",
             help="other kinds of files (.ckpt, .gguf) have to be converted first",
         )
-        return False
-    if any(name.endswith(SCALES) for name in header.shapes):
+    elif any(name.endswith(SCALES) for name in header.shapes):
         draft.error(
             "not-a-pipeline",
             where,
             f"the weights in `{path.name}` are quantised, with scales of their own",
             help='give the file in bf16 or fp16, and say `quantize = "fp8"` or "int8" here',
         )
+        return None
+    return header
+
+
+def _holds_enough(draft: Draft, where: tuple[str, ...], path: Path, wanted: int) -> bool:
+    """Whether it is a file of weights, and not of a smaller model or a LoRA."""
+    header = plain_weights(draft, where, path)
+    if header is None:
         return False
     held = sum(prod(shape) for shape in header.shapes.values())
     if held < wanted:

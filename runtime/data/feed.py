@@ -24,7 +24,7 @@ from compiler.data.geometry import shown_to_model
 from compiler.data.manifest import Manifest
 from compiler.plan import DataSource, Plan
 from runtime import rng
-from runtime.batch import Batch
+from runtime.batch import Batch, Tokens
 from runtime.data import masks
 from runtime.data.cache import Cache, Entry, Located
 from runtime.data.fill import OFFSET, sample_keys
@@ -36,6 +36,7 @@ from runtime.noise_levels import noise_levels, timestep_uniforms
 from runtime.noise_table import kept_at
 from runtime.objective import place_weights
 from runtime.ranks import Place
+from runtime.text_training import tokenizers
 
 MOMENTS = ("mean", "std")
 """What of a picture's entry its latents are made of."""
@@ -85,6 +86,7 @@ class Feed:
         wanted = any(self._dropout) or plan.sprint is not None
         unconditional = [keys.key("", negative=True)] if wanted else []
         self._unconditional = [cache.get(key) for key in unconditional]
+        self._tokenizers = tokenizers(plan, family)
 
     def windows(self, start: int) -> Iterator[Window]:
         """Windows from step `start` (updates done) to the last; closing it ends its thread."""
@@ -139,9 +141,10 @@ class Feed:
         cached = self._cache.stack(self._latents, batch.rows, MOMENTS)
         cached = {name: tensor.float() for name, tensor in cached.items()}
         latents = self._family.latents(cached, self._vae, self._posterior(cached, step, slots))
-        text = [
-            self._text(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
+        which = [
+            self._caption(step, slot, int(row)) for slot, row in zip(slots, batch.rows, strict=True)
         ]
+        text = [self._unconditional[0] if n is None else self._embedding(n) for n in which]
         collated = self._family.collate_text(text)
         if self._family.card.size_conditions:
             shown = frames(self._manifest, batch.rows, self._cache, self._latents)
@@ -163,6 +166,7 @@ class Feed:
             mask=self._mask(batch.rows),
             keeps_base=self._source(batch.rows).target == "base",
             draws={k: v.to(self._device) for k, v in self._draws(latents, step, slots).items()},
+            tokens=self._tokens(which),
         )
 
     def _draws(self, latents: Tensor, step: int, slots: range) -> Mapping[str, Tensor]:
@@ -217,17 +221,24 @@ class Feed:
         height, width = latents.shape[-2:]
         return noise_levels(objective, drawn, height, width)
 
-    def _text(self, step: int, slot: int, row: int) -> Entry:
-        """The embedding of one of the row's captions, or the unconditional one where it is
-        dropped."""
+    def _tokens(self, which: Sequence[int | None]) -> Tokens | None:
+        """Of the captions of these numbers; None where no text encoder is trained."""
+        if self._tokenizers is None:
+            return None
+        prompts = ["" if number is None else self._manifest.captions[number] for number in which]
+        dropped = [number is None for number in which]
+        return self._tokenizers.batch(prompts, dropped).to(self._device)
+
+    def _caption(self, step: int, slot: int, row: int) -> int | None:
+        """The number of one of the row's captions, or None where it is dropped."""
         share = self._dropout[self._manifest.source(row)]
         if share > 0 and rng.uniform(self._plan.seed, "caption-dropout", step, slot) < share:
-            return self._unconditional[0]
+            return None
         numbers = self._manifest.caption_numbers(row)
         which = 0
         if len(numbers) > 1:
             which = int(rng.uniform(self._plan.seed, "caption", step, slot) * len(numbers))
-        return self._embedding(numbers[which])
+        return int(numbers[which])
 
 
 def frames(manifest: Manifest, rows: Rows, cache: Cache, latents: Located) -> list[Framed]:

@@ -16,14 +16,16 @@ from compiler.data.scan import ALONE, shown
 from compiler.data.stamp import Stamp
 from runtime.data.items import name_of, read, reading_order
 from runtime.data.store import CacheNotWritable, Store
+from runtime.data.streams import known_hash
 from runtime.errors import RunFailed
 
 if TYPE_CHECKING:
     from runtime.data.cache import Cache
 
 _CHUNK = 1000  # files hashed between two commits
-_PARTS = (".safetensors", ".bin", ".json", ".txt", ".model")
-"""What a component's folder is made of: weights, configuration, vocabulary."""
+_PARTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+"""What a component's folder is made of: weights, configuration, vocabulary, and the form of
+conversations."""
 
 
 class FileGone(RunFailed):
@@ -151,6 +153,8 @@ def _stamp(path: str) -> Stamp:
 def _hash(item: Item) -> bytes:
     try:
         if item.at != ALONE:
+            if (told := known_hash(item.file, item.at)) is not None:
+                return told
             return hashlib.sha256(read(item)).digest()
         with open(item.file, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

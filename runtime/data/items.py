@@ -1,6 +1,7 @@
 """The bytes of one picture, wherever they lie: a file, a place in a tar, a row of a shard.
 
-Files and tars are read at the place itself, compressed tars from an unpacked copy. A Parquet shard
+Files and tars are read at the place itself, compressed tars from an unpacked copy, and what is
+streamed where it lies. A Parquet shard
 is read a row group at a time, the least that its format gives, and an Arrow shard a record batch at
 a time; the last two of them are kept, so reading in the order of places (`reading_order`) reads
 each about once.
@@ -8,6 +9,7 @@ each about once.
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from bisect import bisect_right
@@ -22,7 +24,9 @@ from compiler.data.index import inside
 from compiler.data.manifest import Item
 from compiler.data.scan import ALONE
 from compiler.data.sources.columns import image_kind, opened_arrow, pyarrow, validated
+from compiler.data.sources.streams import origin_of
 from compiler.data.stamp import Stamp
+from runtime.data.ranged import Ranged, part
 from runtime.data.unpacked import plain
 
 _GROUPS = 2  # row groups or batches that are kept: one of pictures may take a GiB
@@ -32,11 +36,14 @@ _lock = threading.Lock()
 
 
 def read(item: Item) -> bytes:
-    """The picture's bytes. Raises OSError where they can't be read."""
+    """The picture's bytes. Raises OSError where they can't be read, and Unreachable where they are
+    streamed and can't be fetched."""
     if item.at == ALONE:
         with open(item.file, "rb") as file:
             return file.read()
     if item.kind == "webdataset":
+        if (origin := origin_of(item.file)) is not None:
+            return part(origin, item.at, item.bytes)
         with open(plain(item.file), "rb") as file:
             file.seek(item.at)
             return file.read(item.bytes)
@@ -59,6 +66,7 @@ class _Layout:
     """Where the rows of a shard begin: the ends of its groups, counted from the first row."""
 
     ends: tuple[int, ...]
+    footer: Any = None  # of a Parquet shard, so that it is read once
 
 
 def _cell(item: Item) -> bytes:
@@ -83,19 +91,18 @@ def _cell(item: Item) -> bytes:
 def _layout(path: str, kind: str, stamp: Stamp) -> _Layout:
     if kind == "parquet":
         with _parquet(path) as file:
-            metadata = file.metadata
-            counts = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
-    else:
-        with opened_arrow(path) as (_, batches):
-            counts = [batch.num_rows for batch in batches]
-    return _Layout(tuple(accumulate(counts)))
+            footer = file.metadata
+            counts = [footer.row_group(at).num_rows for at in range(footer.num_row_groups)]
+        return _Layout(tuple(accumulate(counts)), footer)
+    with opened_arrow(path) as (_, batches):
+        return _Layout(tuple(accumulate(batch.num_rows for batch in batches)))
 
 
 @lru_cache(maxsize=_GROUPS)
 def _group(path: str, kind: str, stamp: Stamp, column: str, group: int) -> Any:
     """The pictures' column of one row group or record batch."""
     if kind == "parquet":
-        with _parquet(path) as file:
+        with _parquet(path, _layout(path, kind, stamp).footer) as file:
             return file.read_row_group(group, columns=[column]).column(column)
     with opened_arrow(path) as (_, batches):
         for number, batch in enumerate(batches):
@@ -104,7 +111,7 @@ def _group(path: str, kind: str, stamp: Stamp, column: str, group: int) -> Any:
     raise IndexError(group)
 
 
-def _parquet(path: str) -> Any:
-    import importlib
-
-    return importlib.import_module("pyarrow.parquet").ParquetFile(path)
+def _parquet(path: str, footer: Any = None) -> Any:
+    origin = origin_of(path)
+    source = path if origin is None else Ranged(origin)
+    return importlib.import_module("pyarrow.parquet").ParquetFile(source, metadata=footer)

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from attrs import frozen
 
@@ -72,14 +73,41 @@ def shards(store: Store) -> list[Shard]:
     return sorted(found, key=lambda shard: (shard.written, shard.number))
 
 
+class Kept(Protocol):
+    """What a cache keeps as one: a shard, or a copy."""
+
+    @property
+    def bytes(self) -> int:
+        """On the disk."""
+        ...
+
+    @property
+    def written(self) -> float:
+        """Seconds since 1970."""
+        ...
+
+    @property
+    def last(self) -> float:
+        """When it was written or last used."""
+        ...
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """By runs whose folder is still there."""
+        ...
+
+
+_K = TypeVar("_K", bound=Kept)
+
+
 def disposable(
-    every: Sequence[Shard],
+    every: Sequence[_K],
     now: float,
     *,
     older: float | None = None,
     unused: bool = False,
     size: int | None = None,
-) -> list[Shard]:
+) -> list[_K]:
     """Those to remove: neither written nor used for `older` seconds, used by no run that is still
     there, and, the longest unused first, what is too much for `size` bytes."""
     settled = [shard for shard in every if now - shard.written >= ORPHAN_SECONDS]
@@ -90,8 +118,9 @@ def disposable(
     ]
     if size is not None:
         left = sum(shard.bytes for shard in every) - sum(shard.bytes for shard in chosen)
+        known = {id(shard) for shard in chosen}
         for shard in sorted(settled, key=lambda shard: shard.last):
-            if left > size and shard not in chosen:
+            if left > size and id(shard) not in known:
                 chosen.append(shard)
                 left -= shard.bytes
     return chosen

@@ -194,7 +194,12 @@ def _known_encoders(
     formats = _formats(model)
     found: list[list[str]] = []
     for name in names:
-        digest = known_folder_hash(store, folder / name)
+        own = _own_file(model, name)
+        if own:
+            (content,) = known_hashes(store, [Item(file=own)])
+            digest = None if content is None else _of_file(model, name, content)
+        else:
+            digest = known_folder_hash(store, folder / name)
         if digest is None:
             return None
         found.append([name, formats[name], digest])
@@ -207,7 +212,25 @@ def _encoders(model: Model, names: Sequence[str], cache: Cache) -> list[list[str
 
     folder = base_folder(model, names)
     formats = _formats(model)
-    return [[name, formats[name], folder_hash(cache, folder / name)] for name in names]
+    found = []
+    for name in names:
+        own = _own_file(model, name)
+        digest = (
+            _of_file(model, name, file_hashes(cache, [own])[0])
+            if own
+            else folder_hash(cache, folder / name)
+        )
+        found.append([name, formats[name], digest])
+    return found
+
+
+def _own_file(model: Model, name: str) -> str:
+    return next(part.file or "" for part in model.components if part.name == name)
+
+
+def _of_file(model: Model, name: str, content: bytes) -> str:
+    """Stands for a component that is read from a file of this content."""
+    return digest_of([content.hex(), model.configs[name]])
 
 
 def _key(parts: list[Any]) -> bytes:

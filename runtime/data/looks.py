@@ -18,6 +18,7 @@ from runtime.data import masks
 from runtime.data.items import read
 from runtime.data.keys import mask_kind, mask_path
 from runtime.data.pixels import BrokenPicture, decode_placed
+from runtime.data.ranged import Unreachable
 
 EDGE = 256  # pixels of an embedded picture, at most
 DIMMED = 0.8  # of what a mask leaves out
@@ -52,7 +53,7 @@ def _shown(plan: Plan, manifest: Manifest, row: int) -> Shown:
             share = float(mask.mean())
             hidden = DIMMED * (1 - mask[..., None])
             pixels = (pixels * (1 - hidden) + 128 * hidden).astype(np.uint8)
-    except (BrokenPicture, OSError) as error:
+    except (BrokenPicture, OSError, Unreachable) as error:
         return Shown(row=row, address="", why=str(error), share=None)
     return Shown(row=row, address=_address(pixels), why="", share=share)
 

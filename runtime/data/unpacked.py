@@ -37,7 +37,7 @@ def plain(path: str) -> str:
     stamp = Stamp.of(os.stat(path))
     if not _compressed(path, stamp):
         return path
-    folder, name = default_cache() / UNPACKED, _digest(os.path.abspath(path))
+    folder, name = default_cache() / UNPACKED, name_of(path)
     copy = folder / f"{name}-{_digest(repr(astuple(stamp)))}.tar"
     with _lock:  # threads ask for the same one: the first of them makes it
         if not copy.is_file():
@@ -45,6 +45,11 @@ def plain(path: str) -> str:
                 old.unlink(missing_ok=True)
             _unpack(path, copy)
     return str(copy)
+
+
+def name_of(path: str) -> str:
+    """What the names of copies of the tar at `path` begin with."""
+    return _digest(os.path.abspath(path))
 
 
 def _unpack(path: str, copy: Path) -> None:

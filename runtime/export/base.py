@@ -8,11 +8,19 @@ from pathlib import Path
 import torch
 from attrs import evolve
 
+from compiler.families import FAMILIES
 from compiler.plan import Model
 from runtime import rng
 from runtime.export.lazy import Tensors, held, in_files
 from runtime.families import family_of
-from runtime.families.common import base_folder, component_of, empty_component
+from runtime.families.common import (
+    base_folder,
+    component_class,
+    component_of,
+    config_of,
+    empty_component,
+)
+from runtime.families.single_file import stored_dtype, translated
 
 STEM = "diffusion_pytorch_model"
 
@@ -38,9 +46,15 @@ def base_tensors(model: Model, seed: int) -> Tensors:
 
 
 def component_tensors(model: Model, name: str) -> Tensors:
-    """The tensors of a component that is not trained, as its files hold them. Raises OSError."""
-    own = component_of(model, name).file
-    found = in_files([Path(own)] if own else weight_files(base_folder(model, [name]) / name))
+    """The tensors of a component that is not trained, as its files hold them; from a file in its
+    publisher's names as Diffusers translates them. Raises OSError."""
+    cls, library = component_class(model, name)
+    if (own := component_of(model, name).file) is not None:
+        card, file = FAMILIES[model.family], Path(own)
+        dtype, config = stored_dtype(card, name, file), config_of(model, name)
+        return held(translated(card, name, cls, library, file, config, dtype).state_dict())
+    stem = "model" if library == "transformers" else STEM
+    found = in_files(weight_files(base_folder(model, [name]) / name, stem))
     if not found:
         raise OSError(f"the base holds no weights of its {name}")
     return found
@@ -51,11 +65,11 @@ def _plain(model: Model) -> Model:
     return evolve(model, components=parts)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     """The safetensors files of a component's folder; [] where it has none."""
-    index = folder / f"{STEM}.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / shard for shard in sorted(set(shards))]
-    single = folder / f"{STEM}.safetensors"
+    single = folder / f"{stem}.safetensors"
     return [single] if single.is_file() else []

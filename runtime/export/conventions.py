@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from compiler.adapters import ADAPTERS, AdapterKind
+from compiler.adapters import ADAPTERS, LYCORIS_FILE, AdapterKind
 from compiler.families import FAMILIES
 
 Format = Literal["diffusers", "kohya", "comfyui", "peft"]
@@ -22,6 +22,15 @@ LORA: Mapping[Format, Mapping[str, str]] = {
         # `lora_unet_` and Diffusers' module name, or that of the UNet as published.
         "sd": "sd-scripts, networks/lora.py",
         "sdxl": "sd-scripts, networks/lora.py and library/sdxl_original_unet.py",
+        "sdxl_refiner": "sd-scripts, networks/lora.py and library/sdxl_original_unet.py",
+        "kolors": "sd-scripts, networks/lora.py, as of any UNet of Diffusers",
+        # Published names again.
+        "flux2": "musubi-tuner, networks/lora_flux_2.py",
+        "flux2_dev": "musubi-tuner, networks/lora_flux_2.py",
+        "lumina2": "sd-scripts, networks/lora_lumina.py",
+        # Diffusers' names.
+        "qwen_image": "musubi-tuner, networks/lora_qwen_image.py",
+        "z_image": "musubi-tuner, networks/lora_zimage.py",
     },
     "comfyui": {
         # `transformer.` and Diffusers' module name. Alpha is asked for beside each layer, which
@@ -31,6 +40,15 @@ LORA: Mapping[Format, Mapping[str, str]] = {
         # The keys of sd-scripts, with `.alpha`.
         "sd": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
         "sdxl": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        "sdxl_refiner": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        "kolors": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        # Diffusers' names, as of the first two.
+        "qwen_image": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        "z_image": "ComfyUI, comfy/lora.py (model_lora_keys_unet), z_image_to_diffusers",
+        # `diffusion_model.` and published names.
+        "flux2": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        "flux2_dev": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
+        "lumina2": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
     },
 }
 """LoRA keys: format -> family -> source. "diffusers" is there for every family."""
@@ -40,20 +58,41 @@ SINGLE_FILE: Mapping[str, str] = {
     "sd3": "Stability-AI/sd3-ref, mmdit.py",
     # Without prefix, as in flux1-dev.safetensors.
     "flux": "black-forest-labs/flux, src/flux/model.py",
+    # `model.diffusion_model.`, `first_stage_model.` and `cond_stage_model.`.
+    "sd": "CompVis/latent-diffusion, ldm/modules",
+    # The same with `conditioner.embedders.`, as in sd_xl_base_1.0.safetensors.
+    "sdxl": "Stability-AI/generative-models, sgm/modules",
+    "sdxl_refiner": "Stability-AI/generative-models, sgm/modules",
 }
 """Whole models in one file: family -> source. Sana's published files also hold the embedding of the
 empty caption, which a Diffusers folder does not have, so none can be made of it."""
 
-WITH_VAE: frozenset[str] = frozenset({"sd3"})
-"""Those whose published files hold the VAE as well. Others have it in a file of its own."""
+NO_KEYS: Mapping[str, Mapping[str, str]] = {
+    "kohya": {
+        "pixart": "sd-scripts don't train PixArt",
+        "sana": "sd-scripts don't train Sana",
+    },
+    "comfyui": {
+        "pixart": "ComfyUI reads peft's own keys of PixArt",
+        "sana": "ComfyUI has no Sana of its own",
+    },
+}
+"""Where there is no layout: why."""
 
 NETWORK_MODULES: Mapping[str, str] = {
     "flux": "networks.lora_flux",
+    "flux2": "networks.lora_flux_2",
+    "flux2_dev": "networks.lora_flux_2",
+    "kolors": "networks.lora",
+    "lumina2": "networks.lora_lumina",
+    "qwen_image": "networks.lora_qwen_image",
     "sd": "networks.lora",
     "sd3": "networks.lora_sd3",
     "sdxl": "networks.lora",
+    "sdxl_refiner": "networks.lora",
+    "z_image": "networks.lora_zimage",
 }
-"""What sd-scripts calls the module that reads such a LoRA."""
+"""What sd-scripts or musubi-tuner call the module that reads such a LoRA."""
 
 
 def _sd3(config: Config) -> str:
@@ -74,25 +113,44 @@ def _sd(config: Config) -> str:
 ARCHITECTURES: Mapping[str, Callable[[Config], str]] = {
     "flux": lambda config: f"flux-1-{'dev' if config.get('guidance_embeds') else 'schnell'}",
     "flux2": lambda config: "flux-2-klein",
+    "flux2_dev": lambda config: "flux-2-dev",
+    "kolors": lambda config: "kolors",
+    "lumina2": lambda config: "lumina-2",
+    "pixart": lambda config: "pixart-sigma",
+    "qwen_image": lambda config: "qwen-image",
     "sd": _sd,
     "sd3": _sd3,
     "sdxl": lambda config: "stable-diffusion-xl-v1-base",
+    "sdxl_refiner": lambda config: "stable-diffusion-xl-v1-refiner",
     "sana": lambda config: "sana",
+    "z_image": lambda config: "z-image",
 }
 """Names for `modelspec.architecture`, by the configuration of the trained component."""
 
 
 OF_KIND: Mapping[AdapterKind, tuple[Format, ...]] = {
     "lora": ("diffusers", "kohya", "comfyui", "peft"),
-    # ComfyUI reads `dora_scale`, but divides by the base's lengths of rows, not the sum's.
-    "dora": ("diffusers", "peft"),
-    # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores.
-    "lokr": ("comfyui",),
-    "loha": ("comfyui",),
+    "dora": ("diffusers", "kohya", "comfyui", "peft"),
+    # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores; in
+    # sd-scripts LyCORIS has `lora_unet_` and their own names (lycoris/kohya.py).
+    "lokr": ("comfyui", "kohya"),
+    "loha": ("comfyui", "kohya"),
+    "glora": ("comfyui", "kohya"),
+    "full": ("comfyui", "kohya"),
+    "ia3": ("peft",),
     "oft": ("peft",),
     "boft": ("peft",),
+    "textual-inversion": ("diffusers",),
 }
 """What an adapter of each kind can be written as; the first is what its result is."""
+
+
+FUSED: Mapping[Format, frozenset[str]] = {
+    "kohya": frozenset({"flux", "flux2", "flux2_dev", "lumina2", "sd3"}),
+    "comfyui": frozenset({"flux2", "flux2_dev", "lumina2"}),
+}
+"""Where several layers are one under a format's names, for which DoRA's lengths of rows and the
+updates of LyCORIS' kinds have no form."""
 
 
 def refusal(format: Format, family: str, kind: AdapterKind) -> str:
@@ -100,11 +158,24 @@ def refusal(format: Format, family: str, kind: AdapterKind) -> str:
     if format not in OF_KIND[kind]:
         can = " or ".join(f"`--format {name}`" for name in OF_KIND[kind])
         return f"there are no {format} keys for {ADAPTERS[kind].title}; there is {can}"
+    if ADAPTERS[kind].file == LYCORIS_FILE and format == "kohya":
+        title = ADAPTERS[kind].title
+        if family in LORA[format].keys() - FUSED[format]:
+            return ""
+        why = NO_KEYS[format].get(family, "query, key and value are one layer there")
+        return f"there are no kohya keys for {title} of {family}: {why}"
     if format == "peft" or kind not in ("lora", "dora"):
         return ""
     if format == "diffusers" and FAMILIES[family].lora_loader == "peft":
         return f"Diffusers loads no LoRA of {family}; there is `--format peft`"
-    if format == "diffusers" or family in LORA[format]:
+    if format == "diffusers":
         return ""
-    known = ", ".join(LORA[format])
-    return f"there are no {format} keys for {family}: no such loader reads it (known: {known})"
+    if kind == "dora" and family in FUSED[format]:
+        return (
+            f"there are no {format} keys for DoRA of {family}: query, key and value are one layer "
+            "there"
+        )
+    if family in LORA[format]:
+        return ""
+    why, known = NO_KEYS[format][family], ", ".join(LORA[format])
+    return f"there are no {format} keys for {family}: {why} (known: {known})"

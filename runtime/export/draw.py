@@ -15,9 +15,9 @@ from compiler.data.prompts import Prompt
 from compiler.plan import Device, Layout, Plan, Sprint
 from runtime import files
 from runtime.build import build, load_state
+from runtime.context import device_of
 from runtime.data.encoders import Encoders
 from runtime.errors import RunFailed
-from runtime.execute import device_of
 from runtime.export.pictures import Drawing, Wanted
 from runtime.export.request import Weights
 from runtime.export.weights import trained_weights
@@ -26,6 +26,7 @@ from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES, component_of, sample
 from runtime.methods.student import OF_LOSS, make_student
 from runtime.refined import picture_part
+from runtime.text_training import TrainedText, tokenizers
 
 Told = Callable[[Path], None]
 Words = dict[Prompt, TextEmbedding]
@@ -43,7 +44,10 @@ def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> li
     family = family_of(plan.model.family) if plan.sprint is None else sana_sprint.FAMILY
     try:
         words = _embedded(plan, family_of(plan.model.family), wanted)
-        parts = _parts(plan, family, evolve(weights, plan=plan), device)
+        model, text = _model(plan, family, evolve(weights, plan=plan), device)
+        parts = {plan.model.trained_component: model, **_parts(plan, family, device)}
+        if text is not None:
+            words = _renewed(plan, family, text, words)
         for drawing in wanted.drawings:
             _draw(plan, family, parts, words, wanted, drawing)
             told(drawing.path)
@@ -76,8 +80,18 @@ def _embedded(plan: Plan, family: Family, wanted: Wanted) -> Words:
     }
 
 
-def _parts(plan: Plan, family: Family, weights: Weights, device: torch.device) -> dict[str, Any]:
-    """The trained component with its weights, the VAE and the scheduler."""
+def _renewed(plan: Plan, family: Family, text: TrainedText, words: Words) -> Words:
+    """The embeddings by the encoders that were trained, of those by the base's."""
+    made = tokenizers(plan, family)
+    assert made is not None, "the plan trains encoders"
+    return {
+        prompt: text.renewed(made.batch([prompt.text], [prompt.negative and not prompt.text]), old)
+        for prompt, old in words.items()
+    }
+
+
+def _parts(plan: Plan, family: Family, device: torch.device) -> dict[str, Any]:
+    """The VAE and the scheduler."""
     vae = DTYPES[component_of(plan.model, "vae").dtype]
     sampler = (
         family.load(plan.model, "scheduler", torch.float32, torch.device("cpu"))
@@ -85,7 +99,6 @@ def _parts(plan: Plan, family: Family, weights: Weights, device: torch.device) -
         else sana_sprint.scheduler(plan.sprint)
     )
     return {
-        plan.model.trained_component: _model(plan, family, weights, device),
         "vae": family.load(plan.model, "vae", vae, device),
         "scheduler": sampler,
     }
@@ -105,9 +118,12 @@ def _student(
     return student
 
 
-def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -> nn.Module:
+def _model(
+    plan: Plan, family: Family, weights: Weights, device: torch.device
+) -> tuple[nn.Module, TrainedText | None]:
+    """The trained component with its weights, and the text encoders that were trained with it."""
     if plan.sprint is not None:
-        return _student(plan, plan.sprint, family, weights, device)
+        return _student(plan, plan.sprint, family, weights, device), None
     precision = plan.precision
     if precision.trained == "float32":  # masters round to the same copies: none are needed
         precision = evolve(precision, trained=precision.compute)
@@ -120,6 +136,8 @@ def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -
         device,
         empty=False,
         seed=plan.seed,
+        text_training=plan.text_training,
+        embeddings=plan.embeddings,
     )
     trained = trained_weights(weights)
     found = {name: trained[name].read() for name in built.trainable if name in trained}
@@ -127,7 +145,7 @@ def _model(plan: Plan, family: Family, weights: Weights, device: torch.device) -
         load_state(built, found)
     except ValueError as error:
         raise RunFailed(str(error)) from error
-    return built.model
+    return built.model, built.text
 
 
 def _draw(

@@ -4,46 +4,62 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from compiler.adapters import INVERSION
+from compiler.families import FAMILIES
 from runtime import files
 from runtime.errors import RunFailed
-from runtime.export import bfl, ldm_vae, lora_keys, mmdit
-from runtime.export.base import STEM, base_tensors, component_tensors
-from runtime.export.conventions import WITH_VAE, Config
+from runtime.export import dora, encoders, lora_keys
+from runtime.export.base import STEM, base_tensors
+from runtime.export.conventions import Config
 from runtime.export.lazy import Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.metadata import described
 from runtime.export.request import Request, config_of
 from runtime.export.svd import resized
 from runtime.export.weights import layers_of, merged, trained_weights
-from runtime.families.common import DTYPES, base_folder
+from runtime.export.whole import laid_out
+from runtime.families.common import DTYPES, base_folder, copy_component
 from runtime.families.sana_sprint import few_steps
-from runtime.methods import adapter_files
-from runtime.methods.kinds import NAME
+from runtime.methods import adapter_files, embedding_files, text_files
+from runtime.methods.kinds import NAME, parts_of
 from runtime.methods.lora import PEFT_FILES
 from runtime.methods.student import OF_LOSS, settings_of
+from runtime.new_tokens import FOLDER, is_rows
 
 Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
 """From the layers and the trained component's configuration. Raises KeyError for a module that the
 layout does not have."""
 KOHYA: Mapping[str, Kohya] = {
     "flux": lora_keys.kohya_flux,
-    "sd": lora_keys.kohya_unet,
+    "flux2": lora_keys.kohya_flux2,
+    "flux2_dev": lora_keys.kohya_flux2,
+    "kolors": lora_keys.kohya_own,
+    "lumina2": lora_keys.kohya_lumina2,
+    "qwen_image": lora_keys.kohya_own,
+    "sd": lora_keys.kohya_own,
     "sd3": lambda layers, config: lora_keys.kohya_sd3(layers, int(config["num_layers"])),
     "sdxl": lora_keys.kohya_sgm,
+    "sdxl_refiner": lora_keys.kohya_sgm,
+    "z_image": lora_keys.kohya_own,
 }
-COMFYUI: Mapping[str, Kohya] = {"sd": lora_keys.kohya_unet, "sdxl": lora_keys.kohya_sgm}
-"""Where ComfyUI reads sd-scripts' keys, alpha included."""
-SINGLE: Mapping[str, Callable[[Tensors, Config], Tensors]] = {
-    "flux": bfl.laid_out,
-    "sd3": lambda tensors, config: mmdit.laid_out(tensors, int(config["num_layers"])),
+COMFYUI: Mapping[str, Kohya] = {
+    "flux2": lora_keys.generic_flux2,
+    "flux2_dev": lora_keys.generic_flux2,
+    "kolors": lora_keys.kohya_own,
+    "lumina2": lora_keys.generic_lumina2,
+    "sd": lora_keys.kohya_own,
+    "sdxl": lora_keys.kohya_sgm,
+    "sdxl_refiner": lora_keys.kohya_sgm,
 }
+"""Where ComfyUI reads other keys than Diffusers' own: those of sd-scripts, alpha included, or its
+own for any model under its published names."""
 
 
 def export(request: Request) -> Path:
@@ -53,8 +69,14 @@ def export(request: Request) -> Path:
     """
     try:
         request.out.parent.mkdir(parents=True, exist_ok=True)
-        if request.weights.plan.adapter is not None and not request.merge:
+        adapter = request.weights.plan.adapter
+        if adapter is not None and adapter.kind == INVERSION:
+            _embeddings(request, request.out)
+        elif adapter is not None and not request.merge:
             _lora(request)
+            if request.weights.plan.embeddings is not None:
+                stem = request.out.name.removesuffix(".safetensors")
+                _embeddings(request, request.out.with_name(f"{stem}-{FOLDER}"))
         elif request.single_file:
             _single(request)
         else:
@@ -64,12 +86,22 @@ def export(request: Request) -> Path:
     return request.out
 
 
+def _embeddings(request: Request, place: Path) -> None:
+    """The vectors of new tokens, in a folder of their own."""
+    plan = request.weights.plan
+    assert plan.embeddings is not None
+    rows = {n: lazy.read() for n, lazy in trained_weights(request.weights).items() if is_rows(n)}
+    card = FAMILIES[plan.model.family]
+    with files.partial_folder(place) as folder:
+        embedding_files.write(rows, plan.embeddings, card, folder, _dtype(request))
+
+
 def _lora(request: Request) -> None:
     plan = request.weights.plan
     adapter, component = plan.adapter, plan.model.trained_component
     assert adapter is not None
     trained = trained_weights(request.weights)
-    if request.format == "peft" or adapter.kind in ("lokr", "loha"):
+    if request.format == "peft" or adapter_files.is_lycoris(adapter):
         values = {name: lazy.read() for name, lazy in trained.items()}
         if request.size is not None:
             small = {m: resized(one, request.size) for m, one in layers_of(plan, trained).items()}
@@ -77,28 +109,60 @@ def _lora(request: Request) -> None:
         _of_kind(request, values)
         return
     metadata = described(request)
+    text = plan.text_training
+    if adapter.kind == "dora" and request.format != "diffusers":
+        found = held(_dora(request, trained))
+        dtype = _dtype(request)
+        kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
+        write(request.out, kept, metadata)
+        return
     if adapter.kind == "dora":
         values = {name: lazy.to(_dtype(request)).read() for name, lazy in trained.items()}
-        named = lora_keys.prefixed(adapter_files.laid_out(values, adapter), component)
-        told = lora_keys.told(adapter_files.peft_settings(values, adapter), component)
-        write(request.out, held(named), metadata | told)
+        own = text_files.of_model(values)
+        named = lora_keys.prefixed(adapter_files.laid_out(own, adapter), component)
+        told = [lora_keys.told(adapter_files.peft_settings(own, adapter), component)]
+        for encoder, (tensors, settings) in text_files.of_encoders(values, text).items():
+            named |= lora_keys.prefixed(tensors, encoder)
+            told.append(lora_keys.told(settings, encoder))
+        write(request.out, held(named), metadata | encoders.joined(told))
         return
-    layers = layers_of(plan, trained)
+    every = layers_of(plan, {n: lazy for n, lazy in trained.items() if not is_rows(n)})
     if request.size is not None:
-        layers = {module: resized(layer, request.size) for module, layer in layers.items()}
+        every = {module: resized(layer, request.size) for module, layer in every.items()}
+    layers = text_files.of_model(every)
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
     if plan.model.family in foreign:
         tensors = _renamed(foreign[plan.model.family], layers, request)
+        tensors |= encoders.kohya(plan.model.family, every, text) if text else {}
     elif request.format == "comfyui":
         tensors = lora_keys.folded(layers, component)
+        tensors |= encoders.diffusers(every, text, folded=True)[0] if text else {}
     else:
-        tensors = lora_keys.diffusers(layers, component)
-        metadata |= lora_keys.settings(layers, component)
+        more, told = encoders.diffusers(every, text, folded=False) if text else ({}, [])
+        tensors = lora_keys.diffusers(layers, component) | more
+        metadata |= encoders.joined([lora_keys.settings(layers, component), *told])
     dtype = _dtype(request)
     found = held(tensors)
     # Alpha is a number, not a weight: it keeps its digits.
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     write(request.out, kept, metadata)
+
+
+def _dora(request: Request, trained: Tensors) -> dict[str, Tensor]:
+    """A DoRA under the keys of sd-scripts or ComfyUI."""
+    plan, component = request.weights.plan, request.weights.plan.model.trained_component
+    layers = layers_of(plan, trained)
+    magnitude = {m: parts["lora_magnitude_vector"] for m, parts in parts_of(list(trained)).items()}
+    lengths = {module: trained[name].read() for module, name in magnitude.items()}
+    foreign = {"kohya": KOHYA, "comfyui": COMFYUI}[request.format]
+    family = plan.model.family
+    if request.format == "comfyui":
+        lengths = dora.of_the_base(layers, lengths, base_tensors(plan.model, plan.seed))
+    if family in foreign:
+        return dora.with_lengths(
+            layers, lengths, lambda one: _renamed(foreign[family], one, request)
+        )
+    return dora.with_lengths(layers, lengths, lambda one: lora_keys.folded(one, component))
 
 
 def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
@@ -107,7 +171,11 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
     assert adapter is not None
     found = held(adapter_files.laid_out(values, adapter))
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
-    if request.format == "comfyui":
+    if request.format == "kohya":
+        plan = request.weights.plan
+        names = kohya_names(plan.model.family, list(parts_of(list(values))), config_of(plan))
+        kept = {named(key, names): tensor for key, tensor in kept.items()}
+    if request.format in ("comfyui", "kohya"):
         write(request.out, kept, described(request))
         return
     settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}
@@ -116,6 +184,29 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
         write(folder / PEFT_FILES[0], named, described(request))
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
+
+
+def kohya_names(family: str, modules: Sequence[str], config: Config) -> dict[str, str]:
+    """From what LyCORIS calls each module to what sd-scripts call it there. Raises RunFailed for a
+    module that they don't have."""
+    none = Layer(a=torch.zeros(1, 1), b=torch.zeros(1, 1), scale=1.0)
+    found = {}
+    for module in modules:
+        try:
+            key = next(iter(KOHYA[family]({module: none}, config)))
+        except KeyError as error:
+            raise RunFailed(
+                f"the kohya layout has no place for {error}", help="use `--format comfyui`"
+            ) from error
+        start = adapter_files.LYCORIS_PREFIX + module.replace(".", "_")
+        found[start] = key.partition(".")[0]
+    return found
+
+
+def named(key: str, names: Mapping[str, str]) -> str:
+    """A file's key with another name of its module."""
+    module, _, part = key.partition(".")
+    return f"{names[module]}.{part}"
 
 
 def in_training(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
@@ -138,12 +229,20 @@ def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dic
 
 
 def _single(request: Request) -> None:
-    layout = SINGLE[request.weights.plan.model.family]
-    tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
-    found = layout(tensors, config_of(request.weights.plan))
-    if request.weights.plan.model.family in WITH_VAE:
-        vae = component_tensors(request.weights.plan.model, "vae")
-        found |= ldm_vae.laid_out({name: lazy.to(_dtype(request)) for name, lazy in vae.items()})
+    model, dtype = request.weights.plan.model, _dtype(request)
+    tensors = {name: lazy.to(dtype) for name, lazy in _whole(request).items()}
+    try:
+        found = laid_out(
+            model,
+            tensors,
+            everything=request.everything,
+            dtype=dtype,
+            encoders=encoders_of(request),
+        )
+    except KeyError as error:
+        raise RunFailed(
+            f"the published layout has no place for {error}", help="leave out `--single-file`"
+        ) from error
     write(request.out, found, described(request))
 
 
@@ -155,9 +254,16 @@ def _pipeline(request: Request) -> None:
     tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}
     with files.partial_folder(request.out) as folder:
         for part in model.components:
-            if part.name != component and (source / part.name).is_dir():
-                shutil.copytree(source / part.name, folder / part.name)
+            if part.name != component:
+                copy_component(model, part.name, source, folder)
         shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+        for encoder, own in encoders_of(request).items():
+            place = folder / encoder
+            for old in place.glob("*.safetensors*"):
+                old.unlink()
+            write(place / "model.safetensors", own, described(request))
+        if request.weights.plan.embeddings is not None:
+            _embeddings(request, folder / FOLDER)
         (folder / component).mkdir()
         config, sprint = model.configs[component], request.weights.plan.sprint
         if sprint is not None:
@@ -167,10 +273,17 @@ def _pipeline(request: Request) -> None:
         write(folder / component / f"{STEM}.safetensors", tensors, described(request))
 
 
+def encoders_of(request: Request) -> dict[str, Tensors]:
+    """Every tensor of the text encoders that were trained, see `whole_encoders`."""
+    plan, dtype = request.weights.plan, _dtype(request)
+    found = encoders.whole_encoders(plan, trained_weights(request.weights))
+    return {e: {n: lazy.to(dtype) for n, lazy in own.items()} for e, own in found.items()}
+
+
 def _whole(request: Request) -> Tensors:
     """Every tensor of the trained component, with what was trained in its place."""
     plan = request.weights.plan
-    trained = trained_weights(request.weights)
+    trained = text_files.of_model(trained_weights(request.weights))
     if plan.sprint is not None:  # all of it, under names of its own
         return {name: each for name, each in trained.items() if not name.startswith(OF_LOSS)}
     base = base_tensors(plan.model, plan.seed)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from runtime.export.lazy import Lazy, Tensors
 
-PREFIX = "first_stage_model."
-
 RULES: tuple[tuple[str, str], ...] = (
     (r"(en|de)coder\.conv_norm_out", r"\1coder.norm_out"),
     (r"(en|de)coder\.mid_block\.resnets\.0", r"\1coder.mid.block_1"),
@@ -33,12 +31,12 @@ RULES: tuple[tuple[str, str], ...] = (
 
 
 def laid_out(tensors: Tensors) -> Tensors:
-    """All tensors of a VAE under the published names, with the prefix of whole files."""
+    """All tensors of a VAE under the published names, without the prefix of whole files."""
     ups = [
         int(found[1]) for name in tensors if (found := re.match(r"decoder\.up_blocks\.(\d+)", name))
     ]
     last = max(ups, default=0)
-    return {PREFIX + _named(name, last): _shaped(name, lazy) for name, lazy in tensors.items()}
+    return {_named(name, last): _shaped(name, lazy) for name, lazy in tensors.items()}
 
 
 def _named(name: str, last: int) -> str:

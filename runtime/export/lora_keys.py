@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from runtime.export import bfl, mmdit
+from runtime.export import bfl, bfl2, mmdit, nextdit
 from runtime.export.mmdit import Place, halves_swapped
 from runtime.export.sgm import published
 from runtime.methods.adapter_files import lora_sizes
@@ -88,7 +88,58 @@ def kohya_flux(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return _fused(layers, partial(bfl.place, config=config))
 
 
+def kohya_flux2(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """musubi-tuner's keys for Flux.2 (networks/lora_flux_2.py), laid out as `kohya_sd3` says.
+    Raises KeyError for a module that the layout does not have."""
+    return _fused(layers, bfl2.place)
+
+
+def kohya_lumina2(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """sd-scripts' keys for Lumina-Image 2.0 (networks/lora_lumina.py), laid out as `kohya_sd3`
+    says. Raises KeyError for a module that the layout does not have."""
+    return _fused(layers, partial(nextdit.place, config=config))
+
+
+def generic_flux2(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`generic` under the names of Flux.2 as published. Raises KeyError."""
+    return _generic(layers, bfl2.place)
+
+
+def generic_lumina2(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`generic` under the names of Lumina-Image 2.0 as published. Raises KeyError."""
+    return _generic(layers, partial(nextdit.place, config=config))
+
+
+def _generic(layers: Layers, place: Callable[[str], Place]) -> dict[str, Tensor]:
+    """ComfyUI's keys for any model (comfy/lora.py): `diffusion_model.` and the published names,
+    peft's names of the two matrices, and the strength in the second."""
+    return {
+        f"diffusion_model.{module}.{key}": tensor
+        for module, (found, rows) in _grouped(layers, place).items()
+        for key, tensor in _halves(found, rows).items()
+    }
+
+
+def _halves(found: Mapping[int, Layer], rows: Sequence[int]) -> dict[str, Tensor]:
+    stacked = _stacked(found, rows)
+    down, up = stacked["lora_down.weight"], stacked["lora_up.weight"]
+    scaled = (up.float() * (stacked["alpha"].item() / down.shape[0])).to(up.dtype)
+    return {"lora_A.weight": down, "lora_B.weight": scaled}
+
+
 def _fused(layers: Layers, place: Callable[[str], Place]) -> dict[str, Tensor]:
+    return {
+        f"lora_unet_{module.replace('.', '_')}.{key}": tensor
+        for module, (found, rows) in _grouped(layers, place).items()
+        for key, tensor in _stacked(found, rows).items()
+    }
+
+
+Grouped = dict[str, tuple[dict[int, Layer], Sequence[int]]]
+
+
+def _grouped(layers: Layers, place: Callable[[str], Place]) -> Grouped:
+    """By the layer that they share there, the parts and the rows of each."""
     grouped: dict[str, dict[int, Layer]] = {}
     rows: dict[str, Sequence[int]] = {}
     for module, layer in layers.items():
@@ -97,15 +148,12 @@ def _fused(layers: Layers, place: Callable[[str], Place]) -> dict[str, Tensor]:
         kept = Layer(a=layer.a, b=b, scale=layer.scale)
         grouped.setdefault(there.module, {})[there.part] = kept
         rows[there.module] = there.rows or [b.shape[0]] * there.parts
-    return {
-        f"lora_unet_{module.replace('.', '_')}.{key}": tensor
-        for module, found in grouped.items()
-        for key, tensor in _stacked(found, rows[module]).items()
-    }
+    return {module: (found, rows[module]) for module, found in grouped.items()}
 
 
-def kohya_unet(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """sd-scripts' keys for Stable Diffusion 1 and 2 (networks/lora.py): Diffusers' own names."""
+def kohya_own(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keys with Diffusers' own names: sd-scripts' for Stable Diffusion 1 and 2 (networks/lora.py),
+    musubi-tuner's for Qwen-Image and Z-Image (networks/lora_qwen_image.py, lora_zimage.py)."""
     return _kohya(layers, lambda module: module)
 
 
@@ -115,12 +163,34 @@ def kohya_sgm(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return _kohya(layers, partial(published, config=config))
 
 
-def _kohya(layers: Layers, name: Callable[[str], str]) -> dict[str, Tensor]:
+def kohya_plain(layers: Layers, root: str) -> dict[str, Tensor]:
+    """sd-scripts' keys for layers that keep their names, below `root`."""
+    return _kohya(layers, lambda module: module, root)
+
+
+def _kohya(
+    layers: Layers, name: Callable[[str], str], root: str = "lora_unet"
+) -> dict[str, Tensor]:
     return {
-        f"lora_unet_{name(module).replace('.', '_')}.{key}": tensor
-        for module, layer in layers.items()
+        f"{root}_{name(module).replace('.', '_')}.{key}": tensor
+        for module, layer in _of_one_alpha(layers).items()
         for key, tensor in _stacked({0: layer}).items()
     }
+
+
+def _of_one_alpha(layers: Layers) -> Layers:
+    """The same updates with one alpha for all: where a UNet's differ, Diffusers takes the first
+    one's for every attention. B takes up the rest."""
+    alphas = [layer.scale * layer.a.shape[0] for layer in layers.values()]
+    if len(set(alphas)) < 2:
+        return layers
+    return {module: _with_alpha(layer, max(alphas)) for module, layer in layers.items()}
+
+
+def _with_alpha(layer: Layer, alpha: float) -> Layer:
+    scale = alpha / layer.a.shape[0]
+    b = (layer.b.float() * (layer.scale / scale)).to(layer.b.dtype)
+    return Layer(a=layer.a, b=b, scale=scale)
 
 
 def _stacked(found: Mapping[int, Layer], rows: Sequence[int] = ()) -> dict[str, Tensor]:

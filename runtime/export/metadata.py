@@ -12,11 +12,18 @@ from runtime.export.request import Request, config_of
 
 PUBLISHED = {
     "flux": "https://github.com/black-forest-labs/flux",
+    "flux2": "https://github.com/black-forest-labs/flux2",
+    "flux2_dev": "https://github.com/black-forest-labs/flux2",
+    "lumina2": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
     "sd3": "https://github.com/Stability-AI/sd3-ref",
+    "sd": "https://github.com/CompVis/latent-diffusion",
     "sdxl": "https://github.com/Stability-AI/generative-models",
+    "sdxl_refiner": "https://github.com/Stability-AI/generative-models",
 }
 """`modelspec.implementation` of weights under the names of the family's publishers; of others the
 names are Diffusers' own in every layout."""
+KEPT = frozenset({"kolors", "qwen_image", "sd", "z_image"})
+"""Families in whose LoRA sd-scripts and musubi-tuner keep Diffusers' names."""
 
 
 def described(request: Request) -> dict[str, str]:
@@ -29,7 +36,7 @@ def described(request: Request) -> dict[str, str]:
 def _modelspec(request: Request, *, lora: bool) -> dict[str, str]:
     weights, plan = request.weights, request.weights.plan
     family = plan.model.family
-    foreign = request.single_file or request.format == "kohya"
+    foreign = request.single_file or (request.format == "kohya" and family not in KEPT)
     largest = max(plan.buckets, key=lambda bucket: bucket.width * bucket.height)
     triggers = dict.fromkeys(s.captions.trigger for s in plan.sources if s.captions.trigger)
     found = {
@@ -38,11 +45,11 @@ def _modelspec(request: Request, *, lora: bool) -> dict[str, str]:
         "implementation": PUBLISHED.get(family, "diffusers") if foreign else "diffusers",
         "title": plan.name,
         "resolution": f"{largest.width}x{largest.height}",
-        "description": f"{plan.model.base}, trained for {weights.step} steps",
+        "description": f"{plan.model.origin}, trained for {weights.step} steps",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hash_sha256": f"0x{UNKNOWN}",  # the writer fills it in
         "trigger_phrase": ", ".join(triggers),
-        "merged_from": plan.model.base if request.merge else "",
+        "merged_from": plan.model.origin if request.merge else "",
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}
 
@@ -51,7 +58,7 @@ def _training(request: Request) -> dict[str, str]:
     weights, plan = request.weights, request.weights.plan
     found = {
         "output_name": plan.name,
-        "sd_model_name": plan.model.base,
+        "sd_model_name": plan.model.origin,
         "base_model_version": ARCHITECTURES[plan.model.family](config_of(plan)),
         "steps": weights.step,
         "max_train_steps": plan.steps.total,

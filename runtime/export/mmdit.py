@@ -16,8 +16,6 @@ from torch import Tensor
 
 from runtime.export.lazy import Lazy, Tensors
 
-PREFIX = "model.diffusion_model."
-
 
 @frozen
 class Place:
@@ -81,7 +79,7 @@ def place(module: str, blocks: int) -> Place:
 
 
 def laid_out(tensors: Tensors, blocks: int) -> Tensors:
-    """All tensors of a transformer under the published names, with the prefix of whole files.
+    """All tensors of a transformer under the published names, without the prefix of whole files.
 
     Raises KeyError for a name that the layout does not have.
     """
@@ -91,7 +89,7 @@ def laid_out(tensors: Tensors, blocks: int) -> Tensors:
 def _target(name: str, blocks: int) -> tuple[str, Place]:
     module, _, leaf = name.rpartition(".")
     there = place(module, blocks)
-    return PREFIX + (f"{there.module}.{leaf}" if there.module else leaf), there
+    return f"{there.module}.{leaf}" if there.module else leaf, there
 
 
 def arranged(tensors: Tensors, target: Callable[[str], tuple[str, Place]]) -> Tensors:

@@ -9,7 +9,8 @@ from typing import Any
 from attrs import frozen
 
 from compiler import lock
-from compiler.adapters import result_name
+from compiler.adapters import INVERSION, result_name
+from compiler.families import FAMILIES
 from compiler.plan import Dtype, Plan, lock_path
 from runtime import saved
 from runtime.errors import RunFailed
@@ -50,6 +51,7 @@ class Request:
     dtype: Dtype | None  # None: as trained; of a merged model, as the base's files
     out: Path
     size: Size | None = None  # of a LoRA: else as trained
+    everything: bool = False  # in one file also components that published ones leave out
 
 
 def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) -> Weights:
@@ -110,6 +112,7 @@ def requested(
     format: str = "",
     merge: bool = False,
     single_file: bool = False,
+    everything: bool = False,
     precision: str = "",
     resize: str = "",
     out: Path | None = None,
@@ -127,6 +130,16 @@ def requested(
     if precision and precision not in PRECISIONS:
         raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
     _check_form(plan, format, merge=merge, single_file=single_file)
+    if not merge:
+        _check_dora(plan, format)
+    if everything and not single_file:
+        raise Refused(
+            "`--everything` is for one file; a folder holds all components anyway",
+            help="add `--single-file`, or leave out `--everything`",
+        )
+    _check_words(plan, format, merge=merge, single_file=single_file)
+    if single_file and not everything:
+        _check_encoders(plan)
     size = size_of(resize) if resize else None
     if size and (whole or plan.adapter is None or plan.adapter.kind != "lora"):
         raise Refused("only a LoRA can be resized", help="leave out `--resize`")
@@ -138,6 +151,7 @@ def requested(
         format=format,
         merge=merge,
         single_file=single_file,
+        everything=everything,
         dtype=PRECISIONS[precision] if precision else None,
         out=place,
         size=size,
@@ -203,12 +217,52 @@ def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -
         raise Refused(why, help=f"{other} `--merge` for a whole model")
 
 
+def _check_words(plan: Plan, format: Format, *, merge: bool, single_file: bool) -> None:
+    """Raise Refused for what has no place for text encoders or for new tokens."""
+    if plan.adapter is not None and plan.adapter.kind == INVERSION and merge:
+        raise Refused("new tokens are not a part of the model", help="leave out `--merge`")
+    if plan.embeddings is not None and single_file:
+        raise Refused(
+            "new tokens are files of their own, which one file has no place for",
+            help="leave out `--single-file`: the folder has them in `embeddings`",
+        )
+    if plan.text_training is not None and format == "peft":
+        raise Refused(
+            "peft's folder is of one model, and text encoders have an adapter too",
+            help="use `--format diffusers`",
+        )
+
+
+def _check_dora(plan: Plan, format: Format) -> None:
+    """Raise Refused where text encoders have a DoRA, and the format is for the model's alone."""
+    kind = plan.adapter.kind if plan.adapter else ""
+    if kind == "dora" and plan.text_training and format in ("kohya", "comfyui"):
+        raise Refused(
+            f"the {format} keys of DoRA are for the model alone, and text encoders have one too",
+            help="use `--format diffusers`, or `--merge` for a whole model",
+        )
+
+
+def _check_encoders(plan: Plan) -> None:
+    """Raise Refused where published files have no place for encoders that were trained."""
+    layout = FAMILIES[plan.model.family].whole_file
+    trained = plan.text_training.encoders if plan.text_training else ()
+    if layout is None or set(trained) <= set(layout.usual):
+        return
+    raise Refused(
+        "text encoders were trained, and published files of this family leave them out",
+        help="add `--everything`",
+    )
+
+
 def _place(weights: Weights, format: Format, *, whole: bool, single_file: bool) -> Path:
     """`export/NAME-step-000400[-FORMAT][.safetensors]` in the run folder."""
     name = f"{weights.plan.name}-step-{weights.step:06d}"
     if not whole:
         name += "" if format == "diffusers" else f"-{format}"
-    ending = ".safetensors" if single_file or (not whole and format != "peft") else ""
+    adapter = weights.plan.adapter
+    a_folder = format == "peft" or (adapter is not None and adapter.kind == INVERSION)
+    ending = ".safetensors" if single_file or not (whole or a_folder) else ""
     return weights.folder / "export" / (name + ending)
 
 

@@ -1,6 +1,7 @@
-"""From Diffusers' names of a UNet to those of the UNet that Stability AI published for SDXL.
+"""From Diffusers' names of a UNet to those of latent diffusion, and of SDXL as published.
 
-Source: Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py. There the way
+Source: CompVis/latent-diffusion, ldm/modules/diffusionmodules/openaimodel.py, and the same file in
+sgm of Stability-AI/generative-models. There the way
 down and the way up are one list each: a level has its residual blocks, each with its attention in
 the same entry, and then what changes the size (on the way up in the last block's entry).
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from runtime.export.lazy import Tensors
 
 OUTER: Mapping[str, str] = {
     "conv_in": "input_blocks.0.0",
@@ -74,3 +77,14 @@ def _resampled(side: str, level: int, config: Mapping[str, Any]) -> str:
         return f"input_blocks.{last}.0.op"
     attends = "CrossAttn" in config["up_block_types"][level]
     return f"output_blocks.{last}.{2 if attends else 1}.conv"
+
+
+def laid_out(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """All tensors of a UNet under the published names. Raises KeyError for a name that the layout
+    does not have."""
+    return {_renamed(name, config): lazy for name, lazy in tensors.items()}
+
+
+def _renamed(name: str, config: Mapping[str, Any]) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{published(module, config)}.{leaf}"

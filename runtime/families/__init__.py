@@ -9,6 +9,7 @@ from runtime.families.base import Family
 MODULES = {
     "flux": "runtime.families.flux",
     "flux2": "runtime.families.flux2",
+    "flux2_dev": "runtime.families.flux2_dev",
     "kolors": "runtime.families.kolors",
     "lumina2": "runtime.families.lumina2",
     "pixart": "runtime.families.pixart",

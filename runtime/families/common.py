@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.plan import Component, Model, Text
-from runtime.errors import RunFailed
+from runtime.batch import Batch
+from runtime.families.single_file import stored_dtype, translated
 from runtime.quantise.layers import hollow, quantise
 from runtime.quantise.stream import stream
 
@@ -89,26 +90,11 @@ def load_component(
     if part.file is None:
         loaded = cls.from_pretrained(model.base, **place)
     else:
-        loaded = _translated(cls, Path(part.file), config_of(model, name), dtype)
+        card, config = FAMILIES[model.family], config_of(model, name)
+        loaded = translated(card, name, cls, library, Path(part.file), config, dtype)
     if part.quantize != "none":
         quantise(loaded, part.quantize, device, on=_where(part, device))
     return in_tiles(loaded.to(device=device).eval(), part)
-
-
-def _translated(cls: Any, file: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A component from a file in its publisher's names, by Diffusers, on the host. Raises RunFailed
-    if Diffusers can't read it."""
-    with TemporaryDirectory() as folder:  # it takes a configuration from a folder only
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            return cls.from_single_file(
-                str(file), config=folder, torch_dtype=dtype, local_files_only=True
-            )
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise RunFailed(
-                f"{file} can't be read as a {cls.__name__}: {error}",
-                help="give a file in Diffusers' names, or leave out `file`",
-            ) from error
 
 
 def in_tiles(component: Any, part: Component) -> Any:
@@ -351,18 +337,71 @@ def padded(
     }
 
 
+def zeros(
+    card: FamilyCard,
+    model: Model,
+    size: tuple[int, int],
+    count: int,
+    text: Mapping[str, Tensor],
+    device: torch.device,
+) -> Batch:
+    """A batch of `count` samples of the right shapes for pictures of `size` (width, height)."""
+    channels = config_of(model, card.trained_component)["in_channels"] // card.packed**2
+    factor = card.vae_factor(config_of(model, "vae"))
+    shape = (count, channels, size[1] // factor, size[0] // factor)
+    return Batch(
+        latents=torch.zeros(shape, device=device),
+        noise=torch.zeros(shape, device=device),
+        sigmas=torch.full((count,), 0.5, device=device),
+        text=text,
+    )
+
+
+def zero_text(
+    card: FamilyCard, model: Model, count: int, text: Text, device: torch.device
+) -> dict[str, Tensor]:
+    """Embeddings of `count` prompts of full length, as the card says their shapes; and the guidance
+    of a model that is told one."""
+    configs = {name: config_of(model, name) for name in model.configs}
+    shapes = card.embedding_shapes(configs, text.max_length)
+    told = {name: torch.zeros(count, *each, device=device) for name, each in shapes.items()}
+    if card.told_guidance(configs[card.trained_component]):
+        told["guidance"] = torch.ones(count, device=device)
+    return told
+
+
 def cpu_generator(seed: int) -> torch.Generator:
     """A generator on the CPU, as a person gives it to a pipeline."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def base_folder(model: Model, names: Sequence[str]) -> Path:
-    """The folder with the base's components `names`, downloaded if it is not in the hub's cache."""
+    """The folder with the base's components `names`, downloaded if it is not in the hub's cache:
+    those that have no file of their own."""
     if model.local:
         return Path(model.base)
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", *(f"{name}/*" for name in names)]
+    wanted = [name for name in names if component_of(model, name).file is None]
+    patterns = ["model_index.json", *(f"{name}/*" for name in wanted)]
     return Path(
         snapshot_download(model.base, revision=model.revision or None, allow_patterns=patterns)
     )
+
+
+def copy_component(model: Model, name: str, source: Path, folder: Path) -> bool:
+    """Write a component that is not trained into `folder` as the base has it: from the base's
+    folder `source`, or from its own file, in the number format that it has there. False if the base
+    has none."""
+    part = next((part for part in model.components if part.name == name), None)
+    if part is not None and part.file is not None:
+        cls, library = component_class(model, name)
+        card, file = FAMILIES[model.family], Path(part.file)
+        dtype, config = stored_dtype(card, name, file), config_of(model, name)
+        loaded: Any = translated(card, name, cls, library, file, config, dtype)
+        loaded.save_pretrained(folder / name)
+        return True
+    if not (source / name).is_dir():
+        return False
+    shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    return True

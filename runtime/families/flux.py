@@ -13,6 +13,7 @@ from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.clip import Configs, Shares, end_state
 from runtime.families.posterior import PosteriorLatents
 
 T5 = "text_encoder_2"
@@ -63,6 +64,17 @@ class Flux(PosteriorLatents):
         """See `Family.collate_text`. All prompts are of one length."""
         return {key: torch.stack([e[key] for e in embeddings]) for key in KEYS}
 
+    def encode_tokens(self, encoder: str, module: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+        """See `TrainsText.encode_tokens`: CLIP's pooled."""
+        return {"pooled_projections": end_state(module, tokens)}
+
+    def with_shares(
+        self, text: Mapping[str, Tensor], shares: Shares, configs: Configs
+    ) -> dict[str, Tensor]:
+        """See `TrainsText.with_shares`: CLIP gives one of the two."""
+        (share,) = shares.values()
+        return {**text, **share}
+
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
     ) -> Tensor:
@@ -92,24 +104,8 @@ class Flux(PosteriorLatents):
         device: torch.device,
     ) -> Batch:
         """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        channels = config["in_channels"] // PACKED**2
-        shape = (batch_size, channels, height // factor, width // factor)
-        tokens = (batch_size, text.max_length, config["joint_attention_dim"])
-        pooled = (batch_size, config["pooled_projection_dim"])
-        told = {
-            "encoder_hidden_states": torch.zeros(tokens, device=device),
-            "pooled_projections": torch.zeros(pooled, device=device),
-        }
-        if self.card.told_guidance(config):
-            told["guidance"] = torch.ones(batch_size, device=device)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text=told,
-        )
+        told = common.zero_text(self.card, model, batch_size, text, device)
+        return common.zeros(self.card, model, (width, height), batch_size, told, device)
 
     def denoise(
         self,

@@ -59,8 +59,8 @@ class Flux2Klein(OneEncoder, common.Stock):
         codec: Any = vae
         with torch.no_grad():
             tokens = packed(codec.encode(pixels.to(codec.dtype)).latent_dist.mode())
-            mean, deviation = _statistics(codec, tokens)
-            height, width = (edge // _factor(codec) for edge in pixels.shape[-2:])
+            mean, deviation = statistics(codec, tokens)
+            height, width = (edge // factor_of(codec) for edge in pixels.shape[-2:])
             return {"mean": unpacked((tokens - mean) / deviation, height, width).float()}
 
     def latents(
@@ -96,17 +96,8 @@ class Flux2Klein(OneEncoder, common.Stock):
         device: torch.device,
     ) -> Batch:
         """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        channels = config["in_channels"] // PACKED**2
-        shape = (batch_size, channels, height // factor, width // factor)
-        tokens = (batch_size, text.max_length, config["joint_attention_dim"])
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={STATES: torch.zeros(tokens, device=device)},
-        )
+        told = common.zero_text(self.card, model, batch_size, text, device)
+        return common.zeros(self.card, model, (width, height), batch_size, told, device)
 
     def denoise(
         self,
@@ -124,14 +115,15 @@ class Flux2Klein(OneEncoder, common.Stock):
         autoencoder's own, no longer normalised: the pipeline undoes that."""
         pipeline = common.stock_pipeline(self.card, parts)
         transformer = pipeline.transformer
-        both = [
-            each[STATES][None].to(transformer.device, transformer.dtype)
-            for each in (positive, negative)
-        ]
+        names = ["prompt_embeds"]
+        names += ["negative_prompt_embeds"] if self.card.negative_prompts else []
+        given = {
+            name: each[STATES][None].to(transformer.device, transformer.dtype)
+            for name, each in zip(names, (positive, negative), strict=False)
+        }
         with common.inference(transformer):
             latents: Tensor = pipeline(
-                prompt_embeds=both[0],
-                negative_prompt_embeds=both[1],
+                **given,
                 width=width,
                 height=height,
                 guidance_scale=guidance,
@@ -148,12 +140,13 @@ class Flux2Klein(OneEncoder, common.Stock):
         return pixels
 
 
-def _factor(vae: Any) -> int:
+def factor_of(vae: Any) -> int:
+    """Pixels that one of its latents stands for, along an edge."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each of a square's numbers, (128,) each."""
+def statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each of a square's numbers, (128,) each, as `like` is held."""
     mean = vae.bn.running_mean.to(like.device, like.dtype)
     variance = vae.bn.running_var + vae.config.batch_norm_eps
     return mean, torch.sqrt(variance).to(like.device, like.dtype)

@@ -48,18 +48,12 @@ class MaskedText(OneEncoder):
     ) -> Batch:
         """See `Family.example_batch`."""
         config = common.config_of(model, self.card.trained_component)
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
         tokens = (batch_size, text.max_length)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={
-                STATES: torch.zeros(*tokens, config[self.text_channels], device=device),
-                MASK: torch.ones(tokens, dtype=torch.int64, device=device),
-            },
-        )
+        told = {
+            STATES: torch.zeros(*tokens, config[self.text_channels], device=device),
+            MASK: torch.ones(tokens, dtype=torch.int64, device=device),
+        }
+        return common.zeros(self.card, model, (width, height), batch_size, told, device)
 
     def prompts(
         self, positive: TextEmbedding, negative: TextEmbedding, transformer: Any

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiler.families import sd
 from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.clip import Configs, Shares, last_states
 from runtime.families.unet import UNetFamily
 
 STATES = "encoder_hidden_states"
@@ -54,6 +55,17 @@ class StableDiffusion(UNetFamily):
     def collate_text(self, embeddings: Sequence[TextEmbedding]) -> dict[str, Tensor]:
         """See `Family.collate_text`. All prompts are of one length."""
         return {STATES: torch.stack([each[STATES] for each in embeddings])}
+
+    def encode_tokens(self, encoder: str, module: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+        """See `TrainsText.encode_tokens`."""
+        return {STATES: last_states(module, tokens)}
+
+    def with_shares(
+        self, text: Mapping[str, Tensor], shares: Shares, configs: Configs
+    ) -> dict[str, Tensor]:
+        """See `TrainsText.with_shares`: all of it is the one encoder's."""
+        (share,) = shares.values()
+        return {**text, **share}
 
     def example_batch(
         self,

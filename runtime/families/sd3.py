@@ -13,11 +13,13 @@ from compiler.plan import Model, Text
 from runtime.batch import Batch
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.clip import Configs, Shares, inner_states, replaced
+from runtime.families.posterior import PosteriorLatents
 
 T5 = "text_encoder_3"
 
 
-class StableDiffusion3(common.Stock):
+class StableDiffusion3(PosteriorLatents):
     """StableDiffusion3Pipeline, SD3Transformer2DModel, AutoencoderKL, two CLIPs and T5."""
 
     card = sd3.CARD
@@ -70,21 +72,30 @@ class StableDiffusion3(common.Stock):
         keys = ("encoder_hidden_states", "pooled_projections")
         return {key: torch.stack([e[key] for e in embeddings]) for key in keys}
 
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-        """See `Family.encode_pixels`: mean and standard deviation of the posterior."""
-        codec: Any = vae
-        with torch.no_grad():
-            posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+    def encode_tokens(self, encoder: str, module: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+        """See `TrainsText.encode_tokens`: of a CLIP."""
+        states, projected = inner_states(module, tokens)
+        return {"states": states, "pooled": projected}
 
-    def latents(
-        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
-    ) -> Tensor:
-        """See `Family.latents`. Without `noise`, the posterior's mean."""
-        drawn = cached["mean"].float()
-        if noise is not None:
-            drawn = drawn + cached["std"].float() * noise
-        return (drawn - float(vae_config["shift_factor"])) * float(vae_config["scaling_factor"])
+    def with_shares(
+        self, text: Mapping[str, Tensor], shares: Shares, configs: Configs
+    ) -> dict[str, Tensor]:
+        """See `TrainsText.with_shares`: each CLIP has its own channels of the first tokens and of
+        the pooled ones."""
+        states, together = text["encoder_hidden_states"], text["pooled_projections"]
+        count = next(iter(shares.values()))["states"].shape[1]
+        clips, place, place_pooled = states[:, :count], 0, 0
+        for name in self.card.trainable_encoders:
+            if name in shares:
+                clips = replaced(clips, shares[name]["states"], place)
+                together = replaced(together, shares[name]["pooled"], place_pooled)
+            place += int(configs[name]["hidden_size"])
+            place_pooled += int(configs[name]["projection_dim"])
+        return {
+            **text,
+            "encoder_hidden_states": torch.cat([clips, states[:, count:]], dim=1),
+            "pooled_projections": together,
+        }
 
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
@@ -109,22 +120,8 @@ class StableDiffusion3(common.Stock):
         device: torch.device,
     ) -> Batch:
         """See `Family.example_batch`."""
-        config = common.config_of(model, "transformer")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        clip = common.config_of(model, "text_encoder")["max_position_embeddings"]
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        tokens = (batch_size, clip + text.max_length, config["joint_attention_dim"])
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            text={
-                "encoder_hidden_states": torch.zeros(tokens, device=device),
-                "pooled_projections": torch.zeros(
-                    batch_size, config["pooled_projection_dim"], device=device
-                ),
-            },
-        )
+        told = common.zero_text(self.card, model, batch_size, text, device)
+        return common.zeros(self.card, model, (width, height), batch_size, told, device)
 
     def denoise(
         self,

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from compiler.families import sdxl
 from compiler.plan import Text
 from runtime.families import common
 from runtime.families.base import TextEmbedding
+from runtime.families.clip import Configs, Shares, inner_states, replaced
 from runtime.families.sized_unet import POOLED, STATES, SizedUNet, emptied
 
 PROJECTED = "text_encoder_2"
@@ -50,6 +52,23 @@ class ClipEncoded(SizedUNet):
             both = zip(states, pooled, strict=True)
             shares = [{STATES: one, POOLED: other} for one, other in both]
         return emptied(shares, prompts, text, negative)
+
+    def encode_tokens(self, encoder: str, module: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+        """See `TrainsText.encode_tokens`: states, and of the last encoder pooled too."""
+        states, projected = inner_states(module, tokens)
+        return {STATES: states, POOLED: projected} if encoder == PROJECTED else {STATES: states}
+
+    def with_shares(
+        self, text: Mapping[str, Tensor], shares: Shares, configs: Configs
+    ) -> dict[str, Tensor]:
+        """See `TrainsText.with_shares`: each encoder has its own channels of the states."""
+        found, start = dict(text), 0
+        for name in self.card.text_encoders:
+            if name in shares:
+                found[STATES] = replaced(found[STATES], shares[name][STATES], start)
+                found |= {key: each for key, each in shares[name].items() if key != STATES}
+            start += int(configs[name]["hidden_size"])
+        return found
 
 
 class StableDiffusionXL(ClipEncoded):

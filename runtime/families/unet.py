@@ -6,32 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from compiler.plan import Model
 from runtime.batch import Batch
 from runtime.families import common
+from runtime.families.posterior import PosteriorLatents
 from runtime.noise_table import timesteps
 
 
-class UNetFamily(common.Stock):
+class UNetFamily(PosteriorLatents):
     """Loading, latents and prediction; what is said to the model beside is each family's own."""
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-        """See `Family.encode_pixels`: mean and standard deviation of the posterior."""
-        codec: Any = vae
-        with torch.no_grad():
-            posterior = codec.encode(pixels.to(codec.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
-
-    def latents(
-        self, cached: Mapping[str, Tensor], vae_config: Mapping[str, Any], noise: Tensor | None
-    ) -> Tensor:
-        """See `Family.latents`. Without `noise`, the posterior's mean."""
-        drawn = cached["mean"].float()
-        if noise is not None:
-            drawn = drawn + cached["std"].float() * noise
-        return drawn * float(vae_config["scaling_factor"])
 
     def predict(
         self, model: nn.Module, noisy: Tensor, sigmas: Tensor, text: Mapping[str, Tensor]
@@ -64,13 +50,5 @@ class UNetFamily(common.Stock):
         device: torch.device,
     ) -> Batch:
         """A batch of zeros with this `text`."""
-        config = common.config_of(model, "unet")
-        factor = self.card.vae_factor(common.config_of(model, "vae"))
-        shape = (batch_size, config["in_channels"], height // factor, width // factor)
-        return Batch(
-            latents=torch.zeros(shape, device=device),
-            noise=torch.zeros(shape, device=device),
-            sigmas=torch.full((batch_size,), 0.5, device=device),
-            kept=torch.full((batch_size,), 0.5, device=device),
-            text=text,
-        )
+        batch = common.zeros(self.card, model, (width, height), batch_size, text, device)
+        return evolve(batch, kept=torch.full((batch_size,), 0.5, device=device))

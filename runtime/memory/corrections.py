@@ -9,7 +9,7 @@ Deleting the file costs only accuracy.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from compiler.machine import Machine
 from compiler.memory import CORRECTION, Candidate, MemoryModel, Simulation
 from compiler.plan import Adapter, Phase, Plan, digest_of
 from runtime.files import write_whole
+from runtime.new_tokens import encoders_of
 
 FORMAT = 1
 CORRECTIONS = "memory.json"
@@ -69,6 +70,7 @@ def remember(
             plan.adapter,
             plan.precision.compute,
             name,
+            encoders_of(plan.text_training, plan.embeddings),
         )
         applied = int(row.get("planned_parts", {}).get(CORRECTION, 0))
         runs = known[own].runs if own in known else 0
@@ -81,9 +83,17 @@ def remember(
     return True
 
 
-def key(device: str, family: str, adapter: Adapter | None, compute: str, phase: str) -> str:
-    """Names what a correction is worth being told to."""
-    return digest_of([device, family, adapter.kind if adapter else "full", compute, phase])
+def key(
+    device: str,
+    family: str,
+    adapter: Adapter | None,
+    compute: str,
+    phase: str,
+    encoders: Sequence[str] = (),
+) -> str:
+    """Names what a correction is worth being told to. `encoders` are in each step too."""
+    kind = adapter.kind if adapter else "full"
+    return digest_of([device, family, kind, compute, phase, *encoders])
 
 
 class CorrectedMemoryModel:
@@ -109,6 +119,7 @@ class CorrectedMemoryModel:
             candidate.adapter,
             candidate.precision.compute,
             name,
+            encoders_of(candidate.text_training, candidate.embeddings),
         )
         known = self._known.get(own)
         if known is None or abs(known.bytes) < LEAST:

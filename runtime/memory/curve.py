@@ -9,6 +9,9 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+MOST_PLACES = (
+    64  # in which a longer course may have more rows: a UNet's transformers, several times
+)
 
 
 @frozen(kw_only=True, eq=False)
@@ -37,7 +40,7 @@ class NotAlike(Exception):
     """Two courses differ by more than repetition."""
 
 
-def deeper(base: Curve, longer: Sequence[tuple[Curve, int]]) -> Curve:
+def deeper(base: Curve, longer: Sequence[tuple[Curve, int]], together: bool = False) -> Curve:
     """The rows of a deeper model's course among which its peak is, from two and more shallow ones.
 
     Each of `longer` is the course of a model with one period of blocks more than `base`, in one of
@@ -47,34 +50,56 @@ def deeper(base: Curve, longer: Sequence[tuple[Curve, int]]) -> Curve:
     them is an affine function of the number of the block and of the depth. So, for each place, the
     most is in the first or in the last period, and either of them moves by the same bytes with
     every period more. The first half of `base` (to the middle of its periods) lies at the beginning
-    of the longer course, the second at its end. Raises NotAlike where that is not so.
+    of the longer course, the second at its end; and so on in turn, where several runs grow
+    `together`. Raises NotAlike where that is not so.
     """
     live = base.live.copy()
     for curve, periods in longer:
         if curve.categories != base.categories:
             raise NotAlike("other categories")
-        live += periods * (_aligned(base, curve) - base.live)
+        live += periods * (_aligned(base, curve, together) - base.live)
     return Curve(categories=base.categories, sizes=base.sizes, live=live)
 
 
-def _aligned(base: Curve, longer: Curve) -> Ints:
+def _aligned(base: Curve, longer: Curve, together: bool) -> Ints:
     """The rows of `longer` that stand at the places of those of `base`."""
-    rows, more = len(base.sizes), len(longer.sizes) - len(base.sizes)
+    more = len(longer.sizes) - len(base.sizes)
     if more < 0:
         raise NotAlike("a longer model makes fewer tensors")
-    front = _equal(base.sizes, longer.sizes[:rows])
-    back = _equal(base.sizes[::-1], longer.sizes[::-1][:rows])
-    if front + back < rows:
-        raise NotAlike("the tensors of equal blocks differ")
-    middle = (front + rows - back) // 2
-    aligned: Ints = np.concatenate([longer.live[:middle], longer.live[middle + more :]])
-    return aligned
+    for places in range(1, MOST_PLACES + 1 if together else 2):
+        if more % places:
+            continue
+        rows = _rows(base.sizes, longer.sizes, more // places)
+        if rows is not None:
+            return longer.live[rows]
+    raise NotAlike("the tensors of equal blocks differ")
+
+
+def _rows(base: Ints, longer: Ints, more: int) -> Ints | None:
+    """For each row of `base` that row of `longer` which is at its place, if `longer` has `more`
+    rows more in each of its runs of equal blocks; None if that can't be.
+
+    The further rows are taken to lie in the middle of where they can lie.
+    """
+    found = np.arange(len(base))
+    start, shift = 0, 0
+    while True:
+        end = start + _equal(base[start:], longer[start + shift :])
+        if end == len(base) and end + shift == len(longer):
+            return found
+        there = longer[: end + shift + more]
+        same = _equal(base[start:end][::-1], there[::-1]) if more else 0
+        if len(there) < end + shift + more or not same:
+            return None
+        start, shift = end - (same + 1) // 2, shift + more
+        found[start:] += more
 
 
 def _equal(one: Ints, other: Ints) -> int:
     """How many of the first entries are equal."""
-    differ = np.flatnonzero(one != other)
-    return int(differ[0]) if len(differ) else len(one)
+    common = min(len(one), len(other))
+    differ = np.flatnonzero(one[:common] != other[:common])
+    return int(differ[0]) if len(differ) else common
 
 
 def highest(curves: Sequence[Curve]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS
 from runtime.memory.tracker import rounded
 from runtime.memory.zero import on_host
+from runtime.new_tokens import encoders_of
 
 TRAINED = ("train", "update", "evaluate", "validate", "save")
 """Phases in which what is trained is there."""
@@ -46,8 +47,9 @@ class Traced(Protocol):
 def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     """Bytes on the host by phase, beside those on the device.
 
-    Where the device is the host itself, only the copy that a checkpoint is written from: it stays
-    from the first save on, for training goes on while it is written.
+    Where the device is the host itself, only the copy that a checkpoint is written from, which
+    stays from the first save on, for training goes on while it is written; and the model of CLIP
+    scores.
     """
     kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
     if candidate.adapter is None:
@@ -56,6 +58,7 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     zero, sharded = several and strategy == "deepspeed", several and strategy != "ddp"
     if sharded and not zero:  # each rank writes its own part
         kept = -(-kept // candidate.ranks)
+    kept += candidate.clip_bytes  # there from the first step on
     if candidate.device == "cpu":
         return dict.fromkeys(TRAINED, kept)
     vae = next(c for c in candidate.model.components if c.name == "vae")
@@ -69,6 +72,11 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     if zero:  # its checkpoint is written where it lies
         apart = on_host(candidate, trace.trainable, trace.save.get("optimizer", 0))
         found |= {name: found[name] + apart for name in TRAINED}
+    encoders = encoders_of(candidate.text_training, candidate.embeddings)
+    if encoders:  # each is read as a whole
+        beside = [c for c in candidate.model.components if c.name in encoders]
+        sizes = [rounded(c.parameters * (4 if c.dtype == "float32" else 2)) for c in beside]
+        found["load"] = max(found["load"], *sizes)
     name = candidate.model.trained_component
     trained = next(c for c in candidate.model.components if c.name == name)
     if trained.file:  # in other names than Diffusers', all of it is translated there

@@ -9,9 +9,11 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from compiler.memory import Candidate
@@ -22,6 +24,7 @@ from runtime.families.common import DTYPES, class_called, draw, inference
 from runtime.memory.tracker import Tracker
 from runtime.samplers import sampler
 from runtime.step import forward_losses
+from runtime.text_training import TrainedText, example_tokens
 
 CHARACTERS = 4  # of English text in one token, about; for the length of an instruction
 PROMPT = "a prompt"
@@ -51,9 +54,11 @@ class Tokens:
         ones = torch.ones(shape, dtype=torch.int64, device=self.device)
         return BatchEncoding({name: ones.clone() for name in self.names})
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **rest: Any) -> str:
-        """A conversation as text."""
-        return PROMPT
+    def apply_chat_template(
+        self, messages: Sequence[Any], *, tokenize: bool = True, **rest: Any
+    ) -> Any:
+        """A conversation as text, or several as token numbers."""
+        return self([PROMPT] * len(messages), **rest) if tokenize else PROMPT
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
@@ -110,20 +115,29 @@ def run_evaluation(
     shape: tuple[int, int, int],
     device: torch.device,
     tracker: Tracker,
+    words: TrainedText | None = None,
 ) -> None:
     """The loss of one batch of held-out pictures, `tracker` being entered: no gradients."""
     tracker.category = "batch"
     batch = family.example_batch(candidate.model, *shape, candidate.text, device)
+    if words is not None:
+        tokens = example_tokens(candidate.model, tuple(words.encoders), shape[2], device)
+        batch = evolve(batch, tokens=tokens)
     if candidate.masked:
         batch = masked(batch)
     tracker.category = "activations"
     tracker.reset_peak()
-    with inference(model):
-        forward_losses(family, model, batch, candidate.objective, candidate.precision)
+    with inference(model), words.inference() if words else nullcontext():
+        forward_losses(family, model, batch, candidate.objective, candidate.precision, words)
 
 
 def run_pictures(
-    candidate: Candidate, family: Family, model: nn.Module, device: torch.device, tracker: Tracker
+    candidate: Candidate,
+    family: Family,
+    model: nn.Module,
+    device: torch.device,
+    tracker: Tracker,
+    words: TrainedText | None = None,
 ) -> dict[str, int]:
     """Bytes by category when the largest validation picture is drawn, `tracker` being entered.
 
@@ -143,6 +157,9 @@ def run_pictures(
     tracker.exclude(embedding.values())
     tracker.category = "activations"
     tracker.reset_peak()
+    if words is not None:
+        one = example_tokens(candidate.model, tuple(words.encoders), 1, device)
+        embedding = words.renewed(one, embedding)
     refines = family.card.refines
     for width, height in largest(candidate.pictures):
         if refines:

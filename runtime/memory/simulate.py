@@ -26,7 +26,7 @@ from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import Dequantised, as_on, remembering
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.sharing import shared_parts
-from runtime.memory.step import META, Course, Form, run_step, run_update, worst
+from runtime.memory.step import META, Course, Form, kind_of, run_step, run_update, worst
 from runtime.memory.tracker import Tracker, rounded
 
 # What a process holds on a CUDA device besides tensors. The context with its loaded kernels is
@@ -116,12 +116,16 @@ class RuntimeMemoryModel:
             )
         return Course(
             load=affine(base.load, [(each.load, n) for each, n in longer]),
-            window=_deeper(base.window, [(each.window, n) for each, n in longer]),
+            window=_deeper(base.window, [(each.window, n) for each, n in longer], depths.together),
             after=after,
             update=updating,
             save=affine(base.save, [(each.save, n) for each, n in longer]),
-            evaluate=_deeper(base.evaluate, [(each.evaluate, n) for each, n in longer]),
-            validate=_deeper(base.validate, [(each.validate, n) for each, n in longer]),
+            evaluate=_deeper(
+                base.evaluate, [(each.evaluate, n) for each, n in longer], depths.together
+            ),
+            validate=_deeper(
+                base.validate, [(each.validate, n) for each, n in longer], depths.together
+            ),
             forms=forms,
             idle=base.idle,
             block_numbers=affine(
@@ -185,26 +189,26 @@ def _numbers(course: Course) -> dict[str, int]:
 
 
 def _forms(base: Course, longer: Sequence[tuple[Course, int]]) -> list[Form]:
-    """Parameters of the deep model: their shapes, under any names."""
-    numbers = Counter(form[1:] for form in base.forms)
+    """Parameters of the deep model: their shapes, under names that tell whose they are."""
+    numbers = Counter(map(kind_of, base.forms))
     counts = dict(numbers)
     for each, periods in longer:
-        more = Counter(form[1:] for form in each.forms)
+        more = Counter(map(kind_of, each.forms))
         for shape in counts.keys() | more.keys():
             added = periods * (more[shape] - numbers[shape])
             counts[shape] = counts.get(shape, 0) + added
     return [
-        (f"{size}-{number}", size, dtype)
-        for (size, dtype), count in counts.items()
+        (f"{owner}.{size}-{number}", size, dtype)
+        for (owner, size, dtype), count in counts.items()
         for number in range(count)
     ]
 
 
 def _deeper(
-    base: Sequence[Curve], longer: Sequence[tuple[Sequence[Curve], int]]
+    base: Sequence[Curve], longer: Sequence[tuple[Sequence[Curve], int]], together: bool
 ) -> Sequence[Curve]:
     return [
-        deeper(curve, [(each[index], periods) for each, periods in longer])
+        deeper(curve, [(each[index], periods) for each, periods in longer], together)
         for index, curve in enumerate(base)
     ]
 

@@ -31,10 +31,11 @@ from runtime.methods.sprint import Distillation
 from runtime.methods.sprint_draws import example
 from runtime.modules import blocks_of
 from runtime.offload.host import counted
-from runtime.optimizers import make_optimizer
+from runtime.optimizers import grouped, make_optimizer
 from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, method_step, micro_step, update
+from runtime.text_training import example_tokens, owner
 
 META = torch.device("meta")
 WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
@@ -116,6 +117,7 @@ def run_step(
         load = tracker.categories()
         optimizer = prime(candidate, built.trainable, tracker)
         ema = average(candidate, built.trainable, tracker)
+        words = built.text
         rivals = _rivals(candidate, built, tracker)
         asked: list[int] = []
         marked = _marks_of_passes(built.model, tracker, flops, asked)
@@ -136,11 +138,11 @@ def run_step(
         judged: Sequence[Curve] = ()
         if candidate.evaluated:
             largest = worst(candidate.evaluated)[0]
-            phases.run_evaluation(candidate, family, built.model, largest, device, tracker)
+            phases.run_evaluation(candidate, family, built.model, largest, device, tracker, words)
             judged = tracker.curves()
         drawn: Sequence[Curve] = ()
         if candidate.pictures:
-            phases.run_pictures(candidate, family, built.model, device, tracker)
+            phases.run_pictures(candidate, family, built.model, device, tracker, words)
             drawn = tracker.curves()
         for handle in marked:
             handle.remove()
@@ -211,11 +213,11 @@ def run_update(
             finish = partial(_last_norm, _norms(len(trainable) - len(idle), tracker))
         else:
             tracker.category = "gradients"
-            left = Counter(form[1:] for form in idle)
-            for parameter in trainable.values():
-                form = tuple(parameter.shape), parameter.dtype
-                left[form] -= 1
-                parameter.grad = None if left[form] >= 0 else torch.empty_like(parameter)
+            left = Counter(map(kind_of, idle))
+            for form, parameter in zip(forms, trainable.values(), strict=True):
+                left[kind_of(form)] -= 1
+                idles = left[kind_of(form)] >= 0
+                parameter.grad = None if idles else torch.empty_like(parameter)
         there = tracker.categories()
         for name, nbytes in after.items():  # what is not the parameters' own
             tracker.hold(nbytes - there.get(name, 0), name)
@@ -256,6 +258,8 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             seed=0,
             speed=plan.Speed(attention=candidate.attention, channels_last=candidate.channels_last),
             sprint=candidate.sprint,
+            text_training=candidate.text_training,
+            embeddings=candidate.embeddings,
         )
 
 
@@ -265,6 +269,9 @@ def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
     if isinstance(built.method, Distillation):
         for other in built.method.others:
             tracker.register([*other.parameters(), *other.buffers()], "weights")
+    for encoder in built.text.encoders.values() if built.text else ():
+        parameters += encoder.parameters()
+        tracker.register(encoder.buffers(), "weights")
     trained = [*built.trainable.values(), *(p for p in parameters if p.requires_grad)]
     tracker.register([*parameters, *built.model.buffers()], "weights")
     tracker.register(trained, "adapter" if adapted else "weights")
@@ -277,7 +284,8 @@ def prime(
     tracker.category = "optimizer"
     device = torch.device(candidate.device)
     make = simulated if next(iter(trainable.values())).is_meta else make_optimizer
-    optimizer = make(candidate.optimizer, trainable.items(), device)
+    named = grouped(trainable.items(), candidate)
+    optimizer = make(candidate.optimizer, named, device)
     for parameter in trainable.values():
         parameter.grad = torch.zeros_like(parameter)
     update(optimizer, gradient_norm(trainable.values()), candidate.max_grad_norm)
@@ -328,7 +336,7 @@ def _window(
     is trained but got no gradient."""
     fused = None
     if candidate.layout.fused_backward:
-        fused = FusedBackward(built.model, built.trainable, optimizer)
+        fused = FusedBackward(built.model, built.trainable, optimizer, built.copies())
     width, height, batch_size = shape
     device = next(iter(built.model.parameters())).device
     scaler = scaler_for(candidate.precision, device)
@@ -341,6 +349,9 @@ def _window(
         batches = [masked(batch) for batch in batches]
     if candidate.keeps_base:
         batches = [evolve(batch, keeps_base=True) for batch in batches]
+    if built.text is not None:
+        given = (candidate.model, tuple(built.text.encoders), batch_size, device)
+        batches = [evolve(batch, tokens=example_tokens(*given)) for batch in batches]
     if candidate.sprint is not None:
         batches = [example(candidate.sprint, batch, step) for batch in batches]
     tracker.reset_peak()
@@ -364,6 +375,7 @@ def _window(
                 samples,
                 fused.begin if fused else None,
                 scaler.scale if scaler else None,
+                words=built.text,
             )
         )
         tracker.register(_gradients(built), "gradients")
@@ -374,6 +386,13 @@ def _window(
         candidate, built.trainable, optimizer, ema, fused.finish if fused else None, tracker, scaler
     )
     return passes, after, tracker.curves(), idle
+
+
+def kind_of(form: Form) -> tuple[str, tuple[int, ...], torch.dtype]:
+    """Whose it is (a text encoder's, or "" of all else), its shape and its type."""
+    name, shape, dtype = form
+    whose = owner(name)
+    return whose if whose.startswith("text_encoder") else "", shape, dtype
 
 
 def _forms(trainable: Mapping[str, nn.Parameter]) -> list[Form]:
@@ -403,7 +422,7 @@ def _update(
 
 
 def _gradients(built: Built) -> Iterator[Tensor]:
-    for parameter in (*built.model.parameters(), *built.trainable.values()):
+    for parameter in (*built.copies().values(), *built.trainable.values()):
         if parameter.grad is not None:
             yield parameter.grad
 

@@ -12,13 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compiler.adapters import scale_of
+from compiler.adapters import ADAPTERS, LYCORIS_FILE, scale_of
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter
 from compiler.safetensors import header_of
@@ -28,14 +28,21 @@ PEFT_ROOT = "base_model.model"  # what peft's own files put before a module's na
 LYCORIS_PREFIX = "lycoris_"
 Taken = Mapping[str, tuple[Tensor, Tensor]]  # module -> (B, A) that the base lacks in training
 LORAS = ("lora", "dora")
+OUTER = "text_model."  # a module of CLIP's that not all versions of transformers have
+T = TypeVar("T")
 
 
 def layout_of(adapter: Adapter, card: FamilyCard) -> Literal["diffusers", "lycoris", "peft"]:
     """How the result's file is laid out."""
-    if adapter.kind in ("lokr", "loha"):
+    if is_lycoris(adapter):
         return "lycoris"
     is_lora = adapter.kind in LORAS
     return "diffusers" if is_lora and card.lora_loader == "pipeline" else "peft"
+
+
+def is_lycoris(adapter: Adapter) -> bool:
+    """Whether its file has LyCORIS' keys."""
+    return ADAPTERS[adapter.kind].file == LYCORIS_FILE
 
 
 def given_back(values: Mapping[str, Tensor], taken: Taken) -> dict[str, Tensor]:
@@ -59,7 +66,7 @@ def laid_out(values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor
     found: dict[str, Tensor] = {}
     for module, parts in parts_of(list(values)).items():
         held = {part: values[name] for part, name in parts.items()}
-        if adapter.kind in ("lokr", "loha"):
+        if is_lycoris(adapter):
             prefix = LYCORIS_PREFIX + module.replace(".", "_") + "."
             found |= {prefix + part: tensor for part, tensor in _lycoris(held, adapter, module)}
         else:
@@ -77,12 +84,23 @@ def _lycoris(
 ) -> Sequence[tuple[str, Tensor]]:
     """With the strength in the first factor and alpha = rank: readers scale by alpha / rank where
     a factor is two matrices, and don't where none is."""
+    if adapter.kind == "full":
+        return [(_lycoris_name(part), tensor) for part, tensor in parts.items()]
     scale, folded = scale_of(adapter, module), dict(parts)
+    if adapter.kind == "glora":  # which is always scaled
+        named = [(_lycoris_name(part), tensor) for part, tensor in parts.items()]
+        return [*named, ("alpha", torch.tensor(scale * parts["glora_a2"].shape[0]))]
     first = next(p for p in ("lokr_w1", "lokr_w1_a", "hada_w1_a") if p in parts)
     folded[first] = (parts[first].float() * scale).to(parts[first].dtype)
     inner = next((p for p in ("lokr_w2_b", "lokr_w1_b", "hada_w1_b") if p in parts), None)
     rank = adapter.rank if inner is None else parts[inner].shape[0]
     return [*folded.items(), ("alpha", torch.tensor(float(rank)))]
+
+
+def _lycoris_name(part: str) -> str:
+    """LyCORIS' own name of a part in training."""
+    kind, _, rest = part.partition("_")
+    return {"glora": f"{rest}.weight", "full": rest}.get(kind, part)
 
 
 def peft_settings(values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Any]:
@@ -108,6 +126,8 @@ def peft_settings(values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, A
             boft_n_butterfly_factor=adapter.butterfly_factors,
             target_modules=modules,
         )
+    elif adapter.kind == "ia3":
+        config = peft.IA3Config(target_modules=modules, feedforward_modules=[])
     else:
         config = peft.LoraConfig(target_modules=modules, **_sizes(values, adapter))
     told = config.to_dict()
@@ -133,19 +153,34 @@ def lora_sizes(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[st
     }
 
 
-def read_start(adapter: Adapter, names: Sequence[str]) -> dict[str, Tensor]:
+def read_start(
+    adapter: Adapter, names: Sequence[str], *, encoder: str = "", beside: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The file `adapter.start` under the names in training, at the strength that it has.
 
     `names` are those of what is trained. Raises ValueError if the file has others, and OSError.
     """
-    return read_result(adapter, Path(adapter.start), names)
+    short = {name.removeprefix(OUTER) if encoder else name: name for name in names}
+    found = read_result(adapter, Path(adapter.start), list(short), encoder=encoder, beside=beside)
+    return {short[name]: tensor for name, tensor in found.items()}
 
 
-def read_result(adapter: Adapter, path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+def read_result(
+    adapter: Adapter,
+    path: Path,
+    names: Sequence[str],
+    *,
+    encoder: str = "",
+    beside: Sequence[str] = (),
+) -> dict[str, Tensor]:
     """The file of an adapter like `adapter` under the names in training, at the strength that it
-    has there. Raises ValueError if it is of other modules or parts, and OSError."""
-    stored = {_plain(key): tensor for key, tensor in load_file(path).items()}
-    told = _lora_metadata(path)
+    has there. Raises ValueError if it is of other modules or parts, and OSError.
+
+    Of the trained component, or of a text `encoder`; what the file holds of the encoders `beside`
+    is passed over.
+    """
+    stored = _of(load_file(path), encoder, beside)
+    told = _of(_lora_metadata(path), encoder, beside)
     found: dict[str, Tensor] = {}
     for module, parts in parts_of(names).items():
         held = _stored(stored, adapter, path, module, list(parts))
@@ -154,6 +189,15 @@ def read_result(adapter: Adapter, path: Path, names: Sequence[str]) -> dict[str,
     if strange:
         raise ValueError(f"`{path}` holds {strange} tensors of layers that are not targets")
     return found
+
+
+def _of(tree: Mapping[str, T], encoder: str, beside: Sequence[str]) -> dict[str, T]:
+    """The entries of one component, by names without what stands for it."""
+    if encoder:
+        start = re.compile(rf"{encoder}\.(text_model\.)?")
+        return {start.sub("", k, count=1): v for k, v in tree.items() if start.match(k)}
+    others = tuple(f"{name}." for name in beside)
+    return {_plain(key): each for key, each in tree.items() if not key.startswith(others)}
 
 
 def _plain(key: str) -> str:
@@ -165,9 +209,9 @@ def _stored(
     stored: Mapping[str, Tensor], adapter: Adapter, path: Path, module: str, parts: Sequence[str]
 ) -> dict[str, Tensor]:
     """The parts of one module, and its alpha if the file has one."""
-    if adapter.kind in ("lokr", "loha"):
+    if is_lycoris(adapter):
         prefix = LYCORIS_PREFIX + module.replace(".", "_")
-        keys = {part: f"{prefix}.{part}" for part in (*parts, "alpha")}
+        keys = {part: f"{prefix}.{_lycoris_name(part)}" for part in (*parts, "alpha")}
     else:
         keys = {part: f"{module}.{leaf(part)}" for part in parts}
     missing = [key for part, key in keys.items() if key not in stored and part != "alpha"]
@@ -181,8 +225,13 @@ def _at_scale(
 ) -> dict[str, Tensor]:
     """The second factor, times the file's scale over the plan's: the same update."""
     found = {part: tensor for part, tensor in held.items() if part != "alpha"}
-    if adapter.kind in ("oft", "boft"):
+    if not ADAPTERS[adapter.kind].ranked:
         return found
+    if adapter.kind == "glora":
+        rank = held["glora_a2"].shape[0]
+        share = float(held["alpha"]) / rank / scale_of(adapter, module)
+        firsts = () if share == 1 else ("glora_a1", "glora_b1")
+        return found | {part: found[part].float() * share for part in firsts}
     if adapter.kind in LORAS:
         rank, second = held["lora_A"].shape[0], "lora_B"
         theirs = _of_module(metadata, "alpha_pattern", module, metadata.get("lora_alpha", rank))
@@ -212,5 +261,7 @@ def _lora_metadata(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
         return found
     header = header_of(path)
-    told = json.loads(header.metadata.get("lora_adapter_metadata", "{}") if header else "{}")
-    return {_plain(key): value for key, value in told.items()}
+    told: dict[str, Any] = json.loads(
+        header.metadata.get("lora_adapter_metadata", "{}") if header else "{}"
+    )
+    return told

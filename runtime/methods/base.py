@@ -9,7 +9,7 @@ refreshed before a forward pass that may follow a change of their masters, whoev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import define, field, frozen
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from compiler.plan import Adapter
 from runtime.batch import Batch
+
+if TYPE_CHECKING:
+    from runtime.text_training import TrainedText
 
 LOSS = "loss"
 
@@ -59,6 +62,14 @@ class Built:
     adapter: Adapter | None = None
     taken: Mapping[str, tuple[Tensor, Tensor]] = field(factory=dict)
     """Module -> (B, A) that its adapter took over from the base, float32 on the host."""
+    text: TrainedText | None = None  # encoders that are trained too, under names of their own
+
+    def copies(self) -> dict[str, nn.Parameter]:
+        """Every parameter that computes, trained or not, by its name in training."""
+        found = dict(self.model.named_parameters())
+        for encoder, module in self.text.encoders.items() if self.text else ():
+            found |= {f"{encoder}.{name}": p for name, p in module.named_parameters()}
+        return found
 
 
 def masters(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

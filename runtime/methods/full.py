@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from compiler.plan import Model, Precision
 from runtime.families.base import Family
-from runtime.families.common import DTYPES, base_folder
+from runtime.families.common import DTYPES, base_folder, copy_component
+from runtime.methods import text_files
 from runtime.methods.base import Built, check_names, masters, state
 
 
@@ -49,13 +49,31 @@ def export(
     for name, entry in index.items():
         if not isinstance(entry, list) or name == model.trained_component:
             continue
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-        else:
-            index[name] = [None, None]  # a part that the pipeline can do without, not downloaded
+        if not copy_component(model, name, source, folder):
+            index[name] = [None, None]  # a part that the pipeline can do without
     text = json.dumps(index, indent=2) + "\n"
     (folder / "model_index.json").write_text(text, encoding="utf-8")
     save_component(built.model, values, dtype, folder / model.trained_component)
+    save_encoders(built, values, dtype, folder)
+
+
+@torch.no_grad()
+def save_encoders(
+    built: Built,
+    values: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    folder: Path,
+    ending: str = "",
+) -> None:
+    """Save what of `values` are text encoders as components, each in a folder of its name."""
+    for name, module in built.text.encoders.items() if built.text else ():
+        own = text_files.of_encoder(values, name)
+        kept = {k: v.to(dtype or v.dtype).contiguous() for k, v in own.items()}
+        encoder: Any = module
+        place = folder / (name + ending)
+        for old in (*place.glob("*.safetensors*"), *place.glob("*.bin*")):
+            old.unlink()  # the base's, which may be in several files
+        encoder.save_pretrained(place, state_dict=kept)
 
 
 @torch.no_grad()

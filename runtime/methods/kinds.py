@@ -19,7 +19,8 @@ from compiler.plan import Adapter
 from runtime import rng
 
 NAME = "default"  # peft's and Diffusers' own name for an adapter
-PART = re.compile(rf"(.+)\.((?:lora|lokr|hada|oft|boft)_\w+)\.{NAME}(?:\.weight)?")
+PART = re.compile(rf"(.+)\.((?:lora|lokr|hada|glora|ia3|full|oft|boft)_\w+)\.{NAME}(?:\.weight)?")
+WHOLE = 2**30  # a rank that no layer has
 OVERSAMPLED = 10  # columns besides those that are wanted
 ITERATIONS = 4  # PiSSA's paper finds no gain from more
 
@@ -49,6 +50,11 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
         from runtime.methods.boft import insert_boft
 
         insert_boft(model, adapter, targets)
+        return
+    from runtime.methods.extra_layers import LAYERS, insert_extra
+
+    if adapter.kind in LAYERS:
+        insert_extra(model, adapter, targets)
         return
     from peft import inject_adapter_in_model
 
@@ -117,9 +123,14 @@ def _config(adapter: Adapter, targets: Sequence[str]) -> Any:
         "alpha": adapter.alpha,
         "rank_dropout": adapter.rank_dropout,
         "module_dropout": adapter.module_dropout,
+        "use_effective_conv2d": adapter.tucker,
         **common,
         **patterns,
     }
+    if adapter.full_matrix:  # peft decomposes where the rank is small enough
+        scales = {name: scale_of(adapter, name) for name in targets}
+        settings |= {"r": WHOLE, "alpha": WHOLE, "rank_pattern": {}}
+        settings["alpha_pattern"] = {exactly(n): s * WHOLE for n, s in scales.items() if s != 1}
     if adapter.kind == "loha":
         return peft.LoHaConfig(**settings)
     return peft.LoKrConfig(
@@ -134,17 +145,25 @@ def exactly(name: str) -> str:
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, trainable: Mapping[str, Tensor], adapter: Adapter, seed: int
+    model: nn.Module,
+    trainable: Mapping[str, Tensor],
+    adapter: Adapter,
+    seed: int,
+    *,
+    encoder: str = "",
+    beside: Sequence[str] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Set the start of `trainable`; returns what was taken over from the base, by module.
 
     That is (B, A) of LoRA, float32 on the host: the base then holds W - s B A. Meta tensors stay.
-    Raises ValueError for a file to start from that is of another adapter, and OSError.
+    `encoder` and `beside` are as in `read_result`. Raises ValueError for a file to start from that
+    is of another adapter, and OSError.
     """
     if adapter.start and not any(tensor.is_meta for tensor in trainable.values()):
         from runtime.methods.adapter_files import read_start
 
-        for name, tensor in read_start(adapter, list(trainable)).items():
+        found = read_start(adapter, list(trainable), encoder=encoder, beside=beside)
+        for name, tensor in found.items():
             trainable[name].copy_(tensor)
         return {}
     taken: dict[str, tuple[Tensor, Tensor]] = {}
@@ -211,15 +230,28 @@ def _orthogonal(a: Tensor, b: Tensor, seed: int, module: str) -> None:
     b.copy_(columns.reshape(b.shape) / 10)
 
 
-ZERO = ("lora_B", "lokr_w2", "lokr_w2_b", "hada_w2_a", "oft_R", "boft_R")
+ZERO = (
+    "lora_B",
+    "lokr_w2",
+    "lokr_w2_b",
+    "hada_w2_a",
+    "glora_a2",
+    "glora_b2",
+    "full_diff",
+    "oft_R",
+    "boft_R",
+)
 """What starts at zero, so that an untrained adapter changes nothing."""
-DEVIATION = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}
+DEVIATION = {"hada_t1": 0.1, "hada_t2": 0.1, "hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}
 """Of LoHa's normal numbers, as LyCORIS draws them."""
 
 
 def _start(tensor: Tensor, part: str, name: str, adapter: Adapter, seed: int) -> None:
     if part in ZERO:
         tensor.zero_()
+        return
+    if part == "ia3_l":
+        tensor.fill_(1)
         return
     if part in ("lora_magnitude_vector", "boft_s"):
         return  # lengths of the base's rows, and ones

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,44 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compiler.adapters import ADAPTERS
+from compiler.adapters import ADAPTERS, INVERSION
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter, Model, Precision
 from runtime.families.base import Family
 from runtime.families.common import DTYPES
-from runtime.methods import adapter_files
+from runtime.methods import adapter_files, embedding_files, text_files
 from runtime.methods.adapter_files import PEFT_ROOT
 from runtime.methods.base import Built, check_names, masters, state
 from runtime.methods.kinds import PART, initialise, insert, parts_of
-from runtime.methods.updates import adapted_weight
+from runtime.methods.updates import adapted_bias, adapted_weight
+from runtime.new_tokens import FOLDER
 from runtime.quantise.layers import num_weights, quantised_layers
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
-def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int) -> Built:
+def prepare(
+    model: nn.Module,
+    adapter: Adapter,
+    precision: Precision,
+    seed: int,
+    *,
+    encoder: str = "",
+    beside: Sequence[str] = (),
+) -> Built:
     """Freeze `model` and put the adapter on the modules that its patterns match.
 
     The start is a function of (seed, module name, shape) and of the base's weights, or is the file
-    that the adapter names. Raises ValueError if a pattern matches nothing, for sizes that don't
-    fit, and for a file of another adapter; OSError.
+    that the adapter names: what there is of the trained component, or of a text `encoder`, without
+    the encoders `beside`. Raises ValueError if a pattern matches nothing, for sizes that don't fit,
+    and for a file of another adapter; OSError.
     """
     count = num_weights(model)
+    if adapter.kind == INVERSION:
+        model.requires_grad_(False)
+        return Built(
+            model=model, trainable={}, parameters=count, adapted_modules=0, adapter=adapter
+        )
     targets = targets_of(model, adapter)
     model.requires_grad_(False)
     insert(model, adapter, targets)
@@ -46,7 +61,7 @@ def prepare(model: nn.Module, adapter: Adapter, precision: Precision, seed: int)
     trained = DTYPES[precision.trained]
     start = {n: p.detach().to(trained) for n, p in model.named_parameters() if p.requires_grad}
     trainable = masters(model, start)
-    taken = initialise(model, trainable, adapter, seed)
+    taken = initialise(model, trainable, adapter, seed, encoder=encoder, beside=beside)
     return Built(
         model=model,
         trainable=trainable,
@@ -127,7 +142,15 @@ def export(
     values = state(built) if weights is None else weights
     check_names(built, values)
     whole = adapter_files.given_back(values, built.taken)
-    kept = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in whole.items()}
+    every = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in whole.items()}
+    facts = built.text.text if built.text else None
+    words = built.text.embeddings if built.text else None
+    if words is not None:
+        place = folder if adapter.kind == INVERSION else folder / FOLDER
+        embedding_files.write(every, words, family.card, place)
+    if adapter.kind == INVERSION:
+        return
+    kept = text_files.of_model(every)
     tensors = adapter_files.laid_out(kept, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     layout = adapter_files.layout_of(adapter, family.card)
@@ -136,7 +159,10 @@ def export(
     elif layout == "peft":
         _write_for_peft(tensors, adapter_files.peft_settings(kept, adapter), folder)
     else:
-        _write_for_diffusers(tensors, kept, adapter, model.trained_component, family, folder)
+        beside = text_files.for_diffusers(every, facts) if facts else {}
+        _write_for_diffusers(
+            tensors, kept, adapter, model.trained_component, family, folder, beside
+        )
 
 
 def _write_for_diffusers(
@@ -146,12 +172,15 @@ def _write_for_diffusers(
     component: str,
     family: Family,
     folder: Path,
+    beside: Mapping[str, Any],
 ) -> None:
+    """`beside` are further arguments, of text encoders."""
     import diffusers
 
     arguments: dict[str, Any] = {
         f"{component}_lora_layers": dict(tensors),
         f"{component}_lora_adapter_metadata": adapter_files.peft_settings(values, adapter),
+        **beside,
     }
     getattr(diffusers, family.card.pipeline).save_lora_weights(folder, **arguments)
 
@@ -183,7 +212,7 @@ def merged(
     assert built.adapter is not None
     values = state(built) if weights is None else weights
     check_names(built, values)
-    modules = parts_of(list(values))
+    modules = parts_of(list(text_files.of_model(values)))
     quantised = dict(quantised_layers(built.model))
     for key, held in built.model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
@@ -195,7 +224,11 @@ def merged(
             layer, leaf = quantised[owner], "weight"
             of, plain = layer.form.dtype, layer.weight.shape
             tensor = layer.dequantised(torch.float32).view(plain)
-        if leaf == "weight" and name in modules:
+        if leaf in ("weight", "bias") and name in modules:
             parts = {part: values[full] for part, full in modules[name].items()}
-            tensor = adapted_weight(tensor, parts, built.adapter, name)
+            tensor = (
+                adapted_weight(tensor, parts, built.adapter, name)
+                if leaf == "weight"
+                else adapted_bias(tensor, parts)
+            )
         yield f"{name}.{leaf}" if name else leaf, tensor.to(dtype or of)

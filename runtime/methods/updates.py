@@ -28,6 +28,12 @@ def adapted_weight(
     held = {part: tensor.float() for part, tensor in parts.items()}
     if adapter.kind == "oft":
         found = _rotated(matrix, cayley_neumann(held["oft_R"], adapter.block_size))
+    elif adapter.kind == "ia3":
+        found = held["ia3_l"].view(-1, 1) * matrix
+    elif adapter.kind == "full":
+        found = matrix + held["full_diff"].flatten(1)
+    elif adapter.kind == "glora":
+        found = matrix + scale_of(adapter, module) * _generalised(matrix, held)
     elif adapter.kind == "boft":
         turned = butterfly(matrix, rotations(held["boft_R"]), transposed=True)
         found = turned * held["boft_s"].view(-1, 1)
@@ -39,11 +45,27 @@ def adapted_weight(
     return found.view(weight.shape)
 
 
+def _generalised(matrix: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """GLoRA's W A1 A2 + B1 B2."""
+    flat = {name: parts[f"glora_{name}"].flatten(1) for name in ("a1", "a2", "b1", "b2")}
+    return matrix @ flat["a1"] @ flat["a2"] + flat["b1"] @ flat["b2"]
+
+
+def adapted_bias(bias: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """What takes the place of an adapted layer's bias."""
+    if "ia3_l" not in parts:
+        return bias
+    return parts["ia3_l"].float().flatten() * bias.float()
+
+
 def product(parts: Mapping[str, Tensor]) -> Tensor:
     """What is scaled and added to the weight, (outputs, inputs): B A; of LoHa (B1 A1) (B2 A2),
     number by number; of LoKr the Kronecker product of two matrices, each of which may be two."""
     if "lora_A" in parts:
         return parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
+    if "hada_t1" in parts:
+        one, other = (_tucker(parts, f"hada_t{n}", f"hada_w{n}") for n in (1, 2))
+        return one * other
     if "hada_w1_a" in parts:
         first = parts["hada_w1_a"] @ parts["hada_w1_b"]
         return first * (parts["hada_w2_a"] @ parts["hada_w2_b"])
@@ -54,7 +76,16 @@ def product(parts: Mapping[str, Tensor]) -> Tensor:
 def _whole(parts: Mapping[str, Tensor], name: str) -> Tensor:
     if name in parts:
         return parts[name].flatten(1)
+    if name == "lokr_w2" and "lokr_t2" in parts:
+        return _tucker(parts, "lokr_t2", name)
     return parts[f"{name}_a"] @ parts[f"{name}_b"].flatten(1)
+
+
+def _tucker(parts: Mapping[str, Tensor], core: str, name: str) -> Tensor:
+    """(outputs, inputs times pixels): a kernel (rank, rank, height, width) between two matrices,
+    (rank, outputs) and (rank, inputs)."""
+    whole = torch.einsum("ijhw,io,jn->onhw", parts[core], parts[f"{name}_a"], parts[f"{name}_b"])
+    return whole.flatten(1)
 
 
 def cayley_neumann(numbers: Tensor, size: int) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from compiler.adapters import ADAPTERS, LYCORIS_FILE, PEFT_FILE, described
+from compiler.adapters import ADAPTERS, INVERSION, LYCORIS_FILE, PEFT_FILE, described
 from compiler.families import FAMILIES
-from compiler.plan import Plan
+from compiler.plan import Embeddings, Plan
+from runtime.new_tokens import FOLDER, file_of
 
 TORCH = {"float32": "torch.float32", "bfloat16": "torch.bfloat16", "float16": "torch.float16"}
 FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
@@ -106,6 +107,26 @@ def _plain(text: str) -> str:
     return re.sub(r"([\[\]\\`*_<>])", r"\\\1", " ".join(text.split()))
 
 
+def _new_tokens(plan: Plan, facts: Embeddings) -> list[str]:
+    """Lines that teach the pipeline's encoders the new tokens."""
+    assert plan.publish is not None and plan.adapter is not None
+    hub, lines = json.dumps(plan.publish.hub), []
+    folder = "" if plan.adapter.kind == INVERSION else f"{FOLDER}/"
+    for token in facts.tokens:
+        file = json.dumps(folder + file_of(facts, token))
+        lines.append(f"vectors = load_file(hf_hub_download({hub}, {file}))")
+        for encoder in facts.encoders:
+            key = FAMILIES[plan.model.family].embedding_keys[encoder] or token.token
+            tokenizer = encoder.replace("text_encoder", "tokenizer")
+            lines += [
+                "pipeline.load_textual_inversion(",
+                f"    vectors[{json.dumps(key)}], token={json.dumps(token.token)},",
+                f"    text_encoder=pipeline.{encoder}, tokenizer=pipeline.{tokenizer},",
+                ")",
+            ]
+    return lines
+
+
 def _usage(plan: Plan) -> str:
     assert plan.publish is not None
     family = FAMILIES[plan.model.family]
@@ -137,8 +158,14 @@ def _usage(plan: Plan) -> str:
         elif family.lora_loader == "peft" or file == PEFT_FILE:
             imports.append("from peft import PeftModel")
             load.append(f"{trained} = PeftModel.from_pretrained({trained}, {hub})")
-        else:
+        elif plan.adapter.kind != INVERSION:
             load.append(f"pipeline.load_lora_weights({hub})")
+    if plan.embeddings is not None:
+        imports += [
+            "from huggingface_hub import hf_hub_download",
+            "from safetensors.torch import load_file",
+        ]
+        load += _new_tokens(plan, plan.embeddings)
     return "\n".join(
         [
             *imports,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from attrs import frozen
 from PIL import Image
 
-from compiler.adapters import ADAPTERS
+from compiler.adapters import ADAPTERS, INVERSION
 from compiler.plan import EVALUATION, Plan
 
 OFFLINE = "HF_HUB_OFFLINE"  # set by `--offline`, and by people who want the same
@@ -78,5 +78,7 @@ def settings(plan: Plan) -> dict[str, str | int | float]:
     if plan.adapter:
         row = ADAPTERS[plan.adapter.kind]
         sizes = {"rank": plan.adapter.rank, "alpha": plan.adapter.alpha}
-        found |= sizes if row.ranked else {"block_size": plan.adapter.block_size}
+        if plan.adapter.kind != INVERSION:
+            found |= sizes if row.ranked else {}
+        found |= {"block_size": plan.adapter.block_size} if row.blocked else {}
     return found

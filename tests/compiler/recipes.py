@@ -116,6 +116,24 @@ def make_pictures(folder: Path, sizes: Sequence[tuple[int, int]], caption: str =
     return folder
 
 
+def held_file(path: Path, family: str, base: str, *parts: str) -> Path:
+    """A safetensors file with the header, and nothing else, of a published model in one file: those
+    tensors that tell its components `parts` (all by default) apart."""
+    card = FAMILIES[family]
+    assert card.whole_file is not None
+    known = next(known for known in card.known if known.base == base)
+    header = {
+        layout.prefix + name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}
+        for part in parts or card.whole_file.parts
+        for layout in card.whole_file.parts[part]
+        for name, shape in layout.probes(known.configs[part]).items()
+        if shape is not None
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
 def project(folder: Path, recipe: str = RECIPE, family: str = "sana") -> Path:
     """A folder with a base, five pictures and the recipe; returns the recipe's path."""
     make_base(folder / "base", family)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compiler.adapters import ADAPTERS, alpha_of, described, rank_of, scale_of
+from compiler.adapters import ADAPTERS, LAYERED, alpha_of, described, rank_of, scale_of
 from compiler.plan import Adapter, Ranked, Scaled
 from tests.compiler.recipes import RECIPE, codes, compiled, project
 
@@ -26,7 +26,7 @@ def refused(tmp_path: Path, table: str, code: str) -> tuple[str, str]:
     return result.diagnostics[0].message, result.diagnostics[0].help
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", LAYERED)
 def test_each_kind_plans_with_its_defaults(tmp_path: Path, kind: str) -> None:
     adapter = planned(tmp_path, f'[adapter]\nkind = "{kind}"\n')
     row = ADAPTERS[adapter.kind]
@@ -194,3 +194,11 @@ def test_a_start_besides_the_file_s_is_refused(tmp_path: Path) -> None:
     path = project(tmp_path, RECIPE + table)
     stored(path.parent / "a.safetensors", LORA)
     assert codes(compiled(path)) == ["no-effect"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant"), [("dylora", "lora"), ("locon", "lora"), ("diff", "full")]
+)
+def test_kinds_of_other_trainers_are_known_by_name(tmp_path: Path, kind: str, meant: str) -> None:
+    _, help = refused(tmp_path, f'[adapter]\nkind = "{kind}"\n', "unknown-value")
+    assert f"`{meant}`" in help

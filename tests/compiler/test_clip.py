@@ -88,3 +88,27 @@ def test_without_a_picture_there_is_nothing_to_score(tmp_path: Path) -> None:
 
 def _said(result: Compiled) -> str:
     return result.diagnostics[0].message
+
+
+def test_its_host_memory_is_planned(tmp_path: Path) -> None:
+    path = project(tmp_path, SCORED)
+    memory = FixedMemory()
+    plan = compiled(path, memory_model=memory).plan
+    assert plan is not None
+    # 149,620,737 parameters, as Transformers builds it, in float32
+    assert {asked.clip_bytes for asked in memory.asked} == {4 * 149_620_737}
+    said = {decision.key: decision.why for decision in plan.decisions}
+    assert said["validation.clip_model"] == "571 MiB of host memory"
+    memory = FixedMemory()
+    compiled(path, "validation.clip_score=false", memory_model=memory)
+    assert {asked.clip_bytes for asked in memory.asked} == {0}
+    plan = compiled(path, "validation.clip_model=me/clip", memory_model=FixedMemory()).plan
+    assert plan is not None and plan.validation.clip_model == "me/clip"
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"text_config": 3, "vision_config": {"x": null}}'])
+def test_a_strange_configuration_has_the_usual_size(tmp_path: Path, config: str) -> None:
+    place = tmp_path / "hub" / "models--me--clip" / "snapshots" / "abc"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(config)
+    assert codes(_compiled(project(tmp_path, SCORED), "validation.clip_model=me/clip")) == []

@@ -26,6 +26,7 @@ from tests.compiler.recipes import (
     RECIPE,
     FixedMemory,
     compiled,
+    held_file,
     make_pictures,
     project,
 )
@@ -119,6 +120,7 @@ def _world(folder: Path) -> None:
     make_pictures(folder / "captioned", [(64, 64)] * 4, caption="a cafe")
     make_pictures(folder / "damaged", [(64, 64)] * 4)
     (folder / "damaged" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 half")
+    held_file(folder / "v2.safetensors", "sd", "stabilityai/stable-diffusion-2")
     (folder / "empty").mkdir()
     rows = [json.dumps({"file_name": f"captioned/{n:03}.png", "text": "a cafe"}) for n in range(4)]
     (folder / "table.jsonl").write_text("\n".join(rows))

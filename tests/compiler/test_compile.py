@@ -290,6 +290,26 @@ def test_extends_holds_only_differences(tmp_path: Path) -> None:
     assert "extends-circle" in codes(compiled(child))
 
 
+@pytest.mark.parametrize(
+    ("parent", "code"),
+    [
+        ('"nothing.toml"', "missing-path"),
+        ('"preset:nothing"', "unknown-preset"),
+        ('"child.toml"', "extends-circle"),
+        ("3", "wrong-type"),
+    ],
+)
+def test_a_parent_that_is_not_there_is_all_that_is_said(
+    tmp_path: Path, parent: str, code: str
+) -> None:
+    """What it would have held is not missed, key by key; other mistakes are told beside it."""
+    child = tmp_path / "child.toml"
+    child.write_text(f'extends = {parent}\nname = "child"\n')
+    assert codes(compiled(child)) == [code]
+    child.write_text(f'extends = {parent}\nname = "child"\nsead = 4\n')
+    assert sorted(codes(compiled(child))) == sorted([code, "unknown-key"])
+
+
 def test_presets_are_named_by_what_they_fit(tmp_path: Path) -> None:
     presets = tmp_path / "presets"
     presets.mkdir()

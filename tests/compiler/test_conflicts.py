@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compiler.diagnostics import Diagnostic
+from compiler.memory import Candidate, Simulation
 from tests.compiler.recipes import RECIPE, FixedMemory, codes, compiled, project
 
 PROMPT = 'validation.prompts={ a = "a dog" }'
@@ -39,6 +40,19 @@ def only(folder: Path, *changes: str, family: str = "sana") -> Diagnostic:
          "10 times as long as it is wide"),
         ([PROMPT, 'validation.sizes=["66x64"]'], "bad-size", "validation.sizes[0]",
          "edges must be multiples of"),
+        (["data.source[0].captions.dropout=1.0"], "no-effect", "data.source[0].captions.dropout",
+         "captions are never learned"),
+        (["data.source[0].regularisation={}"], "no-effect", "data.source[0].regularisation",
+         "all sources are images of the class"),
+        (["data.source[0].holdout=1", 'evaluation.every="99 steps"'], "interval-too-long",
+         "evaluation.every", "no loss is measured between the start and the end"),
+        (["train.accumulate=9"], "no-effect", "train.accumulate", "an epoch has 3 on a device"),
+        (["train.batch_size=1", "train.timesteps.stratified=true"], "no-effect",
+         "train.timesteps.stratified", "each step has one sample"),
+        (["train.optimizer.lr=1e-12"], "unusual-lr", "train.optimizer.lr",
+         "below what changes float32 weights"),
+        (["data.source.repeats=2"], "no-such-entry", "data.source.repeats",
+         "has no entry `repeats`"),
     ],
 )  # fmt: skip
 def test_what_is_said(tmp_path: Path, changes: list[str], code: str, path: str, words: str) -> None:
@@ -68,3 +82,39 @@ def test_keeping_all_checkpoints_is_said(tmp_path: Path) -> None:
     plan = compiled(project(tmp_path), "checkpoints.keep=0").plan
     assert plan is not None
     assert [d.value for d in plan.decisions if d.key == "checkpoints.keep"] == ["all"]
+
+
+class Refusing(FixedMemory):
+    """A memory model of a base that can't be built, or of patterns that match nothing in it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__()
+        self.why = why
+
+    def simulate(self, candidate: Candidate) -> Simulation:
+        """See `MemoryModel.simulate`."""
+        raise ValueError(self.why)
+
+
+@pytest.mark.parametrize("budget", ["9 GiB", "none"])
+@pytest.mark.parametrize(
+    ("why", "path"),
+    [
+        ("`nope.*` matches none of the 9 linear layers", "adapter.targets[1]"),
+        ("`x` of `exclude` matches none of the targets", "adapter.exclude[0]"),
+        ("`exclude` leaves nothing to adapt", "adapter.exclude"),
+        ("`late.*` matches none of the 9 adapted layers", "adapter.ranks.late.*"),
+        ("groups must be a positive integer", "model.base"),
+    ],
+)
+def test_what_a_simulation_refuses_is_blamed_on_what_it_names(
+    tmp_path: Path, why: str, path: str, budget: str
+) -> None:
+    changes = (
+        'adapter={ kind = "lora", targets = [".*", "nope.*"], exclude = ["x"], '
+        'ranks = { "late.*" = 4 } }',
+        f'memory.budget="{budget}"',
+    )
+    result = compiled(project(tmp_path), *changes, memory_model=Refusing(why))
+    (fault,) = result.diagnostics
+    assert (fault.code, fault.path, fault.message) == ("model-refused", path, why)

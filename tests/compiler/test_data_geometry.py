@@ -86,7 +86,7 @@ def test_the_nearest_of_the_listed_ratios(tmp_path: Path) -> None:
         (
             'crop = { aspect = "random", buckets = ["1:1", "3x2"] }',
             "bad-ratio",
-            "data.crop.buckets",
+            "data.crop.buckets[1]",
             "follows from `resolution`",
         ),
         ("max_size = 100", "no-effect", "data.max_size", 'resize = "none"'),

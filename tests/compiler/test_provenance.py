@@ -33,12 +33,17 @@ def test_every_leaf_of_the_schema_is_explained_once(tmp_path: Path) -> None:
     plan = _plan(project(tmp_path, FULL))
     distilled = FULL.replace('[adapter]\nkind = "lora"\n', "[sprint]\n")  # never both
     (tmp_path / "distilled.toml").write_text(distilled)
+    encoders = FULL.replace('"sana"', '"sd"').replace("sks dog", "<x> dog")
+    encoders += '[train.text_encoders]\n[[embeddings.token]]\nname = "<x>"\n'
+    spoken = _plan(project(tmp_path / "clip", encoders, "sd")).decisions
     keys = [decision.key for decision in plan.decisions]
     others = [decision.key for decision in _plan(tmp_path / "distilled.toml").decisions]
     assert len(keys) == len(set(keys)) and len(others) == len(set(others))
     leaves = {row.key.replace("[]", "[0]") for row in all_rows() if not row.fields}
     sprint = {key for key in leaves if key.startswith("sprint.")}
-    assert leaves - sprint - {"validation.prompts"} <= set(keys)
+    text = {k for k in leaves if k.startswith(("train.text_encoders.", "embeddings."))}
+    assert leaves - sprint - text - {"validation.prompts"} <= set(keys)
+    assert text and text <= {decision.key for decision in spoken}
     assert sprint and sprint <= set(others)
     assert {"validation.prompts.beach", "validation.prompts.in.snow"} <= set(keys)
     assert all(d.source and (d.value or d.source in ("default", INHERITED)) for d in plan.decisions)

@@ -272,9 +272,9 @@ def test_positions(text: str, path: tuple[str | int, ...], of: Any, expected: st
         ("a\u00a0= 1", "1:2-1:3", "a key without quotes cannot hold `\u00a0` (no-break space)",
          "a key is made of letters a-z, digits, `_` and `-`"),
         (r'a = "C:\Users"', "1:8-1:10", r"`\U` names no character",
-         r"in a path write `/`, or put the text in single quotes, where `\` is plain"),
+         r"write `'C:\Users'`: in single quotes `\` is plain; or `/` in a path"),
         (r'a = "C:\data"', "1:8-1:10", r"`\d` is not an escape of a string",
-         r"in a path write `/`, or put the text in single quotes, where `\` is plain"),
+         r"write `'C:\data'`: in single quotes `\` is plain; or `/` in a path"),
         ('a = "\\ud800"', "1:6-1:12", r"`\ud800` names no character",
          r"in a path write `/`, or put the text in single quotes, where `\` is plain"),
         ('a = "x\x00"', "1:7-1:8", "the control character U+0000 cannot stand in TOML",
@@ -384,6 +384,8 @@ def test_files(tmp_path: Path) -> None:
         assert "is UTF-32" in found.message or "is UTF-16" in found.message
     latin = code("latin.toml", "a = 1\nb = 'caf\u00e9'\n".encode("latin-1"))
     assert (latin.message, at(latin.span)) == ("byte 0xe9 is not UTF-8", "2:9-2:10")
+    macintosh = code("cr.toml", b"a = 1\rb = 2\r")
+    assert macintosh.code == "wrong-encoding" and "carriage returns alone" in macintosh.message
     nul = code("nul.toml", b"a = 1\nb = 'x\0'\n")
     assert (nul.code, at(nul.span)) == ("wrong-encoding", "2:7-2:8")
     os.mkfifo(tmp_path / "pipe.toml")

@@ -161,3 +161,10 @@ def test_float16_needs_all_gradients_before_an_update(tmp_path: Path) -> None:
 def test_float16_on_a_family_that_overflows(tmp_path: Path) -> None:
     code, message, _ = refused(tmp_path, 'precision.compute="fp16"', family="sana")
     assert code == "fp16-overflow" and "65504" in message
+
+
+@pytest.mark.parametrize("name", ["fuse_qkv", "fuse_qkv_projections", "fused-qkv"])
+def test_fused_projections_are_left_out_with_the_reason(tmp_path: Path, name: str) -> None:
+    result = compiled(project(tmp_path), f"speed.{name}=true")
+    assert codes(result) == ["unknown-key"]
+    assert "make no step faster" in result.diagnostics[0].help

@@ -110,6 +110,15 @@ def test_what_has_no_effect_under_it(tmp_path: Path) -> None:
     alone = compiled(path, "sprint.misaligned_pairs=true", "train.batch_size=1")
     assert "no-effect" in codes(alone)
     assert codes(compiled(path, "sprint.misaligned_pairs=true")) == ["fitted-times"]
+    assert "long-warmup" in codes(compiled(path, "sprint.tangent_warmup=5000"))
+    judged = compiled(path, "sprint.adversarial_weight=0", "sprint.discriminator_lr=1e-5")
+    assert [f.path for f in judged.diagnostics if f.code == "no-effect"] == [
+        "sprint.discriminator_lr"
+    ]
+    nothing = compiled(path, "sprint.adversarial_weight=0", "sprint.consistency_weight=0")
+    assert "conflict" in codes(nothing)
+    prompts = 'validation.prompts={ a = "a dog" }'
+    assert "not-in-family" in codes(compiled(path, prompts, 'validation.scheduler="euler"'))
 
 
 def test_other_families_can_t(tmp_path: Path) -> None:

@@ -172,8 +172,8 @@ def test_what_cattrs_would_convert(text: str, expected: str) -> None:
          " [a recipe holds no dates]"),
         ("every = true", "1:9 wrong-type every: `every` must be an interval such as"
          " `400 steps`, `1 epoch`, `30 min` or `off`, found `true`"),
-        ("every = 4e2", "1:9 bad-unit every: `4e2` has no unit [say `4e2 epochs`]"),
-        ("every = 400", "1:9 bad-unit every: `400` has no unit [say `400 steps`]"),
+        ("every = 4e2", '1:9 bad-unit every: `4e2` has no unit [write `every = "4e2 epochs"`]'),
+        ("every = 400", '1:9 bad-unit every: `400` has no unit [write `every = "400 steps"`]'),
         ("every = '400'", "1:9 bad-unit every: `400` has no unit [say `400 steps`]"),
         ("every = '{key}'", "1:9 bad-unit every: `{key}` is not a number with a unit"
          " [the unit is `steps`, `epochs`, `min` or `h`]"),

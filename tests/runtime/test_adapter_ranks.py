@@ -7,7 +7,7 @@ import sys
 import pytest
 from attrs import evolve
 
-from compiler.adapters import ADAPTERS
+from compiler.adapters import LAYERED
 from compiler.plan import Sharing
 from runtime.events import Silent
 from runtime.execute import execute
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_train_as_one_process_does(make, strategy):
     pairs = []
-    for kind in ADAPTERS:
+    for kind in LAYERED:
         together, alone, manifest = make("sana", "lora", 2, 1, kind, optimizer="sgd")
         changes = {"init": "pissa"} if kind == "lora" else {}
         adapter = adapter_of(kind, "sana", **changes)

@@ -28,6 +28,9 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"dropout": 0.2},
     "lokr": {"rank_dropout": 0.2, "module_dropout": 0.2},
     "loha": {"rank_dropout": 0.2, "module_dropout": 0.2},
+    "glora": {},
+    "ia3": {},
+    "full": {},
     "oft": {"dropout": 0.5},
     "boft": {"dropout": 0.5},
 }

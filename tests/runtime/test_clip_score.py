@@ -13,8 +13,9 @@ import pytest
 import torch
 from attrs import evolve
 from PIL import Image
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
+from compiler.passes.clip import KNOWN, NUMBER, parameters
 from compiler.plan import Plan
 from runtime.errors import MachineUnfit
 from runtime.execute import execute
@@ -130,3 +131,16 @@ def test_a_run_that_goes_on_tells_what_was_lost(made: Any) -> None:
     after = told(plan)
     assert sorted(after) == [0, 4, 8] and before.items() <= after.items()
     assert drawn.stat().st_mtime_ns == changed
+
+
+def test_parameters_are_those_that_are_built(tmp_path: Path) -> None:
+    """The compiler's count, of what is known by name and of one in a folder."""
+    for name, config in KNOWN.items():
+        vision = {"num_attention_heads": 16 if "large" in name else 12}
+        built = {**config, "vision_config": {**config.get("vision_config", {}), **vision}}
+        with torch.device("meta"):
+            model = CLIPModel(CLIPConfig(**built))
+        assert parameters(config) == model.num_parameters(), name
+    config = json.loads((make_clip(tmp_path / "clip") / "config.json").read_text())
+    held = ClipScore(str(tmp_path / "clip"))._model
+    assert NUMBER * parameters(config) == sum(p.nbytes for p in held.parameters())

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from attrs import evolve
 
-from compiler.adapters import ADAPTERS
+from compiler.adapters import ADAPTERS, LAYERED
 from compiler.plan import Ema, Publish
 from runtime.errors import MachineUnfit
 from runtime.execute import execute
@@ -126,16 +126,17 @@ def test_an_average_beside_an_adapter_is_published_too(hub, place, tmp_path):
     assert hub.files[f"lora_ema/{file}"] == written.read_bytes() != hub.files[file]
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", LAYERED)
 def test_a_card_says_how_each_kind_is_loaded(hub, tmp_path, kind):
-    sizes = {"rank": 0, "block_size": 8} if kind in ("oft", "boft") else {}
+    row = ADAPTERS[kind]
+    sizes = {} if row.ranked else {"rank": 0, "block_size": 8 if row.blocked else 0}
     plan = sd35_large_lora()
     adapter = evolve(plan.adapter, kind=kind, **sizes)
     text = card(
         evolve(plan, publish=HUB, adapter=adapter), recipe="", licence={}, samples=[], step=7
     )
-    words = "of blocks of 8" if sizes else f"of rank {plan.adapter.rank}"
-    assert f"A {ADAPTERS[kind].title} {words} for" in text and f"- {kind}" in text
+    words = f" of rank {plan.adapter.rank}" if row.ranked else " of blocks of 8" * row.blocked
+    assert f"A {row.title}{words} for" in text and f"- {kind}" in text
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     loader = {"lycoris.safetensors": "create_lycoris", "adapter_model.safetensors": "PeftModel."}

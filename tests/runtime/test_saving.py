@@ -20,7 +20,7 @@ from runtime.checkpoints import Snapshot
 from runtime.errors import RunFailed
 from runtime.execute import execute
 from runtime.host_copy import HostCopy
-from runtime.saving import Saver
+from runtime.saving import Saver, Write
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
 from tests.runtime.test_checkpoints import snapshot
@@ -88,25 +88,30 @@ class Gate:
         return self._save(root, taken)
 
 
+def writing(root: Path, step: int) -> Write:
+    taken = snapshot(step)
+    return lambda: checkpoints.save(root, taken)
+
+
 def test_one_save_is_under_way_and_the_next_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     saver = Saver(tmp_path, RULES, tmp_path / "metrics.jsonl")
-    saver.save(1, lambda: snapshot(1))
+    saver.save(1, lambda: writing(tmp_path, 1))
     assert gate.begun.wait(SECONDS)
     assert saver.has(1) and not saver.has(2) and checkpoints.complete(tmp_path) == []
     saver.check()  # does not wait
     threading.Timer(0.1, gate.opened.set).start()
     seen: list[int] = []
 
-    def take() -> Snapshot:
+    def take() -> Write:
         seen.extend(checkpoints.step_of(each) for each in checkpoints.complete(tmp_path))
-        return snapshot(2)
+        return writing(tmp_path, 2)
 
     saver.save(2, take)
     assert seen == [1]  # the first was there before the second was copied
-    saver.save(3, lambda: snapshot(3))
+    saver.save(3, lambda: writing(tmp_path, 3))
     saver.finish()
     assert [checkpoints.step_of(each) for each in checkpoints.complete(tmp_path)] == [2, 3]
 
@@ -117,8 +122,8 @@ def test_an_error_comes_up_once_and_can_be_tried_again(
     gate = Gate(monkeypatch, fails=2)
     gate.opened.set()
     saver = Saver(tmp_path, RULES, tmp_path / "metrics.jsonl")
-    saver.save(1, lambda: snapshot(1))
-    saver.save(2, lambda: snapshot(2))
+    saver.save(1, lambda: writing(tmp_path, 1))
+    saver.save(2, lambda: writing(tmp_path, 2))
     with pytest.raises(RunFailed, match="No space left"):
         saver.finish()
     saver.check()

@@ -173,3 +173,54 @@ def test_a_rank_that_cant_write_leaves_older_checkpoints_alone(shared):
     assert "could not save the checkpoint of step 4" in said
     assert "No space left on device" in said and "goes on from step 2" in said
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_training_goes_on_while_parts_are_written(shared):
+    """What one rank writes of step 2 waits until step 4 is done."""
+    plan, _, manifest = shared("sana", "lora", 2, 1, steps=6, every=2)
+
+    def slow_disk(rank: int) -> None:
+        stock, saves = FileSystemWriter.write_data, []
+
+        def write_data(self, *arguments):
+            saves.append(1)
+            if rank == 1 and len(saves) == 1:
+                until = time.monotonic() + 60
+                while not any(row["step"] >= 3 for row in metrics_of(plan)):
+                    if time.monotonic() > until:
+                        raise OSError(5, "training waits for what waits for it")
+                    time.sleep(0.02)
+            return stock(self, *arguments)
+
+        FileSystemWriter.write_data = write_data
+
+    assert [wait(pid) for pid in start([(plan, manifest)], 2, slow_disk)] == [0, 0]
+    names = sorted(path.name for path in (Path(plan.run_folder) / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004", "step-000006"]
+    assert [row["step"] for row in metrics_of(plan)] == list(range(1, 7))
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_torn(shared):
+    changes = {"steps": 6, "every": 2, "ema": Ema(decay=0.9, device="cpu", every=1)}
+    plan, _, manifest = shared("sana", "full", 2, 1, "whole", **changes)
+    killed = evolve(plan, name="killed", run_folder=f"{plan.run_folder}-killed")
+
+    def dies(rank: int) -> None:
+        stock, saves = FileSystemWriter.write_data, []
+
+        def write_data(self, *arguments):
+            saves.append(1)
+            if rank == 1 and len(saves) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return stock(self, *arguments)
+
+        FileSystemWriter.write_data = write_data
+
+    assert [wait(pid) for pid in start([(plan, manifest)], 2)] == [0, 0]
+    began = time.monotonic()
+    codes = [wait(pid) for pid in start([(killed, manifest)], 2, dies)]
+    assert codes[0] == 3 and codes[1] not in (0, 1, 3) and time.monotonic() - began < 60
+    folder = Path(killed.run_folder) / "checkpoints"
+    assert [each.name for each in checkpoints.complete(folder)] == ["step-000002"]
+    assert [wait(pid) for pid in start([(killed, manifest)], 2)] == [0, 0]
+    assert_equal(killed, plan)

@@ -16,7 +16,12 @@ def recipe_here(folder: Path, patch: pytest.MonkeyPatch, text: str = RECIPE + PR
     """The recipe's path; commands compile for a machine of no interest, without torch."""
 
     def compile_here(
-        path: Path, overrides: list[str], *, simulate: bool = True, device: str = ""
+        path: Path,
+        overrides: list[str],
+        *,
+        simulate: bool = True,
+        simulator: object = None,
+        device: str = "",
     ) -> Compiled:
         return compiled(path, *overrides, machine=MACHINE)
 

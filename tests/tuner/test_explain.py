@@ -46,3 +46,16 @@ def test_a_code_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert said.out == "" and "did you mean `unknown-key`?" in said.err
     assert run_command(["explain", "error[unknown-key]"]) == DONE
+
+
+def test_a_key_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """A person who reads of a key asks for it by the name that the message says."""
+    assert run_command(["explain", "train.max_grad_norm"]) == DONE
+    said = capsys.readouterr().out
+    assert said.startswith("train.max_grad_norm\n\nClip gradients") and "default   1" in said
+    assert run_command(["explain", "max_grad_norm"]) == DONE
+    assert capsys.readouterr().out == said
+    assert run_command(["explain", "data.source.repeats"]) == DONE
+    assert "Passes over the source" in capsys.readouterr().out
+    assert run_command(["explain", "adapter"]) == DONE
+    assert "full fine-tune" in capsys.readouterr().out

@@ -11,10 +11,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 from attrs import evolve, frozen
 
@@ -29,6 +29,8 @@ IMAGES = (
 """Names under which the picture's column is looked for, in this order, in whatever case."""
 NAMES = ("file_name", "__key__", "filename", "name")
 """Columns that name the picture of a binary column."""
+
+Seen = Callable[[bytes | None], None]
 
 _ROWS = 32  # read at a time: their pictures are held in memory
 
@@ -46,15 +48,18 @@ class _Roles:
         return list(dict.fromkeys([self.image, *([self.name] if self.name else []), *self.texts]))
 
 
-def list_parquet(path: str, wanted: Wanted) -> Listing:
-    """All rows of the Parquet file at `path`. Raises OSError and SourceUnfit."""
+def list_parquet(
+    path: str, wanted: Wanted, file: IO[bytes] | None = None, seen: Seen | None = None
+) -> Listing:
+    """All rows of the Parquet file at `path`, or in an open `file`; `seen` is told of each row's
+    picture. Raises OSError and SourceUnfit."""
     pyarrow()
     parquet = importlib.import_module("pyarrow.parquet")
     os.stat(path)
-    with _guarded() as broken, parquet.ParquetFile(path) as file:
-        roles = _roles(path, file.schema_arrow, wanted)
-        batches = file.iter_batches(batch_size=_ROWS, columns=roles.all)
-        return _listed(batches, roles, file.schema_arrow)
+    with _guarded() as broken, parquet.ParquetFile(file or path) as shard:
+        roles = _roles(path, shard.schema_arrow, wanted)
+        batches = shard.iter_batches(batch_size=_ROWS, columns=roles.all)
+        return _listed(batches, roles, shard.schema_arrow, seen)
     return Listing(faults=(("", f"not a whole Parquet file: {broken[0]}"),))
 
 
@@ -217,7 +222,9 @@ def _is_text(schema: Any, name: str) -> bool:
     return schema.names.count(name) == 1 and image_kind(schema.field(name).type) == "text"
 
 
-def _listed(batches: Iterator[Any], roles: _Roles, schema: Any) -> Listing:
+def _listed(
+    batches: Iterator[Any], roles: _Roles, schema: Any, seen: Seen | None = None
+) -> Listing:
     """Raises what pyarrow raises; what was read before that is lost with it, for a shard that
     breaks off is not to be trusted in part."""
     entries: list[Entry] = []
@@ -227,6 +234,8 @@ def _listed(batches: Iterator[Any], roles: _Roles, schema: Any) -> Listing:
             names = _named(batch.column(roles.name).to_pylist(), roles)
         texts = [(name, batch.column(name).to_pylist()) for name in roles.texts]
         for row in range(batch.num_rows):
+            if seen is not None:
+                seen(data[row])
             entry = _entry(data[row], names[row], len(entries))
             told = [(name, values[row]) for name, values in texts]
             entries.append(with_lines(entry, told))

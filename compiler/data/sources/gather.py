@@ -28,6 +28,7 @@ from compiler.data.sources.columns import list_arrow, list_parquet
 from compiler.data.sources.listing import Entry, Listing, Wanted
 from compiler.data.sources.remote import FAILED, is_url, picture_path
 from compiler.data.sources.spots import Spot, without_ending
+from compiler.data.sources.streams import Unlisted, known_listing, origin_of
 from compiler.data.sources.tables import list_table
 from compiler.data.sources.tars import list_tar
 from compiler.data.stamp import Stamp
@@ -59,6 +60,8 @@ class _Gathered:
     items: list[_Item] = field(factory=list)
     faults: list[Fault] = field(factory=list)
     absent: list[str] = field(factory=list)
+    fetched: list[str] = field(factory=list)
+    unlisted: list[Unlisted] = field(factory=list)
     hidden: int = 0
     others: int = 0
     columns: set[str] = field(factory=set)  # the pictures' columns
@@ -98,7 +101,7 @@ def _add(found: _Gathered, spot: Spot, path: str, wanted: Wanted, index: Index |
             found.faults.append(Fault(path=path, why="not a regular file"))
             return
         stamp = Stamp.of(status)
-        listing = _listed(spot, path, stamp, wanted, index)
+        listing = _listed(spot, path, stamp, wanted, index, found)
     except OSError as error:
         found.faults.append(unreadable(path, error))
         return
@@ -115,7 +118,19 @@ def _add(found: _Gathered, spot: Spot, path: str, wanted: Wanted, index: Index |
     found.columns |= {listing.image} - {""}
 
 
-def _listed(spot: Spot, path: str, stamp: Stamp, wanted: Wanted, index: Index | None) -> Listing:
+def _listed(
+    spot: Spot,
+    path: str,
+    stamp: Stamp,
+    wanted: Wanted,
+    index: Index | None,
+    found: _Gathered,
+) -> Listing:
+    if (origin := origin_of(path)) is not None:
+        there = known_listing(path, origin, spot.kind, wanted)
+        if there is None:
+            found.unlisted.append(Unlisted(path=path, kind=spot.kind, wanted=wanted))
+        return there or Listing()
     asked = wanted.spelt(spot.kind)
     if index is not None and (packed := index.listing(path, asked, stamp)) is not None:
         known = Listing.unpacked(packed)
@@ -186,6 +201,7 @@ def _path(found: _Gathered, item: _Item, downloads: Path) -> str | None:
         return os.path.normpath(os.path.join(os.path.dirname(item.container), text))
     copy = picture_path(downloads, text)
     if copy.is_file():
+        found.fetched.append(text)
         return str(copy)
     try:
         why = copy.with_name(copy.name + FAILED).read_text(encoding="utf-8")
@@ -227,6 +243,8 @@ def _sorted_out(found: _Gathered, files: dict[str, tuple[str, Stamp, Result]]) -
         others=found.others,
         lines=lines,
         absent=tuple(found.absent),
+        fetched=tuple(found.fetched),
+        unlisted=tuple(found.unlisted),
     )
 
 

@@ -7,8 +7,7 @@
 
 A plan opens no connection. `tuner run` copies what a recipe names into the user's cache folder,
 once, and notes there what it copied, and in which state; every plan after that reads the copy. A
-run asks whether the origin of a source is still in that state, and copies what has changed. Single
-pictures on the web, of which there may be millions, are taken as they are until they are deleted.
+run asks whether the origins are still in that state, and copies what has changed.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from compiler.files import read_small
 
 DOWNLOADS = "downloads"
 """The folder of copies in the user's cache folder."""
+PICTURES = "urls"
+"""The folder in it of single pictures."""
 NOTE = ".json"
 FAILED = ".failed"
 HUB = "hub:"
@@ -36,10 +37,14 @@ _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 @frozen(kw_only=True)
 class Remote:
-    """A source that lies elsewhere; `files` are the recipe's patterns, all if there are none."""
+    """A source that lies elsewhere; `files` are the recipe's patterns, all if there are none.
+
+    Of one that is `streamed`, stand-ins are made instead of copies; see `streams`.
+    """
 
     url: str
     files: tuple[str, ...]
+    streamed: bool = False
 
 
 def is_remote(path: str) -> bool:
@@ -61,11 +66,13 @@ def hub_parts(url: str) -> tuple[str, str] | None:
 
 def note_path(downloads: Path, remote: Remote) -> Path:
     """Where it is noted what was copied."""
-    return downloads / (_digest([remote.url, *remote.files]) + NOTE)
+    streamed = ["", "streamed"] if remote.streamed else []  # no URL is empty
+    return downloads / (_digest([remote.url, *remote.files, *streamed]) + NOTE)
 
 
 def copied(downloads: Path, remote: Remote) -> str | None:
-    """The path of a remote source's copy; None where it is not there, or not whole."""
+    """The path of a remote source's copy, or of its stand-ins; None where it is not there, or not
+    whole."""
     try:
         note: Any = json.loads(read_small(note_path(downloads, remote)))
         root = str(note["root"])
@@ -76,12 +83,12 @@ def copied(downloads: Path, remote: Remote) -> str | None:
 
 
 def note_of(
-    root: str, files: Sequence[str], open: str, marks: Mapping[str, str] | None = None
+    remote: Remote, root: str, files: Sequence[str], open: str, marks: Mapping[str, str]
 ) -> str:
     """What `copied` reads: the folder of copies, those in it, and what of it is the source. `marks`
     tell the states of the originals."""
-    found = {"root": root, "files": list(files), "open": open, "marks": dict(marks or {})}
-    return json.dumps(found)
+    found = {"url": remote.url, "root": root, "files": list(files), "open": open}
+    return json.dumps(found | {"marks": dict(marks)})
 
 
 def marks_of(downloads: Path, remote: Remote) -> dict[str, str]:
@@ -96,7 +103,7 @@ def marks_of(downloads: Path, remote: Remote) -> dict[str, str]:
 def picture_path(downloads: Path, url: str) -> Path:
     """Where the copy of one picture lies. Beside it, with FAILED behind, lies why there is none."""
     digest = _digest([url])
-    return downloads / "urls" / digest[:2] / digest
+    return downloads / PICTURES / digest[:2] / digest
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -237,6 +237,11 @@ def _pattern(name: str) -> str:
     return os.path.join(folder, base[: base.lower().index(word) + len(word)] + "*")
 
 
+def kind_of(name: str) -> str:
+    """What a file is by its name's ending; "" where that tells nothing."""
+    return ENDINGS.get(_ending(name), "")
+
+
 def _ending(name: str) -> str:
     stem, last = os.path.splitext(name.lower())
     both = os.path.splitext(stem)[1] + last

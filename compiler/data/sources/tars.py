@@ -15,6 +15,7 @@ import posixpath
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, cast
 
@@ -33,6 +34,7 @@ _LARGEST = 1 << 30  # bytes of a picture in one
 
 Body = Callable[[tarfile.TarInfo], IO[bytes]]
 """The content of a member, as a file."""
+Seen = Callable[[int, int], None]
 
 
 @define
@@ -44,22 +46,28 @@ class _Found:
     others: int = 0
 
 
-def list_tar(path: str, wanted: Wanted) -> Listing:
-    """All pictures of the tar at `path`, with their captions' lines.
+def list_tar(
+    path: str, wanted: Wanted, file: IO[bytes] | None = None, seen: Seen | None = None
+) -> Listing:
+    """All pictures of the tar at `path`, or in an open `file`, with their captions' lines; `seen`
+    is told where each picture begins and how long it is, once its header was read.
 
     Raises OSError where it can't be opened, and SourceUnfit where it is compressed in a way that
     can't be read here.
     """
     found = _Found()
-    with open(path, "rb", opener=at_once) as raw:
-        file, body = _opened(raw)
+    with nullcontext(file) if file else open(path, "rb", opener=at_once) as raw:
+        plain, body = _opened(raw)
         try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            with tarfile.open(fileobj=plain, mode="r:", encoding="utf-8") as tar:
                 kept: Any = tar
                 while (member := tar.next()) is not None:
                     kept.members.clear()  # or it would hold all of them
+                    count = len(found.entries)
                     _add(found, member, body, wanted)
-                _judge_end(found, file, kept.offset)
+                    if seen is not None and len(found.entries) > count:
+                        seen(member.offset_data, member.size)
+                _judge_end(found, plain, kept.offset)
         except (tarfile.TarError, OverflowError, *DAMAGED) as error:
             found.faults.append(("", f"not a whole tar: {error}"))
     return Listing(

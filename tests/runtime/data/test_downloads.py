@@ -18,8 +18,9 @@ import pytest
 
 from compiler.data.sources.remote import FAILED, Remote, copied, hub_parts, is_remote, picture_path
 from compiler.plan import lock_path
-from runtime.data import downloads
-from runtime.data.downloads import changed_sources, copy_pictures, copy_sources
+from runtime.data import downloads, pictures, stores
+from runtime.data.downloads import changed_sources, copy_sources
+from runtime.data.pictures import copy_pictures
 from runtime.errors import MachineUnfit, RunFailed
 from tests.compiler.data import containers
 from tests.compiler.data.pictures import encoded, picture
@@ -118,7 +119,7 @@ def test_pictures_that_do_not_come_whole(
     tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Server.pages |= {"/cut.jpg": b"half", "/long.jpg": b"x" * 5000, "/down.jpg": 503}
-    monkeypatch.setattr(downloads, "MAX_PICTURE", 4000)
+    monkeypatch.setattr(pictures, "MAX_PICTURE", 4000)
     urls = [f"{web}/{name}" for name in ("cut.jpg", "long.jpg", "down.jpg", "none.jpg")]
     copy_pictures(urls, tmp_path, quiet)  # one of them was answered
     reasons = []
@@ -190,8 +191,8 @@ def test_a_folder_in_a_store(tmp_path: Path, project: Callable[[str], Path]) -> 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/etc/x", "a\0b"])
 def test_names_of_a_store_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(RunFailed, match="leads elsewhere"):
-        downloads._below(tmp_path / "d", name)
-    assert downloads._below(tmp_path, "a/b.jpg") == tmp_path / "a" / "b.jpg"
+        stores.below(tmp_path / "d", name)
+    assert stores.below(tmp_path, "a/b.jpg") == tmp_path / "a" / "b.jpg"
 
 
 def test_a_store_without_its_package(tmp_path: Path) -> None:
@@ -359,7 +360,7 @@ def test_a_file_on_the_web_that_has_changed(tmp_path: Path, web: str) -> None:
     assert changed_sources([remote], tmp_path, said.append) == [remote]
     Server.pages["/t.jsonl"] = 503
     assert changed_sources([remote], tmp_path, said.append) == []
-    assert "can't be asked whether it has changed, its copy is used: HTTP Error 503" in said[0]
+    assert "can't be asked whether it has changed, its copy is used: the server says 503" in said[0]
     assert Path(copied(tmp_path, remote) or "").read_bytes() == b"other"
 
 

@@ -168,6 +168,7 @@ def test_a_recipe_names_the_picture(tmp_path: Path) -> None:
         ("", "missing-key"),
         ('picture = "nothing.png"', "missing-path"),
         ('picture = "pictures"', "missing-path"),
+        ('picture = "recipe.toml"', "broken-images"),
         ('picture = "pictures/000.png"\nsteps = 3', "out-of-range"),
     ],
 )

@@ -1,0 +1,116 @@
+"""New tokens of text encoders (textual inversion): which, how, and what does not go with them."""
+
+from __future__ import annotations
+
+import re
+
+from compiler import plan
+from compiler.adapters import INVERSION
+from compiler.draft import Draft
+from compiler.families import FAMILIES
+from compiler.passes.text_training import (
+    judge_companions,
+    judge_component,
+    own_lr,
+    steps_until,
+    trains,
+)
+from compiler.schema import EmbeddingsRecipe
+from compiler.spans import KeyPath
+
+WHERE: KeyPath = ("embeddings",)
+NAME = re.compile(r"<[^\s<>|]+>")
+ROOM = 75  # tokens of a CLIP's prompt, without those of its beginning and end
+
+
+def resolve_embeddings(draft: Draft) -> None:
+    """Fill in `draft.embeddings`."""
+    recipe, model = draft.recipe.embeddings, draft.model
+    alone = draft.adapter is not None and draft.adapter.kind == INVERSION
+    if recipe is None or model is None:
+        if alone:
+            draft.error(
+                "conflict",
+                ("adapter", "kind"),
+                "textual inversion learns new tokens, and there are none",
+                help='add [[embeddings.token]] with name = "<k4s4>"',
+            )
+        return
+    encoders = tuple(model.family.embedding_keys)
+    if not encoders:
+        able = sorted(card.title for card in FAMILIES.values() if card.embedding_keys)
+        draft.error(
+            "not-in-family",
+            WHERE,
+            f"{model.family.title}'s pipeline loads no new tokens",
+            help=f"there is textual inversion for {', '.join(able)}",
+            of="key",
+        )
+        return
+    _judge_adapter(draft)
+    tokens = _tokens(draft, recipe)
+    if draft.optimizer is None or draft.steps is None or draft.precision is None:
+        return
+    draft.embeddings = plan.Embeddings(
+        encoders=encoders,
+        tokens=tokens,
+        lr=own_lr(draft, WHERE, recipe.lr, draft.optimizer),
+        until=steps_until(draft, WHERE, recipe.until, draft.steps.total),
+    )
+    judge_companions(draft, WHERE)
+    for name in encoders:
+        if not trains(draft, name):  # else it was judged
+            judge_component(draft, draft.precision, name)
+    _judge_captions(draft, tokens)
+
+
+def _judge_adapter(draft: Draft) -> None:
+    if draft.adapter is None and draft.recipe.adapter is None:
+        draft.error(
+            "conflict",
+            WHERE,
+            "without [adapter] all of the model is trained, which new tokens are not learned with",
+            help='[adapter] kind = "textual-inversion" learns them alone, kind = "lora" together '
+            "with a LoRA",
+            of="key",
+        )
+
+
+def _tokens(draft: Draft, recipe: EmbeddingsRecipe) -> tuple[plan.NewToken, ...]:
+    found: list[plan.NewToken] = []
+    for number, token in enumerate(recipe.token):
+        where = (*WHERE, "token", number)
+        if not NAME.fullmatch(token.name):
+            draft.error(
+                "unknown-value",
+                (*where, "name"),
+                f"`{token.name}` can't be told from other words: a new one stands in brackets",
+                help=f'name = "<{re.sub(r"[^A-Za-z0-9_-]+", "-", token.name).strip("-") or "x"}>"',
+            )
+        if any(token.name == other.token for other in found):
+            draft.error("duplicate-id", (*where, "name"), f"`{token.name}` is given twice")
+        if token.vectors > ROOM:
+            draft.error(
+                "out-of-range",
+                (*where, "vectors"),
+                f"{token.vectors} is out of range",
+                label=f"a prompt has room for {ROOM} tokens",
+            )
+        made = plan.NewToken(token=token.name, vectors=token.vectors, initial=token.initial)
+        found.append(made)
+    return tuple(found)
+
+
+def _judge_captions(draft: Draft, tokens: tuple[plan.NewToken, ...]) -> None:
+    """A word that no caption says learns nothing."""
+    if draft.manifest is None:
+        return
+    for number, token in enumerate(tokens):
+        if not any(token.token in caption for caption in draft.manifest.captions):
+            draft.error(
+                "no-effect",
+                (*WHERE, "token", number, "name"),
+                f"no caption says `{token.token}`, so it would learn nothing",
+                help=f'captions = {{ trigger = "{token.token}" }} puts it where they say '
+                f'`[trigger]`; prefix = "{token.token}" puts it before each',
+            )

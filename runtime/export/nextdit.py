@@ -1,0 +1,38 @@
+"""From Diffusers' names of Lumina-Image 2.0 to those that were published.
+
+Source: Alpha-VLLM/Lumina-Image-2.0, models/model.py. Query, key and value are one layer there; keys
+and values have fewer heads than queries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import evolve
+
+from runtime.export.mmdit import Place, fused
+
+BLOCK: Mapping[str, Place] = {
+    **fused("attention.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.to_out.0": Place("attention.out"),
+    "feed_forward.linear_1": Place("feed_forward.w1"),
+    "feed_forward.linear_2": Place("feed_forward.w2"),
+    "feed_forward.linear_3": Place("feed_forward.w3"),
+    "norm1.linear": Place("adaLN_modulation.1"),
+}
+"""Within `layers.N`, `noise_refiner.N` and `context_refiner.N`, which are called alike."""
+
+
+def place(module: str, config: Mapping[str, Any]) -> Place:
+    """Where the module called `module` goes, in a transformer of this configuration. Raises
+    KeyError."""
+    match = re.fullmatch(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)", module)
+    if match is None:
+        raise KeyError(module)
+    found = BLOCK[match[2]]
+    head = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    less = head * int(config.get("num_kv_heads") or config["num_attention_heads"])
+    rows = (int(config["hidden_size"]), less, less) if found.parts > 1 else ()
+    return evolve(found, module=f"{match[1]}.{found.module}", rows=rows)

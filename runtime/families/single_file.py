@@ -1,0 +1,128 @@
+"""A component out of a file in its publisher's names: alone, or one of a whole model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from compiler.families.card import FamilyCard
+from runtime.errors import RunFailed
+
+PROJECTION = "text_projection.weight"
+
+
+def translated(
+    card: FamilyCard,
+    name: str,
+    cls: Any,
+    library: str,
+    file: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The component `name` from `file`, by Diffusers' own readers of such files, on the host.
+
+    Only its own tensors are read. Its configuration is `config`: nothing is looked up elsewhere.
+    Raises RunFailed if Diffusers can't read it, or if the file lacks some of it.
+    """
+    try:
+        tensors = own_tensors(card, name, file)
+        with TemporaryDirectory() as folder:  # it takes a configuration from a folder only
+            Path(folder, name).mkdir()
+            Path(folder, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            loaded = _read(cls, library, name, tensors, folder, dtype)
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise _unreadable(file, cls, str(error)) from error
+    missing = [key for key, value in loaded.state_dict().items() if value.is_meta]
+    if missing:
+        raise _unreadable(file, cls, f"it lacks {len(missing)} tensors, such as `{missing[0]}`")
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = tensor.data.clone()  # off the file, whose tensors no kernel finds aligned
+    return loaded
+
+
+def _unreadable(file: Path, cls: Any, why: str) -> RunFailed:
+    return RunFailed(
+        f"{file} can't be read as a {cls.__name__}: {why}",
+        help="give a file in Diffusers' names, or leave out `file`",
+    )
+
+
+def _read(
+    cls: Any, library: str, name: str, tensors: dict[str, Tensor], folder: str, dtype: torch.dtype
+) -> nn.Module:
+    from diffusers.loaders.single_file_utils import (
+        create_diffusers_clip_model_from_ldm,
+        create_diffusers_t5_model_from_checkpoint,
+    )
+    from transformers import T5EncoderModel
+
+    place: dict[str, Any] = {"config": folder, "subfolder": name, "torch_dtype": dtype}
+    place["local_files_only"] = True
+    if library == "diffusers":
+        model: nn.Module = cls.from_single_file(tensors, **place)
+        return model
+    if issubclass(cls, T5EncoderModel):
+        t5: nn.Module = create_diffusers_t5_model_from_checkpoint(cls, tensors, **place)
+        t5.tie_weights()  # type: ignore[operator]
+        return t5
+    projection = _own_projection(tensors)
+    clip: nn.Module = create_diffusers_clip_model_from_ldm(cls, tensors, **place)
+    if projection is not None and PROJECTION in clip.state_dict():
+        clip.get_parameter(PROJECTION).data = projection.to(dtype)
+    return clip
+
+
+def _own_projection(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The first CLIP's projection, where a file holds one: Diffusers takes it for the identity,
+    which is what published files leave out."""
+    return next(
+        (
+            value
+            for key, value in tensors.items()
+            if key.endswith(f"clip_l.transformer.{PROJECTION}")
+        ),
+        None,
+    )
+
+
+def own_tensors(card: FamilyCard, name: str, file: Path) -> dict[str, Tensor]:
+    """The tensors of `file` that are none of another component. Raises OSError, SafetensorError."""
+    layouts = card.whole_file.parts if card.whole_file else {}
+    strange = tuple(
+        layout.prefix
+        for part, each in layouts.items()
+        for layout in each
+        if part != name and layout.prefix
+    )
+    opener: Any = safe_open
+    with opener(file, "pt") as opened:
+        kept = [key for key in opened.keys() if not key.startswith(strange)]  # noqa: SIM118
+        return {key: opened.get_tensor(key) for key in kept}
+
+
+def stored_dtype(card: FamilyCard, name: str, file: Path) -> torch.dtype:
+    """The number format that most of a component's tensors in `file` have."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in own_tensors(card, name, file).values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    with suppress(ValueError):
+        return max(counts, key=lambda dtype: counts[dtype])
+    return torch.float32

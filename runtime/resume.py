@@ -1,0 +1,136 @@
+"""The model and all that is trained, as the latest checkpoint left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from compiler.plan import Plan
+from runtime import checkpoints, sharded_saving, zero_saving
+from runtime.build import Built, build, load_state
+from runtime.checkpoints import Snapshot
+from runtime.context import LOG, Context, is_sharded
+from runtime.ema import Ema
+from runtime.errors import RunFailed
+from runtime.fused_backward import FusedBackward
+from runtime.loop import Side, Trained
+from runtime.optimizers import grouped, make_optimizer
+from runtime.optimizers import load_state as load_optimizer
+from runtime.quiet import native_output
+from runtime.scaler import scaler_for
+from runtime.sharded import Shards, sharded
+from runtime.speed import prepare
+from runtime.together import Together
+from runtime.zero import Zero, zeroed
+
+
+def prepared(context: Context) -> tuple[Built, Trained, int]:
+    """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
+    plan = context.plan
+    built = _built(context)
+    shards: Together | None = None
+    if is_sharded(context):
+        given = (built, plan, context.family, context.device, context.ranks)
+        zero = plan.sharing.strategy == "deepspeed"
+        with native_output(context.folder / LOG):  # DeepSpeed tries a compiler, which complains
+            built, shards = zeroed(*given) if zero else sharded(*given)
+    if isinstance(shards, Zero):
+        optimizer = shards.optimizer
+    else:
+        named = grouped(built.trainable.items(), plan)
+        optimizer = make_optimizer(plan.optimizer, named, context.device)
+    fused = plan.memory.layout.fused_backward
+    trained = Trained(
+        family=context.family,
+        model=built.model,
+        parameters=built.trainable,
+        optimizer=optimizer,
+        ema=Ema(plan.ema, built.trainable.items()) if plan.ema else None,
+        fused=FusedBackward(built.model, built.trainable, optimizer, built.copies())
+        if fused
+        else None,
+        shards=shards,
+        scaler=scaler_for(plan.precision, context.device),
+        method=built.method,
+        rival=_rival(plan, built, context.device),
+        text=built.text,
+    )
+    return built, trained, _resume(context, built, trained)
+
+
+def _rival(plan: Plan, built: Built, device: torch.device) -> Side | None:
+    """The discriminator of a distillation, with an optimizer of its own."""
+    if plan.sprint is None or built.rival is None:
+        return None
+    facts = plan.sprint.discriminator
+    return Side(
+        parameters=built.rival.trainable,
+        optimizer=make_optimizer(facts, built.rival.trainable.items(), device),
+        buffers=built.rival.buffers,
+        lr=facts.lr,
+        name="discriminator_",
+    )
+
+
+def _built(context: Context) -> Built:
+    """The model; what will be dealt out over the ranks waits in host memory."""
+    plan, apart = context.plan, is_sharded(context)
+    prepare(plan)
+    try:
+        return build(
+            plan.model,
+            plan.adapter,
+            plan.precision,
+            plan.memory.layout,
+            context.family,
+            torch.device("cpu") if apart else context.device,
+            empty=False,
+            seed=plan.seed,
+            sharded=apart,
+            speed=plan.speed,
+            sprint=plan.sprint,
+            text_training=plan.text_training,
+            embeddings=plan.embeddings,
+        )
+    except ValueError as error:
+        raise RunFailed(f"the model can't be built as planned: {error}") from error
+
+
+def _resume(context: Context, built: Built, trained: Trained) -> int:
+    saved = checkpoints.latest(context.folder / "checkpoints")
+    if saved is None:
+        return 0
+    zero_saving.judge(saved, context.plan)
+    step = load(saved, built, trained)
+    context.events.message(f"going on from step {step} of {context.plan.steps.total}")
+    return step
+
+
+def load(saved: Path, built: Built, trained: Trained) -> int:
+    """Everything that is trained as it was after the step that is returned."""
+    if trained.shards is not None:
+        given = (trained.optimizer, trained.ema)
+        if isinstance(trained.shards, Zero):
+            return zero_saving.restore(saved, trained.shards, *given)
+        assert isinstance(trained.shards, Shards)
+        return sharded_saving.restore(saved, trained.shards, *given)
+    snapshot = checkpoints.load(saved)
+    load_state(built, snapshot.weights)
+    load_optimizer(trained.optimizer, dict(snapshot.optimizer))
+    if trained.ema is not None and snapshot.ema is not None:
+        trained.ema.load_state(snapshot.ema)
+    if trained.scaler is not None and snapshot.scaler is not None:
+        trained.scaler.load_state(snapshot.scaler)
+    if trained.rival is not None:
+        _load_rival(trained.rival, snapshot)
+    return snapshot.step
+
+
+@torch.no_grad()
+def _load_rival(rival: Side, snapshot: Snapshot) -> None:
+    """Raises KeyError where the checkpoint is of a run without one, which resuming refuses."""
+    saved, optimizer = snapshot.rival or {}, snapshot.rival_optimizer or {}
+    for name, tensor in rival.state.items():
+        tensor.copy_(saved[name])
+    load_optimizer(rival.optimizer, dict(optimizer))
