@@ -18,6 +18,10 @@ format:
 test *arguments:
     {{python}} -m pytest {{arguments}}
 
+# Every family x method x adapter x number format x checkpointing, and their memory: an hour or so.
+test-matrix *arguments:
+    TUNER_WHOLE_MATRIX=1 {{python}} -m pytest -q --dist load tests/test_matrix.py tests/runtime/test_memory_families.py {{arguments}}
+
 # Start-up times, the scan of 100,000 pictures, a plan of a million, feeding: some minutes.
 bench:
     {{python}} benchmarks/startup.py

@@ -54,8 +54,8 @@ CODES: Mapping[str, Code] = {
     ),
     "bad-name": Code(
         "a name that can't be a file name everywhere",
-        "Runs and prompts give their names to folders and files, also on other systems. Letters, "
-        "digits, `.`, `_` and `-` work everywhere.",
+        "Runs, prompts and new words give their names to folders and files, also on other systems. "
+        "Letters, digits, `.`, `_` and `-` work everywhere.",
         'name = "my run/1"',
         'name = "my-run-1"',
     ),

@@ -15,6 +15,7 @@ from compiler.families.card import FamilyCard
 from compiler.plan import NoiseTable, Objective, ShiftRule
 
 TIMESTEPS = 1000
+MOST_MU = 700.0  # e to the power of a little more is no number
 _NEAR = 1e-9  # a bound that is meant to be an entry may be written rounded
 
 
@@ -78,7 +79,9 @@ def shift_of_tokens(rule: ShiftRule, tokens: int) -> float:
     """
     slope = (rule.max_shift - rule.base_shift) / (rule.max_tokens - rule.base_tokens)
     mu = rule.base_shift + slope * (tokens - rule.base_tokens)
-    return math.exp(mu) if rule.kind == "exponential" else mu
+    if rule.kind == "linear":
+        return mu
+    return math.exp(mu) if mu < MOST_MU else math.inf
 
 
 def shift_of(objective: Objective, height: int, width: int) -> float:

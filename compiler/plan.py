@@ -473,6 +473,7 @@ class Validation:
     scheduler: str = ""  # "" for the base's own, or a name in `compiler.samplers`
     clip_model: str = ""  # absolute folder or hub id of what gives the CLIP score; "": none
     picture: str | None = None  # absolute path of what is refined; None: drawn from noise
+    weights: Judged | None = None  # which draw; None: the average if one is kept
 
 
 EVALUATION = "evaluation/"

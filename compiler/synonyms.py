@@ -91,6 +91,7 @@ SYNONYMS = {
     "max_grad_norm": "train.max_grad_norm",
     "gradient_clipping": "train.max_grad_norm",
     "use_ema": "train.ema",
+    "ema_validation": "validation.weights",
     "flow_schedule_shift": "train.timesteps.shift",
     "discrete_flow_shift": "train.timesteps.shift",
     "flow_schedule_auto_shift": "train.timesteps.shift",

@@ -96,7 +96,7 @@ def as_leader(context: Context, trained: Trained, task: Callable[[], None]) -> N
 
 
 def as_leader_at_end(context: Context, trained: Trained, task: Callable[[], None]) -> None:
-    """As `_led`, when ranks that hold the whole model have nothing to wait for."""
+    """As `as_leader`, when ranks that hold the whole model have nothing to wait for."""
     if trained.shards is None:
         task()
     else:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from attrs import frozen
+from safetensors import SafetensorError
 
 from compiler.data.manifest import Manifest
 from compiler.plan import Plan
@@ -30,6 +31,7 @@ from runtime.context import (
 )
 from runtime.data.cache import Cache
 from runtime.data.fill import fill_latents, fill_text
+from runtime.data.leaks import warn_of_leaks
 from runtime.data.sharing import team_of
 from runtime.errors import RunFailed
 from runtime.events import Events
@@ -83,7 +85,7 @@ def execute(
         raise _of_system(error) from error
 
 
-def _of_system(error: OSError) -> RunFailed:
+def _of_system(error: OSError | SafetensorError) -> RunFailed:
     return RunFailed(str(error), help="what was saved before is whole: run again")
 
 
@@ -168,7 +170,7 @@ def _guarded(context: Context) -> Outcome:
         return _run(context)
     except KeyboardInterrupt:
         return _outcome(context.plan, "stopped", saved_step(context.folder), {})
-    except OSError as error:  # a base that can't be found or downloaded, a disk that is gone
+    except (OSError, SafetensorError) as error:  # a base that is not there, a disk that is full
         raise _of_system(error) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -264,3 +266,5 @@ def _fill(context: Context) -> None:
         fill_latents(*given, team=team)
         if (judged := context.manifest.held_out) is not None:
             fill_latents(plan, judged, context.family, context.cache, context.events, team=team)
+            if context.ranks.leads:
+                warn_of_leaks(plan, context.manifest, context.cache, context.events)

@@ -181,6 +181,21 @@ def to_host(tree: Any) -> Any:
     return tree
 
 
+@contextlib.contextmanager
+def own_arguments(optimizer: torch.optim.Optimizer, chosen: Optimizer) -> Iterator[None]:
+    """Inside, a state may be loaded; afterwards the arguments of `chosen` hold again.
+
+    `Optimizer.load_state_dict` takes them from the state: an accepted change of the recipe, of the
+    weight decay say, would be lost without a word. Counters beside them stay as they were loaded.
+    """
+    renamed = OPTIMIZERS[chosen.name].renamed
+    keys = {renamed.get(key, key) for key in chosen.arguments}
+    held = [{k: group[k] for k in keys & group.keys()} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, held, strict=True):
+        group.update(values)
+
+
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what `host_state` gave, bit for bit.
 

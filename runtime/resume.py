@@ -15,7 +15,7 @@ from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.fused_backward import FusedBackward
 from runtime.loop import Side, Trained
-from runtime.optimizers import grouped, make_optimizer
+from runtime.optimizers import grouped, make_optimizer, own_arguments
 from runtime.optimizers import load_state as load_optimizer
 from runtime.quiet import native_output
 from runtime.scaler import scaler_for
@@ -102,7 +102,8 @@ def _resume(context: Context, built: Built, trained: Trained) -> int:
     if saved is None:
         return 0
     zero_saving.judge(saved, context.plan)
-    step = load(saved, built, trained)
+    with own_arguments(trained.optimizer, context.plan.optimizer):
+        step = load(saved, built, trained)
     context.events.message(f"going on from step {step} of {context.plan.steps.total}")
     return step
 

@@ -46,7 +46,7 @@ def painter_of(context: Context, trained: Trained, trackers: Sequence[Tracker]) 
         else scheduler(plan.sprint),
         positive=prompt_embeddings(plan, family, context.cache, texts),
         negative=negative[plan.validation.negative],
-        ema=trained.ema,
+        ema=None if plan.validation.weights == "trained" else trained.ema,
         trackers=trackers,
         events=context.events,
         stop=context.stop,

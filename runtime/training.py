@@ -82,7 +82,7 @@ def _updated(
     """Train from `done` updates on, with `actions` between them; returns those reached."""
     plan, ranks = context.plan, context.ranks
     with context.stop.patient():
-        if (done == 0 and plan.validation.at_start) or due(done, plan.validation.every):
+        if due(done, plan.validation.every) if done else plan.validation.at_start:
             actions.validate(done)
         if plan.evaluation is not None and due(done, plan.evaluation.every):  # also at the start
             actions.evaluate(done)

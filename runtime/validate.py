@@ -137,13 +137,29 @@ def _drawn(painter: Painter, step: int) -> bool:
             if not (folder / picture.file).exists():
                 told = positive[picture.prompt.text], negative
                 _draw(painter, picture, told, folder / picture.file)
-            for tracker in painter.trackers:
-                with Image.open(folder / picture.file) as image:
-                    tracker.picture(step, Path(picture.file).stem, image.convert("RGB"))
+            if painter.trackers:
+                image = beside_the_base(Path(plan.run_folder), step, picture)
+                for tracker in painter.trackers:
+                    tracker.picture(step, Path(picture.file).stem, image)
             painter.events.advance(index + 1)
     if plan.validation.score:
         _score(plan, folder, step, "ema" if painter.ema else "trained")
     return True
+
+
+def beside_the_base(run_folder: Path, step: int, picture: Picture) -> Image.Image:
+    """The picture of `step` as trackers show it: the untrained model's, if that was drawn, stands
+    left of it."""
+    drawn, base = (folder_of(run_folder, number) / picture.file for number in (step, 0))
+    with Image.open(drawn) as opened:
+        image = opened.convert("RGB")
+    if step == 0 or not base.exists():
+        return image
+    both = Image.new("RGB", (2 * picture.width, picture.height))
+    with Image.open(base) as opened:
+        both.paste(opened.convert("RGB"), (0, 0))
+    both.paste(image, (picture.width, 0))
+    return both
 
 
 def _tell_clip(painter: Painter, score: Measure, step: int) -> None:

@@ -1,12 +1,20 @@
-"""Every family x method x number format x checkpointing, on tiny models: what a person does.
+"""Every family x method x adapter x number format x checkpointing, on tiny models: what a person
+does.
 
 A recipe is compiled, trained for three steps, killed off in the middle and gone on with. The result
-is loaded by Diffusers' own pipeline, and draws the picture that the run drew.
+is loaded by Diffusers' own pipeline, and draws the picture that the run drew. Diffusers loads LoRA
+and DoRA as they are, and of other adapters the merged model; where their own files load is in
+`tests/runtime/methods/test_kinds.py`.
+
+A part of the matrix is in every run of the tests. All of it, more than 500 cases, is where
+TUNER_WHOLE_MATRIX is set: `just test-matrix`.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +26,15 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from compiler.adapters import LAYERED, AdapterKind
 from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
-from compiler.families.card import FamilyCard
 from compiler.plan import Plan
 from runtime.events import Silent
 from runtime.execute import execute
+from runtime.export.export import export
+from runtime.export.request import chosen, requested
 from tests.compiler.recipes import MACHINE, compiled, make_pictures
 from tests.runtime.tiny import make_tiny
 
@@ -70,13 +80,29 @@ CASES = {  # adapter, compute, checkpointing
     "full-bf16": ("", "bf16", 0),
 }
 
-WHOLE = ("sana", "sd", "sd3")  # all cases; of others each method and each number format once
+SIZES = {"ia3": "", "full": "", "oft": "block_size = 4\n", "boft": "block_size = 4\n"}
+
+
+def adapted(kind: AdapterKind) -> str:
+    """A small adapter, in a recipe's words."""
+    size = SIZES.get(kind, "rank = 2\n")
+    return f'[adapter]\nkind = "{kind}"\n{size}'
+
+
+METHODS = {"model": "", **{kind: adapted(kind) for kind in LAYERED}}
+EVERY = {
+    f"{method}-{compute}-{checkpointing}": (METHODS[method], compute, checkpointing)
+    for method, compute, checkpointing in product(METHODS, ("fp32", "bf16"), (0, 1))
+}
+WHOLE = ("sana", "sd", "sd3")  # all of CASES; of others each method and each number format once
 PAIRS = [
     (family, case)
     for number, family in enumerate(sorted(FAMILIES))
     for place, case in enumerate(CASES)
     if family in WHOLE or place in ((0, 3), (1, 2))[number % 2]
 ]
+if os.environ.get("TUNER_WHOLE_MATRIX"):  # half an hour
+    CASES, PAIRS = CASES | EVERY, list(product(sorted(FAMILIES), EVERY))
 FIRST = "pictures/000.png"  # what is refined, by a family that draws nothing by itself
 
 
@@ -140,12 +166,12 @@ def test_plans_runs_resumes_and_loads(family: Path, case: str) -> None:
     results = [weights(Path(plan.run_folder)) for plan in (whole, halted)]
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-    check_picture(family, whole, case)
+    check_picture(family, whole)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the result's trained component, by file and name."""
-    files = sorted((run / "lora").rglob("*.safetensors"))
+    files = [f for kind in LAYERED for f in sorted((run / kind).rglob("*.safetensors"))]
     files += sorted(f for part in ("transformer", "unet") for f in (run / "model" / part).glob("*"))
     found = {
         f"{file.stem}/{key}": tensor
@@ -157,25 +183,28 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_lora(pipeline: Any, card: FamilyCard, folder: Path) -> None:
-    """As a person does."""
-    if card.lora_loader == "pipeline":
-        pipeline.load_lora_weights(folder)
-        return
-    trained = getattr(pipeline, card.trained_component)
-    setattr(pipeline, card.trained_component, PeftModel.from_pretrained(trained, folder))
-
-
-def check_picture(family: Path, plan: Plan, case: str) -> None:
-    """Diffusers alone draws what the run drew, up to rounding of its last bits."""
+def loaded(family: Path, plan: Plan, dtype: torch.dtype) -> Any:
+    """The result in Diffusers' pipeline, as a person loads it."""
     run, card = Path(plan.run_folder), FAMILIES[family.name]
-    dtype = torch.bfloat16 if "bf16" in case else torch.float32
     kind = getattr(diffusers, card.pipeline)
-    if "lora" in case:
-        pipeline = kind.from_pretrained(family / "base", dtype=dtype)
-        load_lora(pipeline, card, run / "lora")
-    else:
-        pipeline = kind.from_pretrained(run / "model", dtype=dtype)
+    if plan.adapter is None:
+        return kind.from_pretrained(run / "model", dtype=dtype)
+    if plan.adapter.kind not in ("lora", "dora"):
+        merged = export(requested(chosen(run), merge=True, out=run / "merged"))
+        return kind.from_pretrained(merged, dtype=dtype)
+    pipeline = kind.from_pretrained(family / "base", dtype=dtype)
+    if card.lora_loader == "pipeline":
+        pipeline.load_lora_weights(run / plan.adapter.kind)
+        return pipeline
+    trained = getattr(pipeline, card.trained_component)
+    adapted = PeftModel.from_pretrained(trained, run / plan.adapter.kind)
+    setattr(pipeline, card.trained_component, adapted)
+    return pipeline
+
+
+def pictured(family: Path, pipeline: Any) -> np.ndarray[Any, Any]:
+    """What Diffusers draws, as the recipe has it drawn."""
+    card = FAMILIES[family.name]
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     options: dict[str, Any] = {}
@@ -194,10 +223,24 @@ def check_picture(family: Path, plan: Plan, case: str) -> None:
         generator=torch.Generator("cpu").manual_seed(11),
         **options,
     ).images[0]
+    return np.asarray(drawn, np.float32)
+
+
+def check_picture(family: Path, plan: Plan) -> None:
+    """Diffusers alone draws what the run drew, up to rounding of its last bits; it would not, had
+    nothing been loaded."""
+    run = Path(plan.run_folder)
+    exact = plan.precision.compute == "float32"
+    dtype = torch.float32 if exact else torch.bfloat16
+    drawn = pictured(family, loaded(family, plan, dtype))
     (ours,) = (run / "samples").rglob("*.png")
     with Image.open(ours) as image:
         found = np.asarray(image.convert("RGB"), np.float32)
-    difference = np.abs(found - np.asarray(drawn, np.float32))
     assert found.std() > 1, "a picture without contrast proves nothing"
     # The pipeline's VAE runs in bf16 too, ours in its own float32.
-    assert difference.mean() < (6.0 if dtype == torch.bfloat16 else 0.05), difference.mean()
+    difference = np.abs(found - drawn).mean()
+    assert difference < (0.05 if exact else 6.0), difference
+    if exact:
+        base = getattr(diffusers, FAMILIES[family.name].pipeline).from_pretrained(family / "base")
+        changed = np.abs(found - pictured(family, base)).mean()
+        assert changed > max(0.01, 4 * difference), (changed, difference)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from compiler.plan import Plan
-from tuner.eta import Eta
+from tuner.eta import Countdown, Eta
 from tuner.formats import clock
 from tuner.lines import TITLES, Clock, measures, pace
 
@@ -22,7 +22,7 @@ class Bars:
     """`runtime.events.Events` for a terminal."""
 
     def __init__(self, plan: Plan, stream: TextIO, clock: Clock = time.monotonic) -> None:
-        self._eta = Eta(plan, clock)
+        self._eta, self._left = Eta(plan, clock), Countdown(clock)
         self._total = plan.steps.total
         self._now = ""
         self._bars: dict[str, TaskID] = {}
@@ -41,6 +41,7 @@ class Bars:
         # Not earlier: while libraries are imported, what is printed goes to the run's log.
         self._progress.start()
         self._eta.phase(name)
+        self._left.begin(total)
         self._finish_uncounted()
         self._now = name
         if name in self._bars and name != "train":
@@ -63,9 +64,12 @@ class Bars:
             task = self._progress.tasks[self._progress.task_ids.index(self._bars[self._now])]
             unit = task.fields["unit"]
             total = f"/{task.total:,.0f}" if task.total else ""
-            words = "  ".join(f"{key} {value}" for key, value in values.items())
+            self._left.advance(done)
+            left = self._left.seconds_left()
+            words = [f"{key} {value}" for key, value in values.items()]
+            words += [f"eta {clock(left)}"] if left else []
             self._progress.update(
-                task.id, completed=done, count=f"{done:,}{total} {unit}", words=words
+                task.id, completed=done, count=f"{done:,}{total} {unit}", words="  ".join(words)
             )
 
     def step(self, metrics: Mapping[str, Any]) -> None:

@@ -67,3 +67,30 @@ class Eta:
         """Note how long the phase took that ended `after` seconds ago."""
         if self._phase in self._due:
             self._seen[self._phase] = max(0.0, self._clock() - self._began - after)
+
+
+class Countdown:
+    """What is left of one phase that counts, at the pace since its first word: what had been done
+    before (what lay in the cache, say) took no time and tells nothing."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.begin(0)
+
+    def begin(self, total: int) -> None:
+        """A phase of `total` units begins; 0: unknown."""
+        self._total, self._done = total, 0
+        self._first: tuple[int, float] | None = None
+
+    def advance(self, done: int) -> None:
+        """So many units are complete."""
+        self._done = done
+        if self._first is None:
+            self._first = done, self._clock()
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of the phase; None before anything was done in it."""
+        if self._first is None or not self._total or self._done <= self._first[0]:
+            return None
+        each = (self._clock() - self._first[1]) / (self._done - self._first[0])
+        return max(0, self._total - self._done) * each

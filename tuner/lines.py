@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from compiler.plan import Plan
-from tuner.eta import Eta
+from tuner.eta import Countdown, Eta
 from tuner.formats import clock, rate
 from tuner.screen import style_for
 
@@ -23,26 +23,37 @@ TITLES: Mapping[str, str] = {
 }
 LINES = 20  # progress lines that a short run gets
 MOST_STEPS = 100  # steps between two lines, at most
+EVERY_SECONDS = 30.0  # between two lines of a phase that counts something else
 
 
 class Lines:
-    """Plain lines: each phase when it begins, a step every n-th, every message."""
+    """Plain lines: each phase when it begins and now and then, a step every n-th, every message."""
 
     def __init__(self, plan: Plan, stream: TextIO, clock: Clock = time.monotonic) -> None:
         self._stream = stream
         self._every = log_every(plan.steps.total)
         self._total = plan.steps.total
-        self._eta = Eta(plan, clock)
+        self._clock, self._told, self._counts = clock, clock(), ("", 0, "")
+        self._eta, self._left = Eta(plan, clock), Countdown(clock)
 
     def phase(self, name: str, total: int, unit: str) -> None:
         """See `runtime.events.Events.phase`."""
         self._eta.phase(name)
+        self._left.begin(total)
+        self._told, self._counts = self._clock(), (name, total, unit)
         if name not in ("train", "save"):
             counted = f": {total:,} {unit}" if total else ""
             self._print(TITLES.get(name, name) + counted)
 
     def advance(self, done: int, **values: Any) -> None:
-        """See `runtime.events.Events.advance`; lines tell of steps only."""
+        """See `runtime.events.Events.advance`."""
+        name, total, unit = self._counts
+        self._left.advance(done)
+        left = self._left.seconds_left()
+        if name == "train" or not left or self._clock() - self._told < EVERY_SECONDS:
+            return
+        self._told = self._clock()
+        self._print(f"{TITLES.get(name, name)}: {done:,}/{total:,} {unit}  eta {clock(left)}")
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """See `runtime.events.Events.step`."""

@@ -64,11 +64,16 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "steps": tree["steps"],
         "schedule": tree["schedule"] | {"points": schedule_points(plan)},
         "checkpoints": tree["checkpoints"] | _times(checkpoint_steps(plan)),
-        "validation": {"picture": None} | tree["validation"] | _times(validation_steps(plan)),
+        "validation": _validation(plan, tree),
         "evaluation": _evaluation(plan, tree),
         "memory": _memory(plan),
         "result": result_folder(plan),
     }
+
+
+def _validation(plan: Plan, tree: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"picture": None, "weights": None} | tree["validation"]
+    return found | _times(validation_steps(plan))
 
 
 def _evaluation(plan: Plan, tree: dict[str, Any]) -> dict[str, Any] | None:

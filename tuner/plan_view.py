@@ -121,7 +121,7 @@ def _held(part: Component) -> str:
 def _fate(part: Component, plan: Plan) -> str:
     """What becomes of a component during the run."""
     origin = f", from {Path(part.file).name}" if part.file else ""
-    text = plan.text_training
+    text, new = plan.text_training, plan.embeddings
     if part.trained:
         return "trained" + (" from random weights" if plan.model.init == "random" else origin)
     if part.name == plan.model.trained_component:
@@ -129,6 +129,8 @@ def _fate(part: Component, plan: Plan) -> str:
         return f"frozen{origin}" + (f", {counted(adapted, 'layer')} adapted" if adapted else "")
     if text is not None and part.name in text.encoders:
         return "frozen, adapted, in each step"
+    if new is not None and part.name in new.encoders:
+        return "frozen but for new tokens, in each step"
     if part.name.startswith("text_encoder"):
         return "frozen, freed after step 1"
     return "frozen, " + ("decodes pictures" if plan.validation.prompts else "freed after step 2")
@@ -143,7 +145,6 @@ def _method(plan: Plan, recipe: str) -> list[str]:
     else:
         sized = "adapter.rank" if adapter.rank else "adapter.block_size"
         key = sized if adapter.rank or adapter.block_size else "adapter.kind"
-        key = "adapter.kind" if adapter.kind == INVERSION else key
         lines = section("adapter", adapter_words(adapter), where(plan, key, recipe))
     whole = whole_parameters(plan)
     if trainable and plan.sprint is not None:
@@ -171,16 +172,17 @@ def whole_parameters(plan: Plan) -> int:
 
 def _encoders(plan: Plan) -> list[str]:
     """The text encoders that are trained too, and new tokens."""
-    lines = []
+    lines: list[str] = []
     if (text := plan.text_training) is not None:
         how = f"rank {text.adapter.rank}" if text.adapter else "all weights"
         told = f"{how}, lr {number(text.lr)}{_end(text.until, plan)}"
-        lines.append(f"  {' and '.join(text.encoders)} too: {told}")
+        lines += wrapped(f"{' and '.join(text.encoders)} too: {told}", "  ", "    ")
     if (new := plan.embeddings) is not None:
         words = ", ".join(
             f"{t.token} ({counted(t.vectors, 'vector')}{_from(t.initial)})" for t in new.tokens
         )
-        lines.append(f"  new tokens {words}, lr {number(new.lr)}{_end(new.until, plan)}")
+        told = f"new tokens {words}, lr {number(new.lr)}{_end(new.until, plan)}"
+        lines += wrapped(told, "  ", "    ")
     return lines
 
 
@@ -499,7 +501,8 @@ def _validation_words(plan: Plan) -> str:
     every = f"every {counted(validation.every, 'step')}" if validation.every else "at the end"
     start = "at 0 and " if validation.at_start else ""
     refined = f", refining {Path(validation.picture).name}" if validation.picture else ""
-    return f"{' x '.join(parts)}, {start}{every}{refined}"
+    drawn = ", not by the average" if validation.weights == "trained" else ""
+    return f"{' x '.join(parts)}, {start}{every}{refined}{drawn}"
 
 
 def _evaluation_words(evaluation: Evaluation) -> str:

@@ -8,6 +8,7 @@ from compiler import plan
 from compiler.adapters import INVERSION
 from compiler.draft import Draft
 from compiler.families import FAMILIES
+from compiler.passes.storage import LONGEST_NAME, how_to_name, safe_name
 from compiler.passes.text_training import (
     judge_companions,
     judge_component,
@@ -20,7 +21,6 @@ from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("embeddings",)
 NAME = re.compile(r"<[^\s<>|]+>")
-ROOM = 75  # tokens of a CLIP's prompt, without those of its beginning and end
 
 
 def resolve_embeddings(draft: Draft) -> None:
@@ -51,12 +51,21 @@ def resolve_embeddings(draft: Draft) -> None:
     tokens = _tokens(draft, recipe)
     if draft.optimizer is None or draft.steps is None or draft.precision is None:
         return
-    draft.embeddings = plan.Embeddings(
+    total = draft.steps.total
+    draft.embeddings = made = plan.Embeddings(
         encoders=encoders,
         tokens=tokens,
         lr=own_lr(draft, WHERE, recipe.lr, draft.optimizer),
-        until=steps_until(draft, WHERE, recipe.until, draft.steps.total),
+        until=steps_until(draft, WHERE, recipe.until, total),
     )
+    if alone and 0 < made.until < total:
+        draft.error(
+            "conflict",
+            (*WHERE, "until"),
+            f"the words are all that is learned: after {made.until} of {total} steps nothing would "
+            "be trained",
+            help="leave `until` out, or let the run end there",
+        )
     judge_companions(draft, WHERE)
     for name in encoders:
         if not trains(draft, name):  # else it was judged
@@ -87,15 +96,24 @@ def _tokens(draft: Draft, recipe: EmbeddingsRecipe) -> tuple[plan.NewToken, ...]
                 f"`{token.name}` can't be told from other words: a new one stands in brackets",
                 help=f'name = "<{re.sub(r"[^A-Za-z0-9_-]+", "-", token.name).strip("-") or "x"}>"',
             )
-        if any(token.name == other.token for other in found):
-            draft.error("duplicate-id", (*where, "name"), f"`{token.name}` is given twice")
-        if token.vectors > ROOM:
+        elif not safe_name(inner := token.name.strip("<>"), LONGEST_NAME):
             draft.error(
-                "out-of-range",
-                (*where, "vectors"),
-                f"{token.vectors} is out of range",
-                label=f"a prompt has room for {ROOM} tokens",
+                "bad-name",
+                (*where, "name"),
+                f"`{inner}` can't name a file everywhere, as the word's vectors are called",
+                help=how_to_name(inner, LONGEST_NAME),
             )
+        for other in found:
+            if token.name == other.token:
+                draft.error("duplicate-id", (*where, "name"), f"`{token.name}` is given twice")
+            elif token.name.casefold() == other.token.casefold():
+                draft.error(
+                    "duplicate-id",
+                    (*where, "name"),
+                    f"`{token.name}` and `{other.token}` are one word to a CLIP's tokenizer, which "
+                    "puts all in small letters",
+                    help="let the names differ by more than case",
+                )
         made = plan.NewToken(token=token.name, vectors=token.vectors, initial=token.initial)
         found.append(made)
     return tuple(found)

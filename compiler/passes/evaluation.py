@@ -30,7 +30,7 @@ def resolve_evaluation(draft: Draft) -> None:
             "start and the end",
             help='every = "1 epoch"',
         )
-    weights = _weights(draft)
+    weights = judged_weights(draft, (*WHERE, "weights"), recipe.weights)
     draft.decide((*WHERE, "timesteps"), recipe.timesteps)
     if len(set(recipe.timesteps)) < len(recipe.timesteps):
         draft.error("duplicate-id", (*WHERE, "timesteps"), "a quantile is given twice")
@@ -43,20 +43,20 @@ def resolve_evaluation(draft: Draft) -> None:
     )
 
 
-def _weights(draft: Draft) -> plan.Judged:
-    """Those that are judged."""
-    asked = draft.recipe.evaluation.weights
+def judged_weights(draft: Draft, where: KeyPath, asked: str) -> plan.Judged:
+    """Those that are judged or draw, where `asked` is "auto", "average" or "trained"."""
     if asked == "average" and draft.ema is None:
         draft.error(
             "no-effect",
-            (*WHERE, "weights"),
+            where,
             "no average of the weights is kept: there is no [train.ema]",
             help='weights = "trained"',
         )
     averaged = draft.ema is not None
-    found: plan.Judged = ("average" if averaged else "trained") if asked == "auto" else asked
+    wanted = averaged if asked == "auto" else asked == "average"
+    found: plan.Judged = "average" if wanted else "trained"
     why = "an average is kept" if averaged else "no average is kept"
-    draft.decide((*WHERE, "weights"), found, by="decided", why=why)
+    draft.decide(where, found, by="decided", why=why)
     return found
 
 

@@ -11,12 +11,14 @@ from compiler import plan
 from compiler.draft import Draft
 from compiler.families.card import FamilyCard
 from compiler.noise import entries_of, level, noise_table, predicted, shift_of, trained_entries
+from compiler.schema.ranges import LEAST_SHIFT, MOST_SHIFT
 from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("train", "timesteps")
 TOLD = 1.0
 """Guidance that a model distilled from it is told in training, by default: none beyond the picture
 itself. A model so trained is still guided at inference."""
+MOST_STATED = 1e6  # of the numbers of a scheduler's rule for shifts
 OWNERS = {
     "mean": "logit-normal",
     "std": "logit-normal",
@@ -211,7 +213,9 @@ def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
 
     def stated(key: str, otherwise: float) -> float:
         value = scheduler.get(key) if facts.stated else None
-        return value if isinstance(value, int | float) else otherwise
+        if isinstance(value, int | float) and abs(value) < MOST_STATED:
+            return value
+        return otherwise
 
     base = int(stated("base_image_seq_len", facts.base_tokens))
     return plan.ShiftRule(
@@ -250,6 +254,15 @@ def _has_levels(draft: Draft, objective: plan.Objective) -> bool:
     count = entries_of(objective)
     for height, width in _sizes(draft):
         shift = shift_of(objective, height, width)
+        if objective.table is None and not LEAST_SHIFT <= shift <= MOST_SHIFT:
+            draft.error(
+                "out-of-range",
+                (*WHERE, "shift"),
+                f"a shift of {shift:g} leaves no noise levels apart; {LEAST_SHIFT:g} to "
+                f"{MOST_SHIFT:,} can be trained",
+                help="shift = 3.0",
+            )
+            return False
         if trained_entries(objective, shift) is None:
             least = level(count - 1, shift, count)
             draft.error(

@@ -15,6 +15,7 @@ from compiler.families.card import Configs
 from compiler.files import read_small
 from compiler.passes.batches import edge_of
 from compiler.passes.clip import clip_model
+from compiler.passes.evaluation import judged_weights
 from compiler.passes.keeping import KEEP_EVERY
 from compiler.passes.refined import refined_picture
 from compiler.passes.storage import how_to_name, safe_name
@@ -135,7 +136,14 @@ def _validation(draft: Draft, steps: plan.Steps) -> plan.Validation:
         scheduler=_sampler(draft) if prompts else "",
         clip_model=clip_model(draft) if prompts else "",
         picture=refined_picture(draft, sampling_steps) if prompts else None,
+        weights=_weights(draft) if prompts else None,
     )
+
+
+def _weights(draft: Draft) -> plan.Judged | None:
+    """Those that draw; None where there is no choice."""
+    found = judged_weights(draft, ("validation", "weights"), draft.recipe.validation.weights)
+    return None if draft.ema is None else found
 
 
 def _sampler(draft: Draft) -> str:

@@ -133,7 +133,7 @@ class NewTokenRecipe:
     """A new word of the text encoders, to be used in captions and prompts."""
 
     name: str
-    """The word, in angle brackets: "<k4s4>"."""
+    """The word, in angle brackets: "<k4s4>". What stands in them also names a file."""
     vectors: Annotated[int, Range(ge=1, le=64)] = 1
     """So many tokens it takes of a prompt's 77. More can say more."""
     initial: str = ""

@@ -43,7 +43,8 @@ class ValidationRecipe:
     every: Interval = field(factory=lambda: Interval.parse("1 epoch"))
     """How often; "off": only at the end."""
     at_start: bool = True
-    """Draw the untrained model's pictures first, to set beside."""
+    """Draw the untrained model's pictures first; the report and trackers show them left of later
+    ones."""
     negative: str = ""
     """The negative prompt."""
     sizes: Annotated[tuple[str, ...], Length(ge=1)] | Auto = "auto"
@@ -56,6 +57,8 @@ class ValidationRecipe:
         "auto"
     )
     """What samples. "auto": the base's own scheduler, as at inference."""
+    weights: Literal["auto", "average", "trained"] = "auto"
+    """Which weights draw. "auto": the average ([train.ema]) if there is one."""
     picture: str = ""
     """The picture that is refined with each prompt, scaled and cut to the size: for models that
     refine instead of drawing from noise (SDXL's refiner)."""

@@ -11,6 +11,8 @@ Count = Annotated[int, Range(ge=0, le=1_000_000)]
 Seed = Annotated[int, Range(ge=0, le=2**62)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
+LEAST_SHIFT, MOST_SHIFT = 0.001, 1_000
+Shift = Annotated[float, Range(ge=LEAST_SHIFT, le=MOST_SHIFT)]
 Mean = Annotated[float, Range(ge=-100, le=100)]
 Rate = Annotated[float, Range(ge=0, lt=1)]
 Beta = Rate

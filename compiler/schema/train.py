@@ -14,6 +14,7 @@ from compiler.schema.ranges import (
     NonNegativeFloat,
     PositiveFloat,
     Probability,
+    Shift,
 )
 from compiler.structure import Length, Range
 from compiler.units import Interval, Share
@@ -100,7 +101,7 @@ class TimestepsRecipe:
 
     sampling: Literal["auto", "uniform", "logit-normal", "mode", "cosmap", "beta"] = "auto"
     """Density of u in [0, 1) before the shift; u near 0 is pure noise."""
-    shift: PositiveFloat | Literal["auto", "resolution"] = "auto"
+    shift: Shift | Literal["auto", "resolution"] = "auto"
     """sigma = shift s / (1 + (shift - 1) s) with s = 1 - u. "auto": as the base's scheduler.
     "resolution": from the number of a picture's tokens, by the family's own rule."""
     mean: Mean = 0.0

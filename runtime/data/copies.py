@@ -88,9 +88,9 @@ def _sources(root: Path, uses: Uses) -> Iterator[Copy]:
         files = [Path(at, file) for at, _, files in os.walk(place) for file in files]
         if note.is_file():
             files.append(note)
-        if not files:
+        stats = [stat for path in files if (stat := _stat(path)) is not None]
+        if not stats:
             continue
-        stats = [path.stat() for path in files]
         yield Copy(
             kind="source",
             name=str(told.get("url") or name),
@@ -110,7 +110,8 @@ def _images(root: Path, uses: Uses) -> Iterator[Copy]:
         for path in _in(folder):
             if path.name.startswith(PARTIAL):
                 continue
-            stat = path.stat()
+            if (stat := _stat(path)) is None:
+                continue
             name = path.name.removesuffix(FAILED)
             yield Copy(
                 kind="image",
@@ -124,8 +125,8 @@ def _images(root: Path, uses: Uses) -> Iterator[Copy]:
 
 def _unpacked(root: Path, uses: Uses) -> Iterator[Copy]:
     for path in _in(root / UNPACKED):
-        if not path.name.startswith(PARTIAL):
-            stat, name = path.stat(), path.name.partition("-")[0]
+        if not path.name.startswith(PARTIAL) and (stat := _stat(path)) is not None:
+            name = path.name.partition("-")[0]
             yield Copy(
                 kind="unpacked",
                 name=path.name,
@@ -134,6 +135,13 @@ def _unpacked(root: Path, uses: Uses) -> Iterator[Copy]:
                 written=stat.st_mtime,
                 uses=uses.get(name, ()),
             )
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None of what is no more: a run may be copying."""
+    with suppress(FileNotFoundError):
+        return path.stat()
+    return None
 
 
 def _in(folder: Path) -> list[Path]:

@@ -153,7 +153,7 @@ def _stamp(path: str) -> Stamp:
 def _hash(item: Item) -> bytes:
     try:
         if item.at != ALONE:
-            if (told := known_hash(item.file, item.at)) is not None:
+            if (told := known_hash(item.file, item.at, item.column)) is not None:
                 return told
             return hashlib.sha256(read(item)).digest()
         with open(item.file, "rb") as file:

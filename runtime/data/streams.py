@@ -189,18 +189,18 @@ def _note(each: Unlisted, origin: Origin, listing: Listing, hashes: Mapping[int,
     path.parent.mkdir(exist_ok=True)
     if hashes:
         records = [_RECORD.pack(at, digest) for at, digest in sorted(hashes.items())]
-        write_whole(hashes_path(each.path, origin), b"".join(records))
+        write_whole(hashes_path(each.path, origin, listing.image), b"".join(records))
     write_whole(path, listing.packed())
 
 
-def known_hash(path: str, at: int) -> bytes | None:
-    """The SHA-256 of the picture at place `at` of a streamed container, if it was read when it was
-    listed; else None. Raises OSError."""
+def known_hash(path: str, at: int, column: str) -> bytes | None:
+    """The SHA-256 of the picture at place `at` of a streamed container (of a shard, in `column`),
+    if it was read when it was listed; else None. Raises OSError."""
     origin = origin_of(path)
     if origin is None:
         return None
     try:
-        with open(hashes_path(path, origin), "rb") as file:
+        with open(hashes_path(path, origin, column), "rb") as file:
             return _found(file, at)
     except FileNotFoundError:
         return None

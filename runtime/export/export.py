@@ -100,7 +100,8 @@ def _lora(request: Request) -> None:
     plan = request.weights.plan
     adapter, component = plan.adapter, plan.model.trained_component
     assert adapter is not None
-    trained = trained_weights(request.weights)
+    every_tensor = trained_weights(request.weights)
+    trained = {name: lazy for name, lazy in every_tensor.items() if not is_rows(name)}
     if request.format == "peft" or adapter_files.is_lycoris(adapter):
         values = {name: lazy.read() for name, lazy in trained.items()}
         if request.size is not None:
@@ -126,7 +127,7 @@ def _lora(request: Request) -> None:
             told.append(lora_keys.told(settings, encoder))
         write(request.out, held(named), metadata | encoders.joined(told))
         return
-    every = layers_of(plan, {n: lazy for n, lazy in trained.items() if not is_rows(n)})
+    every = layers_of(plan, trained)
     if request.size is not None:
         every = {module: resized(layer, request.size) for module, layer in every.items()}
     layers = text_files.of_model(every)
@@ -180,8 +181,8 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
         return
     settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}
     with files.partial_folder(request.out) as folder:
-        named = lora_keys.prefixed(kept, adapter_files.PEFT_ROOT)
-        write(folder / PEFT_FILES[0], named, described(request))
+        theirs = lora_keys.prefixed(kept, adapter_files.PEFT_ROOT)
+        write(folder / PEFT_FILES[0], theirs, described(request))
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
 

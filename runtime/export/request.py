@@ -57,13 +57,13 @@ class Request:
 def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) -> Weights:
     """The weights of the run in `folder` that `step` and `ema` name.
 
-    By default the result's; where there is none yet, the latest checkpoint's. With an average it is
-    taken unless `ema` is False. Raises Refused.
+    By default the result's; where there is none yet, the latest checkpoint's. Of an average and the
+    trained weights, by default what the plan saves as the result. Raises Refused.
     """
     plan = read_plan(folder)
     if ema and plan.ema is None:
         raise Refused(f"{folder} keeps no moving average", help="leave out `--ema`")
-    averaged = plan.ema is not None and ema is not False
+    averaged = _result_is_average(plan) if ema is None else ema
     checkpoint = _checkpoint(folder, plan, step, averaged)
     done = plan.steps.total if checkpoint is None else saved.read_state(checkpoint)["step"]
     return Weights(plan=plan, folder=folder, checkpoint=checkpoint, step=done, averaged=averaged)
@@ -86,16 +86,21 @@ def _result(folder: Path, plan: Plan) -> Path:
     return folder / result_name(plan.adapter)
 
 
+def _result_is_average(plan: Plan) -> bool:
+    """Whether the result's own folder holds the average, not the trained weights."""
+    return plan.ema is not None and plan.ema.save == "average"
+
+
 def _checkpoint(folder: Path, plan: Plan, step: int | None, averaged: bool) -> Path | None:
     root = folder / "checkpoints"
     there = saved.complete(root)
-    plain = plan.ema is not None and not averaged  # the result is the average
-    if step is None and not plain and _result(folder, plan).is_dir():
+    other = averaged != _result_is_average(plan)  # than the result holds
+    if step is None and not other and _result(folder, plan).is_dir():
         return None
     if not there:
         raise Refused(
             f"{folder} holds no checkpoint"
-            + ("" if plain or step is not None else " and no result"),
+            + ("" if other or step is not None else " and no result"),
             help="`tuner status` says how far the run is",
         )
     if step is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
+from compiler.adapters import result_name
 from compiler.costs import device_name
 from compiler.machine import Machine
 from compiler.memory import CORRECTION, Candidate, MemoryModel, Simulation
@@ -92,8 +93,7 @@ def key(
     encoders: Sequence[str] = (),
 ) -> str:
     """Names what a correction is worth being told to. `encoders` are in each step too."""
-    kind = adapter.kind if adapter else "full"
-    return digest_of([device, family, kind, compute, phase, *encoders])
+    return digest_of([device, family, result_name(adapter), compute, phase, *encoders])
 
 
 class CorrectedMemoryModel:

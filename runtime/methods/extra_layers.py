@@ -6,6 +6,7 @@ Names and shapes of the weights are those of the programs that read the files.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from compiler.plan import Adapter
 NAME = "default"
 
 
-class Extra(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class Extra(nn.Module, BaseTunerLayer, ABC):  # type: ignore[misc]
     """What they have in common: a base layer, and weights by part."""
 
     def __init__(self, base_layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -48,9 +49,9 @@ class Extra(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return plain
         return self.adapted(input)
 
+    @abstractmethod
     def adapted(self, input: Tensor) -> Tensor:
-        """See `forward`."""
-        raise NotImplementedError
+        """See `forward`. `input` is what the base layer takes."""
 
 
 def edges(layer: Any) -> tuple[int, int]:

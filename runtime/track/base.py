@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from attrs import frozen
 from PIL import Image
 
-from compiler.adapters import ADAPTERS, INVERSION
+from compiler.adapters import ADAPTERS
 from compiler.plan import EVALUATION, Plan
 
 OFFLINE = "HF_HUB_OFFLINE"  # set by `--offline`, and by people who want the same
@@ -59,7 +59,7 @@ def settings(plan: Plan) -> dict[str, str | int | float]:
         "seed": plan.seed,
         "family": plan.model.family,
         "base": plan.model.base,
-        "method": plan.adapter.kind if plan.adapter else "full",
+        "method": plan.adapter.kind if plan.adapter else "full fine-tune",
         "compute": plan.precision.compute,
         "trained": plan.precision.trained,
         "steps": plan.steps.total,
@@ -78,7 +78,6 @@ def settings(plan: Plan) -> dict[str, str | int | float]:
     if plan.adapter:
         row = ADAPTERS[plan.adapter.kind]
         sizes = {"rank": plan.adapter.rank, "alpha": plan.adapter.alpha}
-        if plan.adapter.kind != INVERSION:
-            found |= sizes if row.ranked else {}
+        found |= sizes if row.ranked else {}
         found |= {"block_size": plan.adapter.block_size} if row.blocked else {}
     return found

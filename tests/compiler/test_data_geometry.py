@@ -138,6 +138,23 @@ def test_shapes_that_are_left_out(tmp_path: Path) -> None:
     assert [row.images for row in result.outlook.skipped] == [2, 1]
 
 
+def test_a_line_of_pixels_is_handled_as_the_recipe_says(tmp_path: Path) -> None:
+    path = mixed(tmp_path, "resolution = 64")
+    make_pictures(tmp_path / "mixed" / "thin", [(1, 900), (900, 1)])
+    result = compiled(path)
+    assert result.plan is None and codes(result) == ["broken-images"]
+    said = " ".join(result.diagnostics[0].notes)
+    assert "1x900 pixels are more elongated than 16:1" in said and "900x1" in said
+    result = compiled(path, "data.broken=skip")
+    plan, manifest = made(result)
+    assert len(manifest) == plan.sources[0].images == 5 and plan.sources[0].skipped == 2
+    assert result.outlook is not None
+    assert sorted(row.why for row in result.outlook.skipped) == [
+        "1x900 pixels are more elongated than 16:1",
+        "900x1 pixels are more elongated than 16:1",
+    ]
+
+
 def test_a_crop_whose_package_is_missing(tmp_path: Path) -> None:
     path = mixed(tmp_path, 'resolution = 64\ncrop = { style = "face" }')
     assert codes(compiled(path)) == []

@@ -19,6 +19,11 @@ def recipe(family: str, more: str) -> str:
     return told + more
 
 
+def said(word: str) -> str:
+    """That captions say a word."""
+    return f'data.source[0].captions.prompt="a photo of {word} dog"'
+
+
 def planned(path: Path, *overrides: str) -> Plan:
     result = compiled(path, *overrides, memory_model=FixedMemory())
     assert result.plan is not None, result.diagnostics
@@ -31,7 +36,7 @@ def pivotal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_alone(tmp_path: Path) -> None:
-    table = '\n[embeddings]\nlr = 1e-3\nuntil = "50%"\n'
+    table = "\n[embeddings]\nlr = 1e-3\n"
     words = TOKEN + 'vectors = 3\ninitial = "white cat"\n'
     plan = planned(project(tmp_path, recipe("sd", ALONE + table + words), "sd"))
     assert plan.adapter is not None and plan.adapter.kind == "textual-inversion"
@@ -39,7 +44,7 @@ def test_alone(tmp_path: Path) -> None:
     assert facts is not None and facts.encoders == ("text_encoder",)
     (token,) = facts.tokens
     assert (token.token, token.vectors, token.initial) == ("<k4s4>", 3, "white cat")
-    assert (facts.lr, facts.until) == (1e-3, plan.steps.total // 2)
+    assert (facts.lr, facts.until) == (1e-3, plan.steps.total)
     assert not any(part.trained for part in plan.model.components)
 
 
@@ -48,6 +53,8 @@ def test_with_a_lora_and_with_trained_encoders(pivotal: Path) -> None:
     assert plan.embeddings is not None and plan.text_training is None
     assert plan.embeddings.encoders == ("text_encoder", "text_encoder_2")
     assert plan.embeddings.lr == plan.optimizer.lr
+    half = planned(pivotal, 'embeddings.until="50%"').embeddings
+    assert half is not None and half.until == plan.steps.total // 2
     both = planned(pivotal, 'train.text_encoders.until="50%"')
     assert both.embeddings == plan.embeddings and both.text_training is not None
     assert both.digest != plan.digest
@@ -58,6 +65,8 @@ def test_with_a_lora_and_with_trained_encoders(pivotal: Path) -> None:
     [
         (('embeddings.token[0].name="k4s4"',), "unknown-value", "name"),
         (('embeddings.token[0].name="<other>"',), "no-effect", "name"),
+        (('embeddings.token[0].name="<a/b>"', said("<a/b>")), "bad-name", "name"),
+        (('embeddings.token[0].name="<con>"', said("<con>")), "bad-name", "name"),
         (("embeddings.token[0].vectors=80",), "out-of-range", "vectors"),
         (('embeddings.until="0%"',), "out-of-range", "until"),
         (("model.text_encoder.quantize=int8",), "conflict", "quantize"),
@@ -77,6 +86,21 @@ def test_what_does_not_go_with_it(
 def test_one_word_twice(tmp_path: Path) -> None:
     path = project(tmp_path, recipe("sd", LORA + TOKEN + TOKEN), "sd")
     assert codes(compiled(path)) == ["duplicate-id"]
+
+
+def test_words_that_differ_by_case_are_one_to_the_tokenizer(tmp_path: Path) -> None:
+    other = TOKEN.replace("k4s4", "K4S4")
+    path = project(tmp_path, recipe("sd", LORA + TOKEN + other), "sd")
+    result = compiled(path, said("<k4s4> <K4S4>"))
+    assert codes(result) == ["duplicate-id"]
+    assert "small letters" in result.diagnostics[0].message
+
+
+def test_words_alone_are_learned_to_the_end(tmp_path: Path) -> None:
+    path = project(tmp_path, recipe("sd", ALONE + '\n[embeddings]\nuntil = "50%"\n' + TOKEN), "sd")
+    (fault,) = compiled(path).diagnostics
+    assert fault.code == "conflict" and fault.path == "embeddings.until"
+    assert compiled(path, 'embeddings.until="100%"', memory_model=FixedMemory()).plan is not None
 
 
 def test_without_an_adapter(tmp_path: Path) -> None:

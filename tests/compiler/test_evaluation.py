@@ -14,6 +14,7 @@ from compiler.data.prompts import prompts_of
 from compiler.occasions import evaluation_steps
 from compiler.plan import HeldOut, alters_trajectory
 from tests.compiler.recipes import RECIPE, FixedMemory, codes, compiled, make_pictures, project
+from tuner.plan_view import text
 
 HOLDOUT = RECIPE.replace('path = "pictures"', 'path = "pictures"\nholdout = 2')
 
@@ -105,6 +106,26 @@ def test_the_average_is_judged_where_there_is_one(tmp_path: Path) -> None:
         plan = _compiled(path, setting).plan
         assert plan is not None and plan.evaluation is not None
         assert plan.evaluation.weights == weights
+
+
+def test_pictures_are_drawn_with_the_average_unless_told_otherwise(tmp_path: Path) -> None:
+    pictures = '[validation]\nprompts = { dog = "a dog" }\n'
+    path = project(tmp_path, f"{RECIPE}\n[train.ema]\ndecay = 0.9\n{pictures}")
+    for setting, weights in (
+        ("seed=0", "average"),
+        ("validation.weights=trained", "trained"),
+        ("validation.weights=average", "average"),
+    ):
+        plan = _compiled(path, setting).plan
+        assert plan is not None and plan.validation.weights == weights
+        shown = " ".join(text(plan, recipe="r.toml").split())
+        assert ("not by the average" in shown) == (weights == "trained")
+    path = project(tmp_path / "none", f"{RECIPE}\n{pictures}")
+    plan = _compiled(path, "validation.weights=trained").plan
+    assert plan is not None and plan.validation.weights is None
+    refused = _compiled(path, "validation.weights=average")
+    assert refused.plan is None and codes(refused) == ["no-effect"]
+    assert refused.diagnostics[0].path == "validation.weights"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ from tests.compiler.recipes import FixedMemory, compiled, project
         ("transformer", "sample_size"),
     ],
 )
-@pytest.mark.parametrize("value", [None, "x", -1, 0, 10**30, [], {}, [[]], float("nan"), True])
+@pytest.mark.parametrize(
+    "value", [None, "x", -1, 0, 10**30, [], {}, [[]], float("nan"), True, 1e-320]
+)
 def test_configurations_never_raise(tmp_path: Path, component: str, key: str, value: Any) -> None:
     path = project(tmp_path)
     file = "scheduler_config.json" if component == "scheduler" else "config.json"

@@ -67,6 +67,17 @@ def test_the_next_plan_is_corrected(tmp_path: Path) -> None:
     assert {phase.device_bytes for phase in again.phases} == {100 * MIB}
 
 
+def test_a_fine_tune_of_all_weights_is_no_full_matrix_adapter(tmp_path: Path) -> None:
+    plan, path = sd35_large_lora(), tmp_path / "memory.json"
+    assert remember(path, evolve(plan, adapter=None), GPU, {"train": row(1000 * MIB, 1030 * MIB)})
+    candidate = small("sd3", rank=4, device="cuda", compute="bfloat16")
+    assert candidate.adapter is not None
+    adapted = evolve(candidate, adapter=evolve(candidate.adapter, kind="full"))
+    for given, bytes_ in ((evolve(candidate, adapter=None), 130 * MIB), (adapted, 100 * MIB)):
+        found = CorrectedMemoryModel(Fixed(), read(path), GPU).simulate(given)
+        assert {p.name: p.device_bytes for p in found.phases}["train"] == bytes_
+
+
 def test_corrections_add_up_instead_of_swinging(tmp_path: Path) -> None:
     """A second run, planned with the first one's correction, measures the same."""
     plan, path = sd35_large_lora(), tmp_path / "memory.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 from torch import nn
 
@@ -11,7 +12,9 @@ from compiler import plan
 from runtime import checkpoints
 from runtime.ema import Ema
 from runtime.execute import execute
-from tests.runtime.plans import LORA, draw_data, tiny_plan
+from runtime.export.request import chosen
+from runtime.export.weights import trained_weights
+from tests.runtime.plans import LORA, PICTURES, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
 
 
@@ -139,3 +142,39 @@ def test_both_are_saved_beside_each_other(method, tiny_sana, tmp_path):
         assert len(found) >= len(values)
         for value in values.values():
             assert any(each.shape == value.shape and torch.equal(each, value) for each in found)
+    for ema, values in (
+        (None, snapshot.weights), (False, snapshot.weights), (True, snapshot.ema)
+    ):  # fmt: skip
+        chosen_ = trained_weights(chosen(tmp_path / "run", ema=ema))
+        for name, value in values.items():
+            assert torch.equal(chosen_[name].read(), value), ema
+
+
+def test_pictures_are_drawn_with_the_weights_that_the_plan_names(tiny_sana, tmp_path):
+    """With the trained ones they are those of a run without average; that changes no weight."""
+    facts_ = plan.Ema(decay=0.9, device="cpu", every=1)
+    data, bytes_, trained = draw_data(tmp_path / "dog"), {}, {}
+    for name, ema, weights in (
+        ("none", None, None),
+        ("trained", facts_, "trained"),
+        ("average", facts_, "average"),
+    ):
+        made, manifest = tiny_plan(
+            "sana",
+            tiny_sana,
+            data,
+            tmp_path / name,
+            steps=3,
+            lr=0.1,
+            ema=ema,
+            validation=evolve(PICTURES, weights=weights),
+        )
+        execute(made, manifest, Interrupting("", 0, 0))
+        bytes_[name] = {p.parent.name: p.read_bytes() for p in (tmp_path / name).rglob("*.png")}
+        saved = checkpoints.latest(tmp_path / name / "checkpoints")
+        trained[name] = checkpoints.load(saved).weights
+    assert bytes_["trained"] == bytes_["none"] and len(bytes_["none"]) == 2
+    assert bytes_["average"]["step-000000"] == bytes_["none"]["step-000000"]
+    assert bytes_["average"]["step-000003"] != bytes_["none"]["step-000003"]
+    for weights in trained.values():
+        assert all(torch.equal(value, trained["none"][key]) for key, value in weights.items())

@@ -26,6 +26,7 @@ from runtime.export.request import Refused, chosen, requested
 from runtime.families import family_of
 from runtime.methods.base import Built
 from runtime.methods.embedding_files import read
+from runtime.methods.lora import PEFT_FILES
 from runtime.new_tokens import add_tokens, is_rows
 from runtime.step import micro_step
 from runtime.text_training import tokenizers
@@ -203,6 +204,25 @@ def test_pivotal_tuning_loads_in_diffusers(family: str, planned: Planned, tmp_pa
         requested(weights, merge=True, single_file=True, out=tmp_path / "one.safetensors")
     lora = export(requested(weights, out=tmp_path / "a.safetensors"))
     assert lora.is_file() and (tmp_path / "a-embeddings" / "k4.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "formats"), [("lokr", ("kohya", "comfyui")), ("lora", ("peft",)), ("dora", ("kohya",))]
+)
+def test_words_go_beside_an_adapter_of_any_keys(
+    kind: Any, formats: tuple[str, ...], planned: Planned, tmp_path: Path
+) -> None:
+    made, manifest = with_captions(planned("sd", f"beside-{kind}"))
+    assert made.adapter is not None
+    own = evolve(made.adapter, kind=kind, factor=4 if kind == "lokr" else 0)
+    plan = evolve(words(made, adapter=own), validation=made.validation)
+    assert execute(plan, manifest, Silent()).status == "finished"
+    weights = chosen(Path(plan.run_folder))
+    for form in formats:
+        out = export(requested(weights, format=form, out=tmp_path / form))
+        written = load_file(out / PEFT_FILES[0] if form == "peft" else out)
+        assert written and not any(TOKENS[1].token in key or "rows" in key for key in written)
+        assert (tmp_path / f"{form}-embeddings" / "k4.safetensors").is_file()
 
 
 def test_each_part_stops_in_its_own_time(planned: Planned) -> None:

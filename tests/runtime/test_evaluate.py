@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -170,6 +171,23 @@ def test_the_average_is_judged_if_the_plan_says_so(make: Any) -> None:
     assert ours[0] == theirs[0]  # the average begins at the weights
     assert ours[5] != theirs[5]
     assert all(torch.equal(v, _weights(trained)[k]) for k, v in _weights(plan).items())
+
+
+def test_copies_of_what_is_held_out_are_named(make: Any, tmp_path: Path) -> None:
+    """A plan knows pictures by where they lie; what they hold is read when they are encoded."""
+    for copies, words in (
+        ((), None),
+        (("02",), "1 held-out image is trained too, under another name"),
+        (("00", "02"), "1 held-out image is trained too, under another name"),
+    ):
+        for number in copies:  # the last but one of `make` is the first that is held out
+            shutil.copy(tmp_path / "dog/04.png", tmp_path / f"dog/{number}.png")
+        plan, manifest = make("-".join(("run", *copies)))
+        events = Interrupting(*NEVER)
+        execute(plan, manifest, events)
+        said = [text for text in events.texts if "held-out" in text]
+        assert len(said) == (words is not None)
+        assert words is None or (words in said[0] and "dog/04.png is dog/02.png" in said[0])
 
 
 def test_trackers_are_told_under_names_of_their_own() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from attrs import evolve
+from safetensors import SafetensorError
 
 from compiler import lock
 from compiler.plan import Checkpoints, Layout, Plan, Precision
@@ -22,6 +23,7 @@ from runtime import checkpoints, loop
 from runtime.context import result_folder
 from runtime.errors import OutOfMemory, PlanChanged, RunFailed
 from runtime.execute import execute
+from runtime.methods import lora
 from runtime.out_of_memory import is_out_of_memory as out_of_memory
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting, run
@@ -328,6 +330,42 @@ def test_another_plan_in_the_same_folder_is_refused(make):
         )
 
 
+def test_an_accepted_change_holds_from_the_checkpoint_on(make):
+    """Of the learning rate, and of an argument that lies in the optimizer's state too."""
+    from compiler.schedules import multiplier
+    from tuner.run import _accept
+
+    whole, manifest = make(name="whole")
+    assert run(whole, manifest, Interrupting(*NEVER)) == 0
+    ends = []
+    for name, decay in (("rate", 0.01), ("both", 0.5)):
+        plan, _ = make(name=name, optimizer="adamw")
+        first = evolve(plan, optimizer=evolve(plan.optimizer, arguments=arguments(plan, 0.01)))
+        assert run(first, manifest, Interrupting("step", 3, signal.SIGTERM)) == 130
+        changed = evolve(
+            first, optimizer=evolve(first.optimizer, lr=0.2, arguments=arguments(plan, decay))
+        )
+        with pytest.raises(PlanChanged) as caught:
+            execute(changed, manifest, Interrupting(*NEVER))
+        assert not _accept(changed, caught.value, ())
+        assert _accept(changed, caught.value, ("optimizer.lr", "optimizer.arguments"))
+        assert run(changed, manifest, Interrupting(*NEVER)) == 0
+        rows = metrics_of(changed)
+        assert [row["step"] for row in rows] == list(range(1, 8))
+        assert rows[:3] == metrics_of(whole)[:3]
+        for row in rows:
+            rate = (plan.optimizer.lr if row["step"] <= 3 else 0.2) * multiplier(
+                plan.schedule, row["step"] - 1
+            )
+            assert row["lr"] == pytest.approx(rate, rel=1e-12)
+        ends.append(final(changed)[1])
+    assert any(not torch.equal(ends[0][k], ends[1][k]) for k in ends[0] if k.startswith("weights"))
+
+
+def arguments(plan: Plan, decay: float) -> dict[str, object]:
+    return {**plan.optimizer.arguments, "weight_decay": decay}
+
+
 def test_a_full_disk_loses_nothing_older(make, monkeypatch):
     plan, manifest = make(every=2)
     written = checkpoints._write
@@ -349,11 +387,68 @@ def test_a_full_disk_loses_nothing_older(make, monkeypatch):
     assert_equal(whole, plan)
 
 
+def test_a_disk_that_is_full_at_the_result_is_said(make, monkeypatch):
+    plan, manifest = make(name="no-room")
+    save = lora.export
+
+    def full(*given, **more):
+        save(*given, **more)  # a part of it is there when the disk is full
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(lora, "export", full)
+    with pytest.raises(RunFailed, match="No space left") as caught:
+        execute(plan, manifest, Interrupting(*NEVER))
+    assert "run again" in caught.value.help and not result_folder(plan).exists()
+    monkeypatch.undo()
+    assert run(plan, manifest, Interrupting(*NEVER)) == 0 and result_folder(plan).is_dir()
+
+
 def test_a_run_folder_that_can_not_be_written_is_said(make):
     plan, manifest = make()
     (Path(plan.run_folder) / "run.log").mkdir(parents=True)
     with pytest.raises(RunFailed, match=r"run\.log"):
         execute(plan, manifest, Interrupting(*NEVER))
+
+
+def test_trackers_are_shown_the_base_s_picture_left_of_the_trained_one(make, monkeypatch):
+    import numpy as np
+    from PIL import Image
+
+    from runtime import seeing
+
+    class Seeing:
+        def __init__(self):
+            self.seen = {}
+
+        def picture(self, step, name, image):
+            self.seen[step] = name, np.asarray(image)
+
+        def metrics(self, step, values):
+            pass
+
+    real, found = seeing.painter_of, {}
+    for at_start in (True, False):
+        plan, manifest = make(
+            name=f"run-{at_start}",
+            steps=2,
+            lr=2e-2,
+            validation=evolve(PICTURES, every=1, at_start=at_start),
+        )
+        watch = found[at_start] = Seeing()
+        monkeypatch.setattr(
+            "runtime.execute.painter_of", lambda c, t, _, watch=watch: real(c, t, [watch])
+        )
+        assert run(plan, manifest, Interrupting(*NEVER)) == 0
+        files = {
+            int(path.parent.name[5:]): np.asarray(Image.open(path))
+            for path in Path(plan.run_folder).rglob("samples/*/*.png")
+        }
+        assert sorted(files) == [0, 1, 2][not at_start :]
+        for step, (name, shown) in watch.seen.items():
+            assert name == "dog-64x64-42"
+            expected = [files[0], files[step]] if at_start and step else [files[step]]
+            assert np.array_equal(shown, np.concatenate(expected, 1))
+    assert list(found[True].seen) == [0, 1, 2] and list(found[False].seen) == [1, 2]
 
 
 def test_scores(make):

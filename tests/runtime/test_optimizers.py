@@ -24,6 +24,7 @@ from runtime.optimizers import (
     kept_weights,
     load_state,
     make_optimizer,
+    own_arguments,
     set_lr,
     state_tensors,
 )
@@ -81,9 +82,38 @@ def test_resume_is_bit_exact(name, fused, dtype, tmp_path):
     torch.save(host_state(optimizer), tmp_path / "o.pt")
     again = copy.deepcopy(first)
     restored = make_optimizer(planned(name, fused), again.items(), CPU)
-    load_state(restored, torch.load(tmp_path / "o.pt", weights_only=True))
+    with own_arguments(restored, planned(name, fused)):  # the same: counters stay as they were
+        load_state(restored, torch.load(tmp_path / "o.pt", weights_only=True))
     train(restored, again, range(4, 9))
     assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-offload", "adamw-schedulefree"])
+def test_a_changed_argument_holds_from_the_state_on(name):
+    """Decoupled weight decay takes lr x decay of the weight, whatever the moments say."""
+    needs(name)
+    start, lr = torch.randn(64, 32, dtype=torch.float64), 1e-2
+    ends = {}
+    for decay in (0.1, 0.3):
+        p = nn.Parameter(start.float())
+        optimizer = make_optimizer(planned(name, weight_decay=0.1), [("p", p)], CPU)
+        train(optimizer, {"p": p}, range(3))
+        before, state = p.detach().clone(), host_state(optimizer)
+        again = nn.Parameter(before.clone())
+        chosen = planned(name, weight_decay=decay)
+        restored = make_optimizer(chosen, [("p", again)], CPU)
+        with own_arguments(restored, chosen):
+            load_state(restored, state)
+        assert {group["weight_decay"] for group in restored.param_groups} == {decay}
+        again.grad = torch.ones_like(again)
+        set_lr(restored, lr)
+        restored.step()
+        ends[decay] = again.detach().double()
+    if name != "adamw-schedulefree":  # which also averages
+        torch.testing.assert_close(
+            ends[0.1] - ends[0.3], lr * 0.2 * before.double(), rtol=1e-3, atol=1e-6
+        )
+    assert not torch.equal(ends[0.1], ends[0.3])
 
 
 @pytest.mark.slow
@@ -342,6 +372,28 @@ def test_small_updates_are_not_lost_where_the_row_says_so():
         moved[name] = 1.0 - p.detach().float().mean().item()
     assert moved["sgd"] == 0.0
     assert moved["optimi-sgd"] == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [n for n, f in OPTIMIZERS.items() if f.bf16 == "stochastic"])
+def test_small_updates_are_kept_on_average_where_they_are_rounded_at_random(name):
+    """Adam's first steps on a constant gradient are the learning rate itself, here a twentieth of
+    the distance between bfloat16 numbers below 1, of which rounding to the nearest loses all."""
+    spacing = 2.0**-8
+    moved = {}
+    for chosen in ("adamw", name):
+        torch.manual_seed(3)
+        p = nn.Parameter(torch.ones(64, 128).bfloat16())
+        with torch.compiler.set_stance("force_eager"):
+            optimizer = make_optimizer(planned(chosen, weight_decay=0.0), [("p", p)], CPU)
+            set_lr(optimizer, spacing / 20)
+            for _ in range(10):
+                p.grad = torch.full_like(p, 0.5)
+                optimizer.step()
+        moved[chosen] = (1.0 - p.detach().double()) / spacing
+    assert not moved["adamw"].any()
+    assert (moved[name] == moved[name].round()).all() and len(moved[name].unique()) > 2
+    deviation = (10 * 0.05 * 0.95 / p.numel()) ** 0.5  # of the mean: ten draws of a twentieth each
+    assert abs(moved[name].mean().item() - 0.5) < 5 * deviation + 0.02  # and states of few bits
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

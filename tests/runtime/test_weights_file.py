@@ -70,6 +70,101 @@ def test_the_file_s_weights_are_loaded(
     )
 
 
+FLUX2 = (  # black-forest-labs/flux2, src/flux2/model.py
+    ("single_transformer_blocks.", "single_blocks."),
+    ("transformer_blocks.", "double_blocks."),
+    ("attn.to_qkv_mlp_proj", "linear1"),
+    ("attn.to_out.0", "img_attn.proj"),
+    ("attn.to_out.weight", "linear2.weight"),
+    ("attn.to_add_out", "txt_attn.proj"),
+    ("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
+    ("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
+    ("ff_context.linear_in", "txt_mlp.0"),
+    ("ff_context.linear_out", "txt_mlp.2"),
+    ("ff.linear_in", "img_mlp.0"),
+    ("ff.linear_out", "img_mlp.2"),
+    ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    ("time_guidance_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    ("time_guidance_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+    ("modulation_img.linear", "modulation_img.lin"),
+    ("modulation_txt.linear", "modulation_txt.lin"),
+    ("single_stream_modulation.linear", "single_stream_modulation.lin"),
+    ("x_embedder", "img_in"),
+    ("context_embedder", "txt_in"),
+    ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+    ("proj_out", "final_layer.linear"),
+)
+Z_IMAGE = (  # Tongyi-MAI/Z-Image, src/zimage/transformer.py, as ComfyUI has it
+    ("all_final_layer.2-1.", "final_layer."),
+    ("all_x_embedder.2-1.", "x_embedder."),
+    ("attention.to_out.0.", "attention.out."),
+    ("attention.norm_k.", "attention.k_norm."),
+    ("attention.norm_q.", "attention.q_norm."),
+)
+
+
+def flux2_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Query, key and value of double blocks are one layer; the last norm has its halves turned."""
+    found = joined(tensors, "attn.to_{}", "img_attn.qkv")
+    found = joined(found, "attn.add_{}_proj", "txt_attn.qkv")
+    shift_last = "norm_out.linear.weight"
+    scale, shift = found[shift_last].chunk(2)
+    named = renamed(found | {shift_last: torch.cat([shift, scale])}, FLUX2)
+    for one in ("query", "key"):  # of single blocks, whose names begin the double ones'
+        old, new = f"attn.norm_{one[0]}.weight", f"norm.{one}_norm.scale"
+        for key in [key for key in named if key.endswith(old)]:
+            side = "" if key.startswith("single") else "img_attn."
+            named[key.removesuffix(old) + side + new] = named.pop(key)
+    return named
+
+
+def z_image_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    named = renamed(joined(tensors, "attention.to_{}", "attention.qkv"), Z_IMAGE)
+    return {f"model.diffusion_model.{key}": value for key, value in named.items()}
+
+
+def joined(tensors: dict[str, torch.Tensor], three: str, one: str) -> dict[str, torch.Tensor]:
+    """Layers of queries, keys and values as one."""
+    found, (q, k, v) = dict(tensors), (f"{three.format(name)}.weight" for name in "qkv")
+    for start in [key.removesuffix(q) for key in tensors if key.endswith(q)]:
+        rows = [found.pop(start + name) for name in (q, k, v)]
+        found[f"{start}{one}.weight"] = torch.cat(rows)
+    return found
+
+
+def renamed(
+    tensors: dict[str, torch.Tensor], names: tuple[tuple[str, str], ...]
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for key, tensor in tensors.items():
+        for old, new in names:
+            key = key.replace(old, new)
+        found[key] = tensor
+    return found
+
+
+@pytest.mark.parametrize("family", ["flux2", "flux2_dev", "z_image", "qwen_image", "pixart"])
+def test_files_of_later_families(family: str, tmp_path: Path) -> None:
+    """As published, and in the names of Diffusers, which those of the last two are."""
+    for seed, name in enumerate(("base", "other")):
+        make_tiny(family, tmp_path / name, seed=seed)
+    wanted = load_file(tmp_path / "other" / TRANSFORMER)
+    layouts = {"flux2": flux2_published, "flux2_dev": flux2_published, "z_image": z_image_published}
+    laid = layouts.get(family, dict)(wanted)
+    assert (laid.keys() == wanted.keys()) == (family not in layouts)
+    save_file({k: v.contiguous() for k, v in laid.items()}, tmp_path / "one.safetensors")
+    model = tiny_model(family, tmp_path / "base")
+    parts = tuple(
+        evolve(part, file=str(tmp_path / "one.safetensors")) if part.trained else part
+        for part in model.components
+    )
+    model = evolve(model, components=parts)
+    loaded = family_of(family).load(model, "transformer", torch.float32, CPU).state_dict()
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+
+
 def test_quantised_as_the_base_would_be(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, other = folders
     family, place = family_of("sd3"), published(other, tmp_path / "one.safetensors")

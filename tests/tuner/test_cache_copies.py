@@ -12,11 +12,12 @@ import pytest
 
 from compiler.compile import Compiled, compile_file, default_cache
 from compiler.data.manifest import Manifest
-from compiler.data.sources.remote import copied, picture_path
+from compiler.data.sources.remote import DOWNLOADS, copied, picture_path
 from runtime.data.copies import MANIFEST, copies, note_run
 from runtime.data.downloads import copy_sources
 from runtime.data.items import read
 from runtime.data.pictures import copy_pictures
+from runtime.data.unpacked import UNPACKED
 from tests.compiler.data import containers
 from tests.compiler.data.pictures import encoded, picture
 from tests.compiler.recipes import MACHINE, RECIPE, make_base
@@ -117,3 +118,12 @@ def test_places_of_a_manifest(tmp_path: Path) -> None:
     assert result.manifest is not None
     result.manifest.save(tmp_path / "m.jsonl")
     assert Manifest.places(tmp_path / "m.jsonl") == {str(tmp_path / "t.tar")}
+
+
+def test_what_vanishes_while_it_is_counted_is_passed_over(tmp_path: Path) -> None:
+    source = tmp_path / DOWNLOADS / "a1"
+    for folder in (source, tmp_path / UNPACKED):
+        folder.mkdir(parents=True)
+        (folder / "there").write_bytes(b"1234")
+        (folder / "gone").symlink_to(tmp_path / "nowhere")
+    assert [copy.bytes for copy in copies(tmp_path)] == [4, 4]

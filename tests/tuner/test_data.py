@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from compiler.compile import Compiled
 from compiler.plan import Mask
 from runtime.data.looks import shown, some_of
 from tests.compiler.recipes import RECIPE, compiled, make_pictures, project
-from tuner import data
+from tuner import data, data_page
 from tuner.cli import run_command
 from tuner.exits import DONE, REFUSED
 
@@ -54,6 +55,27 @@ def test_the_page(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "an edge below 60 pixels" in page and "no caption in 10% of uses" in page
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
     assert "6 of 24 images" in page or "6 of 25 images" in page
+    assert re.search(r"Left out</h2>.*an edge below 60 pixels", page, re.DOTALL)
+
+
+def test_the_histogram_counts_each_image_once(tmp_path: Path) -> None:
+    """By the shorter edge, however often an image is a sample; half an octave each."""
+    path = project(tmp_path, RECIPE.replace(PLACE, f"{PLACE}\nflip = true\nrepeats = 2"))
+    shutil.rmtree(tmp_path / "pictures")
+    sizes = [(64, 64)] * 5 + [(70, 200)] * 2 + [(128, 129)] + [(400, 300)] * 3
+    make_pictures(tmp_path / "pictures", sizes)
+    result = compiled(path)
+    assert result.plan is not None and result.manifest is not None, result.diagnostics
+    shown_ = data_page._sizes(result.manifest)
+    counts = re.findall(r"(\d+) to (\d+)</td>.*?>(\d+)</td></tr>", shown_, re.DOTALL)
+    assert [(int(low), int(high), int(count)) for low, high, count in counts] == [
+        (64, 91, 7),
+        (91, 128, 0),
+        (128, 181, 1),
+        (181, 256, 0),
+        (256, 362, 3),
+    ]
+    assert "64 to 300 pixels" in shown_
 
 
 def test_a_wrong_recipe_writes_no_page(here: Path) -> None:

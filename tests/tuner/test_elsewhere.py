@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from compiler.devices import named, names
-from tests.compiler.recipes import MACHINE
+from compiler.machine import Machine
+from tests.compiler.recipes import GPU, MACHINE, RECIPE, compiled, project
+from tests.compiler.test_ladder import OPEN, Formula
 from tuner.elsewhere import UnknownDevice, elsewhere
 
 GIB = 2**30
@@ -49,8 +51,29 @@ def test_every_name_that_is_offered_is_known() -> None:
     assert all(named(name) is not None for name in names())
 
 
+@pytest.mark.parametrize(
+    ("machine", "memory"),
+    [
+        (GPU, GPU.device_free_bytes),
+        (elsewhere(MACHINE, "rtx-4090"), 24 * GIB),
+        (elsewhere(MACHINE, "1100 MiB"), 1100 * 2**20),
+    ],
+)
+def test_an_open_budget_is_what_the_device_has_free(
+    machine: Machine, memory: int, tmp_path: Path
+) -> None:
+    """And settings that are open are chosen by it: the fastest that fits."""
+    recipe = project(tmp_path, RECIPE.replace("batch_size = 2", "batch_size = 4") + OPEN)
+    plan = compiled(recipe, machine=machine, memory_model=Formula()).plan
+    assert plan is not None and plan.memory.budget_bytes == memory
+    reasons = {decision.key: decision for decision in plan.decisions}
+    assert reasons["memory.budget"].why == "free on the device now"
+    saves = plan.memory.layout.activation_checkpointing > 0
+    assert saves == (memory < 1400 * 2**20)
+    assert max(phase.device_bytes for phase in plan.memory.phases) <= memory
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.compiler.recipes import project
     from tuner.cli import run_command
 
     recipe = project(tmp_path)

@@ -9,7 +9,7 @@ from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.plan import Publish, Ranked, Schedule
+from compiler.plan import Embeddings, NewToken, Publish, Ranked, Schedule, TextTraining
 from compiler.schedules import multiplier
 from compiler.site import Resume
 from tests.tuner import examples
@@ -52,6 +52,24 @@ def test_colour_only_decorates(name: str) -> None:
     plain = shown(name)
     coloured = decorated(plain, paint)
     assert coloured != plain and bare(coloured) == plain
+
+
+def test_encoders_that_stay_are_told_apart() -> None:
+    plan = examples.sd35_large_lora()
+    both = ("text_encoder", "text_encoder_2")
+    told = NewToken(token="<k4s4>", vectors=3, initial="a white dog that sleeps")
+    others = [NewToken(token=f"<other-{n}>", vectors=1) for n in range(3)]
+    words = Embeddings(encoders=both, tokens=(told, *others), lr=1e-3, until=10)
+    trained = TextTraining(encoders=both[:1], adapter=plan.adapter, lr=2e-5, until=10)
+    told_of = evolve(plan, embeddings=words, text_training=trained)
+    lines = text(told_of, recipe="a.toml").split("\n")
+    assert all(len(line) <= 80 for line in lines)
+    fates = {name: line for line in lines if (name := line.strip().partition(" ")[0]) in both}
+    first = [line for line in lines if line.startswith("  text_encoder ")]
+    assert first[0].endswith("frozen, adapted, in each step")
+    assert first[1].startswith("  text_encoder too: rank ") and "up to step 10" in first[1]
+    assert fates["text_encoder_2"].endswith("frozen but for new tokens, in each step")
+    assert any(line.startswith("  new tokens <k4s4> (3 vectors from ") for line in lines)
 
 
 def test_a_long_path_stays_whole() -> None:

@@ -103,6 +103,36 @@ def test_plain_lines_tell_of_each_phase_and_of_some_steps() -> None:
     assert "10.0 it/s  eta 0:25" in said[3] and said[-1].endswith("eta 0:00")
 
 
+def test_what_is_left_of_a_cache_goes_by_what_was_done_now() -> None:
+    """A hundred lay there; then two hundred in 40 seconds, and as quickly on: 700 x 0.2 s."""
+    stream, time_ = io.StringIO(), Clock()
+    lines = Lines(quickstart(), stream, time_)
+    lines.phase("latents", 1000, "pictures")
+    for now, done in ((5, 100), (20, 200), (45, 300), (60, 400), (85, 500), (205, 1000)):
+        time_.now = now
+        lines.advance(done)
+    lines.phase("latents", 50, "pictures")  # of what is held out
+    time_.now += 100
+    lines.advance(50)
+    assert stream.getvalue().splitlines() == [
+        "cache latents: 1,000 pictures",
+        "cache latents: 300/1,000 pictures  eta 2:20",
+        "cache latents: 500/1,000 pictures  eta 1:40",
+        "cache latents: 50 pictures",
+    ]
+
+
+def test_a_bar_counts_its_phase_down() -> None:
+    stream, time_ = io.StringIO(), Clock()
+    bars = Bars(quickstart(), stream, time_)
+    bars.phase("text", 64, "prompts")
+    bars.advance(0)
+    time_.now = 8
+    bars.advance(16)
+    bars.close()
+    assert "16/64 prompts" in stream.getvalue() and "eta 0:24" in stream.getvalue()
+
+
 def test_a_stream_that_is_no_terminal_gets_lines_and_a_closed_one_harms_nothing() -> None:
     stream = io.StringIO()
     shown = progress(quickstart(), stream)

@@ -81,9 +81,10 @@ def listing_path(path: str, origin: Origin, kind: str, wanted: Wanted) -> Path:
     return _beside(path, origin, wanted.spelt(kind))
 
 
-def hashes_path(path: str, origin: Origin) -> Path:
-    """Where the SHA-256 of those pictures is kept that were read when they were listed."""
-    return _beside(path, origin, "hashes")
+def hashes_path(path: str, origin: Origin, column: str) -> Path:
+    """Where the SHA-256 of those pictures is kept that were read when they were listed; of a shard
+    those of one `column`, else ""."""
+    return _beside(path, origin, f"hashes {column}")
 
 
 def _beside(path: str, origin: Origin, what: str) -> Path:

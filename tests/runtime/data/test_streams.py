@@ -132,6 +132,28 @@ def test_what_is_streamed_is_as_its_copy(site: Site, place: Path, kind: str, pla
         store.store.clear()
 
 
+def test_pictures_of_another_column_are_not_taken_for_those_of_this_one(
+    site: Site, place: Path
+) -> None:
+    table = containers.rows_of(TOLD)
+    cells = table.column("image").to_pylist()
+    table = table.append_column("other", pa.array(cells[::-1], table.schema.field("image").type))
+    pq.write_table(table, place / "two.parquet")
+    site.pages["/two.parquet"] = (place / "two.parquet").read_bytes()
+    copied = {}
+    for column in ("image", "other"):
+        toml = recipe(place, "two.parquet", f"copied-{column}", more=f'image = "{column}"')
+        copied[column] = facts(compiled(toml))
+    both = {}
+    for column in ("image", "other"):  # listed one after the other, then encoded
+        more = f'image = "{column}"\nstreaming = true'
+        both[column] = recipe(place, f"{site.url}/two.parquet", f"streamed-{column}", more=more)
+        compile_copied(both[column], [], offline=False)
+    for column, toml in both.items():
+        assert facts(compiled(toml)) == copied[column]
+    assert copied["image"] != copied["other"]
+
+
 def test_of_a_shard_only_the_columns_that_are_asked_for(site: Site, place: Path) -> None:
     data = site.pages["/t.parquet"] = shard(place, idle=IDLE)
     toml = recipe(place, f"{site.url}/t.parquet", "columns")
