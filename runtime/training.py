@@ -125,12 +125,12 @@ def _check_space(context: Context, trained: Trained) -> None:
     count = sum(p.numel() for p in trained.parameters.values())
     weights = sum(p.nbytes for p in trained.parameters.values())
     needed = weights + saved_bytes(plan.optimizer.name, plan.precision.trained, count)
+    if trained.ema is not None:
+        needed += 4 * count
     if (rival := trained.rival) is not None:
         count = sum(p.numel() for p in rival.parameters.values())
         needed += sum(p.nbytes for p in rival.parameters.values())
         needed += saved_bytes(plan.optimizer.name, plan.precision.trained, count)
-    if trained.ema is not None:
-        needed += 4 * count
     folder.check_space(context.folder, needed)
 
 
