@@ -17,6 +17,7 @@ from typing import Any
 from attrs import frozen
 
 from compiler.attention import packages as attention_packages
+from compiler.hub import home
 from compiler.machine import COMPILER, DEEPSPEED, HUB_TOKEN, OPENCV, TRITON, Machine
 from compiler.optimizers import packages
 from compiler.plan import Device
@@ -108,9 +109,7 @@ def hub_token_is_there() -> bool:
     """Whether the hub's library would find a token, by its own rules; it is not read."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return os.path.exists(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
+    return os.path.exists(os.environ.get("HF_TOKEN_PATH") or home() / "token")
 
 
 @cache

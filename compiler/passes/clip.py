@@ -10,6 +10,7 @@ from typing import Any
 
 from compiler.draft import Draft
 from compiler.files import read_small
+from compiler.hub import model_folder
 from compiler.memory import gib
 from compiler.passes.model import HUB_ID, folder_of
 from compiler.spans import KeyPath
@@ -169,7 +170,5 @@ def _copied(name: str) -> bool:
 
 def place_in_hub(name: str) -> Path | None:
     """Where the hub's cache holds the model; None where it does not."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    place = cache / f"models--{name.replace('/', '--')}" / "snapshots"
+    place = model_folder(name) / "snapshots"
     return next((path.parent for path in sorted(place.glob("*/config.json"))), None)

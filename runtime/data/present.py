@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compiler.data.manifest import Manifest
 from compiler.data.prompts import prompts_of
+from compiler.hub import model_folder
 from compiler.plan import Model, Plan
 from compiler.site import Counted
 from runtime.data.hashes import known_hashes
@@ -63,6 +64,8 @@ def _base(model: Model) -> Path | None:
     """The folder of the base; None where it has not been downloaded."""
     if model.local:
         return Path(model.base)
+    if not model_folder(model.base).is_dir():
+        return None
     from huggingface_hub import snapshot_download
 
     try:
