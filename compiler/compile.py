@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from compiler.diagnostics import Diagnostic, sort_diagnostics
+from compiler.home import default_cache
 from compiler.inherit import chain
 from compiler.mended import blamed_by, is_echo, mended, without_miscounts
 from compiler.schema import Recipe
@@ -130,12 +131,6 @@ def _not_here(layer: Source) -> Diagnostic:
         path="extends",
         help="write a recipe of two lines that extends what you want",
     )
-
-
-def default_cache() -> Path:
-    """The user's cache folder, by the XDG rule."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base).resolve() / "tuner"
 
 
 def _shown(path: Path) -> str:

@@ -94,7 +94,7 @@ def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, rea
 
 
 def _store(folder: Path | None) -> Store:
-    from compiler.compile import default_cache
+    from compiler.home import default_cache
     from runtime.data.store import INDEX, Store
 
     return Store((folder or default_cache()) / INDEX)
@@ -107,7 +107,7 @@ def _refused(message: str, help: str) -> int:
 
 def _copies(folder: Path | None) -> list[Copy]:
     """What was copied; none of it lies in a `folder` that is named."""
-    from compiler.compile import default_cache
+    from compiler.home import default_cache
     from runtime.data.copies import copies
 
     return copies(default_cache()) if folder is None else []

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from compiler.compile import Compiled, compile_file, default_cache
+from compiler.compile import Compiled, compile_file
 from compiler.diagnostics import Diagnostic, render, summary
+from compiler.home import default_cache
 from tuner.exits import DONE, REFUSED, UNFIT
 from tuner.screen import err, style_for
 

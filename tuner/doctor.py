@@ -42,8 +42,8 @@ def show_machine(*, recipe: Path | None = None, as_json: bool = False, online: b
 
 def examined(*, online: bool) -> dict[str, Any]:
     """All facts, and what keeps this machine from running recipes."""
-    from compiler.compile import default_cache
     from compiler.families import FAMILIES
+    from compiler.home import default_cache
     from runtime import checkup
     from runtime.machine import compiler, facts
 

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compiler.compile import default_cache
-from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+from compiler.home import default_cache
 from tuner.exits import DONE, REFUSED
 from tuner.screen import err, out, style_for
 from tuner.simulations import SIMULATIONS, Planning
@@ -29,15 +28,16 @@ def show_plan(
     `device` names one that is not here, or its memory. With `explain`, a key of the recipe, only
     what the plan knows of that key.
     """
-    from tuner.elsewhere import UnknownDevice
-
     planning = Planning(default_cache() / SIMULATIONS, recipe, [*overrides, device])
-    try:
-        with planning.simulator() as simulator:
+    with planning.simulator() as simulator:  # imports libraries while this process imports ours
+        from tuner.compiling import compile_here, exit_code, judged, show_diagnostics
+        from tuner.elsewhere import UnknownDevice
+
+        try:
             compiled = compile_here(recipe, overrides, simulator=simulator, device=device)
-    except UnknownDevice as error:
-        err(f"error: {error}")
-        return REFUSED
+        except UnknownDevice as error:
+            err(f"error: {error}")
+            return REFUSED
     if compiled.plan is not None:
         planning.done()
     diagnostics = judged(compiled, strict=strict)

@@ -211,7 +211,7 @@ def _keep_manifest(job: Job) -> None:
 
 def _note_copies(job: Job) -> None:
     """Note in the user's cache folder that the run reads what was copied there."""
-    from compiler.compile import default_cache
+    from compiler.home import default_cache
     from runtime.data.copies import note_run
 
     note_run(Path(job.plan.run_folder), default_cache())
@@ -277,7 +277,7 @@ def _keep_measured(plan: Plan, outcome: Outcome) -> None:
     spoils nothing."""
     from contextlib import suppress
 
-    from compiler.compile import default_cache
+    from compiler.home import default_cache
     from runtime.machine import look
     from runtime.memory import corrections
     from runtime.speeds import SPEEDS, remember

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compiler.memory import Candidate, MemoryModel, Simulation
 from runtime.memory.apart import Apart
-from runtime.memory.store import CachedMemoryModel
+
+if TYPE_CHECKING:
+    from compiler.memory import Candidate, MemoryModel, Simulation
 
 SIMULATIONS = "simulations"  # folder of answers, below the cache's
 PLANNED = "planned"  # below it: an empty file for each recipe that was planned
@@ -21,6 +23,8 @@ PLANNED = "planned"  # below it: an empty file for each recipe that was planned
 def memory_model(folder: Path, simulator: MemoryModel | None = None) -> MemoryModel:
     """Simulates what it finds no answer for in `folder`, by `simulator` or here; an answer found
     there imports no torch."""
+
+    from runtime.memory.store import CachedMemoryModel
 
     def found() -> MemoryModel:
         _announce()

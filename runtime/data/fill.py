@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compiler.compile import default_cache
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Item, Manifest
 from compiler.data.prompts import Prompt, prompts_of
 from compiler.data.scan import ALONE, shown
+from compiler.home import default_cache
 from compiler.plan import Plan
 from runtime.data import masks
 from runtime.data.cache import Cache

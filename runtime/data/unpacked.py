@@ -17,10 +17,10 @@ from pathlib import Path
 
 from attrs import astuple
 
-from compiler.compile import default_cache
 from compiler.data.scan import shown
 from compiler.data.sources.compressed import DAMAGED, compression, expanded
 from compiler.data.stamp import Stamp
+from compiler.home import default_cache
 from runtime.errors import RunFailed
 from runtime.files import PARTIAL, sync
 

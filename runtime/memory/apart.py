@@ -11,10 +11,12 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
-from compiler.memory import Candidate, MemoryModel, Simulation
 from runtime.memory.beside import ended, forked, possible
+
+if TYPE_CHECKING:
+    from compiler.memory import Candidate, MemoryModel, Simulation
 
 
 class Apart:

@@ -25,7 +25,5 @@ def recipe_here(folder: Path, patch: pytest.MonkeyPatch, text: str = RECIPE + PR
     ) -> Compiled:
         return compiled(path, *overrides, machine=MACHINE)
 
-    # The importing one first, or it would keep the other for good.
-    patch.setattr("tuner.plan.compile_here", compile_here)
     patch.setattr("tuner.compiling.compile_here", compile_here)
     return project(folder, text)

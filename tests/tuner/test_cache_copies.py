@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from compiler.compile import Compiled, compile_file, default_cache
+from compiler.compile import Compiled, compile_file
 from compiler.data.manifest import Manifest
 from compiler.data.sources.remote import DOWNLOADS, copied, picture_path
+from compiler.home import default_cache
 from runtime.data.copies import MANIFEST, copies, note_run
 from runtime.data.downloads import copy_sources
 from runtime.data.items import read

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from compiler.compile import Compiled, default_cache
+from compiler.compile import Compiled
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Item
+from compiler.home import default_cache
 from compiler.plan import Plan
 from runtime.data import items
 from runtime.data.cache import Cache
