@@ -15,6 +15,7 @@ from compiler.data.manifest import Manifest, ManifestDamaged
 from compiler.plan import Plan, lock_path
 from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
 from tuner.screen import err, out
+from tuner.slurm import adopt
 from tuner.worker import BadEnvironment, follow, seat
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run_recipe(
     """
     if offline:
         os.environ |= dict.fromkeys(OFFLINE, "1")
+    adopt(os.environ)
     try:
         place = seat()
     except BadEnvironment as error:
