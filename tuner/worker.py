@@ -117,10 +117,13 @@ def _joined() -> Group:
 
 def follow() -> int:
     """Train as one of the other launcher's ranks that do not lead: rank 0 says what. Exit code."""
-    from runtime.errors import MachineUnfit, RunFailed
-    from runtime.events import Silent
-    from runtime.execute import execute
-    from runtime.ranks import RanksLost, join
+    from runtime.quiet import native_output
+
+    with native_output(Path(os.devnull)):  # what libraries say while they are imported
+        from runtime.errors import MachineUnfit, RunFailed
+        from runtime.events import Silent
+        from runtime.execute import execute
+        from runtime.ranks import RanksLost, join
 
     group = None
     try:
