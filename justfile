@@ -20,7 +20,7 @@ test *arguments:
 
 # Every family x method x adapter x number format x checkpointing, and their memory: an hour or so.
 test-matrix *arguments:
-    TUNER_WHOLE_MATRIX=1 {{python}} -m pytest -q --dist load tests/test_matrix.py tests/runtime/test_memory_families.py {{arguments}}
+    TUNER_WHOLE_MATRIX=1 {{python}} -m pytest -q --dist load tests/test_matrix.py tests/test_matrix_more.py tests/runtime/test_memory_families.py {{arguments}}
 
 # Start-up times, the scan of 100,000 pictures, a plan of a million, feeding: some minutes.
 bench:
@@ -37,6 +37,10 @@ bench-fill folder:
 # Planned memory beside the allocator's, over 28 configurations: needs a CUDA device.
 bench-gpu-memory *arguments:
     {{python}} benchmarks/gpu_memory.py {{arguments}}
+
+# What offloading costs a step on this machine's CUDA device; writes docs/measurements/
+bench-gpu-offload *arguments:
+    {{python}} benchmarks/gpu_offload.py {{arguments}}
 
 # Write what is generated from the schema classes: the editors' schema and the reference page.
 generate:

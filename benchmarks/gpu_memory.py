@@ -158,6 +158,19 @@ def table(found: list[tuple[str, str, int, int]], head: Mapping[str, str]) -> st
     return "\n".join(lines) + "\n"
 
 
+def head_of(command: str) -> dict[str, str]:
+    """What a table was measured on, and how."""
+    return {
+        "device": look().device_name,
+        "driver, CUDA": ", ".join(
+            [*(gpu.driver for gpu in cuda_devices()[:1]), str(torch.version.cuda)]
+        ),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "Python": platform.python_version(),
+        "command": " ".join([command, *sys.argv[1:]]),
+    }
+
+
 def main() -> int:
     """Print the table, and write it below the folder of measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -176,16 +189,7 @@ def main() -> int:
         found.append(row)
         print(*row, flush=True)
     name = look().device_name
-    head = {
-        "device": name,
-        "driver, CUDA": ", ".join(
-            [*(gpu.driver for gpu in cuda_devices()[:1]), str(torch.version.cuda)]
-        ),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
-        "Python": platform.python_version(),
-        "command": "python benchmarks/gpu_memory.py " + " ".join(sys.argv[1:]),
-    }
-    text = table(found, head)
+    text = table(found, head_of("python benchmarks/gpu_memory.py"))
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"gpu-memory-{name.lower().replace(' ', '-')}.md"
     path.write_text(text, encoding="utf-8")
