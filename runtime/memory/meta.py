@@ -7,12 +7,14 @@ result's form (shape, strides, type) is kept and later ones are made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
+
+META = torch.device("meta")
 
 # Updates in place that PyTorch has no meta kernel for; they make nothing.
 WITHOUT_META = (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
@@ -26,11 +28,15 @@ Key = tuple[Any, ...]
 Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
 
 
-def _zeros(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the operation makes or takes the zeros without memory that stand for the derivative
-    of a constant: their results are known as such by more than their form."""
-    made = func.overloadpacket is torch.ops.aten._efficientzerotensor
-    return made or any(isinstance(each, Tensor) and each._is_zerotensor() for each in args)
+# Makes the zeros without memory that stand for the derivative of a constant. What is made of them
+# is known as such by more than its form.
+ZEROS = torch.ops.aten._efficientzerotensor.default
+
+SPECIAL = {
+    id(getattr(packet, name))
+    for packet in (*WITHOUT_META, ASKED.overloadpacket, ZEROS.overloadpacket)
+    for name in packet.overloads()
+}
 
 
 @frozen
@@ -41,6 +47,7 @@ class _Known:
     single: bool
     in_place: bool
     flops: int
+    bytes: int = 0  # of a single output's storage
 
 
 class MetaKernels:
@@ -55,30 +62,40 @@ class MetaKernels:
         self.counters = counters
         self.device = device
         self.flops = 0
+        self.fresh: int | None = None  # see `Kernels`
         self._known: dict[Key, _Known] = {}
+        self._zeros = False  # whether there may be such (`ZEROS`)
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """`func`'s result; operations on other devices (a step counter on the CPU) really run."""
-        if func.is_view or _zeros(func, args):
+        self.fresh = None
+        if func.is_view:
             return func(*args, **kwargs)
-        if func.overloadpacket in WITHOUT_META:
-            return None
-        if func is ASKED and args[0].is_meta and args[0].dtype == torch.bool:
-            return True
-        try:
-            key = (func, _describe(args), _describe(tuple(kwargs.items())))
-            known = self._known.get(key)
-        except _NotMeta:
+        name = id(func)  # operations live for ever, and hashing one is slow
+        if name in SPECIAL or self._zeros:
+            if func is ZEROS:
+                self._zeros = True
+            if func is ZEROS or any(isinstance(t, Tensor) and t._is_zerotensor() for t in args):
+                return func(*args, **kwargs)
+            if func.overloadpacket in WITHOUT_META:
+                return None
+            if func is ASKED and args[0].is_meta and args[0].dtype == torch.bool:
+                return True
+        key: list[Any] = [name]
+        if not _describe(args, key) or (kwargs and not _describe(kwargs.items(), key)):
             return func(*args, **kwargs)
+        known = self._known.get(whole := tuple(key))
         if known is None:
-            return self._first(key, func, args, kwargs)
+            return self._first(whole, func, args, kwargs)
         self.flops += known.flops
         if known.in_place:
             return args[0]
         if known.forms is None:
             return func(*args, **kwargs)
-        made = tuple(map(_make, known.forms))
-        return made[0] if known.single else made
+        if known.single:
+            self.fresh = known.bytes
+            return _make(known.forms[0])
+        return tuple(map(_make, known.forms))
 
     def _first(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         out = func(*args, **kwargs)
@@ -99,23 +116,21 @@ def _layer_norm_on_cpu(
     return out[0], out[1].to(kept), out[2].to(kept)
 
 
-class _NotMeta(Exception):
-    """An argument is a tensor of another device."""
-
-
-def _describe(values: tuple[Any, ...] | list[Any]) -> Key:
-    """A hashable account of `values`, tensors by their form."""
-    described: list[Any] = []
+def _describe(values: Iterable[Any], described: list[Any]) -> bool:
+    """Add a hashable account of `values`, tensors by their form; False if one is not on "meta"."""
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_meta:
-                raise _NotMeta
-            described.append((value.shape, value.stride(), value.dtype))
+                return False
+            described += (value.shape, value.stride(), value.dtype)
         elif isinstance(value, tuple | list):
-            described.append(_describe(value))
+            inside: list[Any] = []
+            if not _describe(value, inside):
+                return False
+            described.append(tuple(inside))
         else:
-            described.append((type(value), value))
-    return tuple(described)
+            described += (type(value), value)
+    return True
 
 
 def _learn(
@@ -135,7 +150,8 @@ def _learn(
     stores = [o.untyped_storage()._cdata for o in outputs if o is not None]
     if len(set(stores)) < len(stores) or given & set(stores):  # aliases that no schema admits
         return _Known(None, single, False, flops)
-    return _Known(tuple(map(_form, outputs)), single, False, flops)
+    held = out.untyped_storage().nbytes() if single else 0
+    return _Known(tuple(map(_form, outputs)), single, False, flops, held)
 
 
 def _tensors(values: tuple[Any, ...] | list[Any]) -> list[Tensor]:
@@ -155,4 +171,4 @@ def _form(tensor: Tensor | None) -> Form:
 def _make(form: Form) -> Tensor | None:
     if form is None:
         return None
-    return torch.empty_strided(form[0], form[1], dtype=form[2], device="meta")
+    return torch.empty_strided(form[0], form[1], dtype=form[2], device=META)

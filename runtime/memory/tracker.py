@@ -35,6 +35,10 @@ def rounded(nbytes: int) -> int:
 class Kernels(Protocol):
     """Runs an operation; `runtime.memory.meta` has a quick one for meta tensors."""
 
+    fresh: int | None
+    """Bytes of the last result's storage, where that is one tensor on the device that is certain
+    to be new; else None."""
+
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The operation's result."""
         ...
@@ -71,6 +75,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.devices = frozenset(devices)
         self.kernels = kernels
         self.workspaces = workspaces or {}
+        self._inside = {id(operation) for operation in self.workspaces}  # hashing one is slow
         self.category = "activations"
         self.current = 0
         self.peak = 0
@@ -94,16 +99,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation and look at what it returned."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs) if self.kernels is None else self.kernels(func, args, kwargs)
-        if isinstance(out, Tensor):
+        kernels = self.kernels
+        out = func(*args, **kwargs) if kernels is None else kernels(func, args, kwargs)
+        if kernels is not None and kernels.fresh is not None and not self._outside:
+            self._new(out.untyped_storage(), rounded(kernels.fresh), self.category)
+        elif isinstance(out, Tensor):
             self._see(out)
         elif isinstance(out, tuple | list):
             self._see_all(out)
         elif func is RESIZE:
             self._see(args[0])
-        inside = self.workspaces.get(func)
-        if inside is not None:
-            self.workspace(inside(*args, **kwargs))
+        if id(func) in self._inside:
+            self.workspace(self.workspaces[func](*args, **kwargs))
         return out
 
     def register(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -220,8 +227,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if block.nbytes == nbytes:
                 return block
             self._drop(key)  # resized: counts as a new one
-        block = self._enter(nbytes, block.category if block else self.category)
-        self._live[key] = block
+        return self._new(storage, nbytes, block.category if block else self.category)
+
+    def _new(self, storage: Any, nbytes: int, category: str) -> _Block:
+        key = storage._cdata
+        block = self._live[key] = self._enter(nbytes, category)
         block.ref = weakref.ref(storage, lambda _: self._drop(key))
         return block
 
