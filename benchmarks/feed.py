@@ -3,14 +3,21 @@
     python benchmarks/feed.py [COUNT ...]
 
 Latents of 32 x 32 x 32 in float16 (64 KiB) are read from a cache's shards and stacked, in the order
-of training, in batches of 16: that is `read`. `noise` is drawing it, `windows` all that a step is
-given: both, and noise levels, captions, everything as float32. `waited` is the share of its time
-that a step of 10 ms (1,600 samples a second) waits for the thread that makes windows. Each count is
-measured in a process of its own, with the files in the system's page cache; noise is drawn by as
-many threads as there are processors, all else by one.
+of training, in batches of 16: that is `read`, and `of CPU` the same by the seconds that the thread
+had a processor, which is what counts on a machine that does other things as well. `noise` is
+drawing it, `windows` all that a step is given: both, and noise levels, captions, everything as
+float32. `waited` is the share of its time that a step of 10 ms (1,600 samples a second) waits for
+the thread that makes windows.
+
+Memory is that of a process of its own for each count, which does what a run does: it reads the
+saved list of samples, asks of each picture and each caption (every picture has another) whether it
+is cached, and feeds. `libraries` is what the process holds before that, `beginning` the most until
+the first window is there, `feeding` the most from then on, an epoch's turn included: all three are
+RssAnon, what can't be given back. `files` is RssFile at the end: libraries, shards, and the list of
+samples, whose pages are the system's page cache.
 
 A million latents would be 61 GiB: above `DISTINCT` the index has a row for each sample, and samples
-share what the rows point to.
+share what the rows point to. The pictures were never there: the index knows their hashes.
 """
 
 from __future__ import annotations
@@ -19,45 +26,76 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
 DISTINCT = 4_000
 BATCH = 16
 WANTED = 20_000  # a second
+FLAT = 48  # MiB that feeding any count may take more than feeding the smallest
 STEP_SECONDS = 0.01
 STEPS = 300
 MIB = 2**20
+PLAN, MANIFEST = "plan.lock.toml", "manifest.jsonl"
 
 
 def main() -> None:
     counts = [int(word) for word in sys.argv[1:]] or COUNTS
     print(
-        f"{'samples':>9}  {'read /s':>8}  {'noise /s':>8}  {'windows /s':>10}  {'waited':>6}  "
-        f"{'resident':>10}  grown by feeding"
+        f"{'samples':>9}  {'read /s':>8}  {'of CPU':>8}  {'noise /s':>8}  {'windows /s':>10}  "
+        f"{'waited':>6}  {'libraries':>9}  {'beginning':>9}  {'feeding':>7}  {'files':>7}"
     )
+    least: int | None = None
     for count in counts:
-        subprocess.run([sys.executable, __file__, "--one", str(count)], check=True)
+        with tempfile.TemporaryDirectory() as place:
+            _in_a_process("--make", place, str(count))
+            grown = int(_in_a_process("--one", place, str(count)))
+        least = grown if least is None else least
+        assert grown - least < FLAT, f"feeding {count:,} takes {grown - least} MiB more"
 
 
-def measure(count: int) -> None:
-    """Print one row of the table. Fails if fewer latents are read than are wanted."""
+def _in_a_process(*arguments: str) -> str:
+    """The last line that it prints; what stands before it is shown."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    *rows, last = done.stdout.splitlines() or [""]
+    print("\n".join(rows), end="\n" if rows else "", flush=True)
+    done.check_returncode()
+    return last
+
+
+def measure(folder: Path, count: int) -> None:
+    """Print one row of the table, and the MiB by which feeding has grown the process. Fails if
+    fewer latents are read than are wanted."""
     import torch
+    from attrs import evolve
+
+    from compiler import lock
+    from compiler.data.manifest import Manifest
+    from runtime.data.cache import Cache
+    from runtime.data.feed import Feed
+    from runtime.data.fill import fill_latents, fill_text
+    from runtime.data.pages import trimmed
+    from runtime.events import Silent
+    from runtime.families import family_of
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        feed = made(Path(place), count)
-        order, cache, located = feed._order, feed._cache, feed._latents
-        feed.window(0)  # the epoch's order is made once
-        before = resident()
-        seconds, read, step = 0.0, 0, 0
-        while seconds < 3.0:
-            (batch,) = order.window(step)
-            start = time.perf_counter()
-            cache.stack(located, batch.rows, ("mean",))
-            seconds += time.perf_counter() - start
-            read, step = read + len(batch.rows), step + 1
+    family, before = family_of("sana"), anonymous()
+    with most() as beginning:
+        plan = evolve(lock.read(folder / PLAN), workers=os.cpu_count() or 1)
+        manifest = Manifest.load(folder / MANIFEST)
+        manifest.to_disk(folder)
+        trimmed()
+        cache = Cache(Path(plan.cache_folder))
+        fill_text(plan, manifest, family, cache, Silent())
+        fill_latents(plan, manifest, family, cache, Silent())
+        feed = Feed(plan, manifest, family, cache, torch.device("cpu"))
+        feed.window(0)
+    read, possible, step = reading(feed)
+    with most() as feeding:
         start, fed = time.perf_counter(), 0
         while time.perf_counter() - start < 3.0:
             fed += feed.window(step).samples
@@ -65,17 +103,31 @@ def measure(count: int) -> None:
         windows = fed / (time.perf_counter() - start)
         start, drawn = time.perf_counter(), 0
         while time.perf_counter() - start < 2.0:
-            drawn += len(
-                feed._normal("noise", torch.Size((BATCH, 32, 32, 32)), drawn, range(BATCH))
-            )
+            shape = torch.Size((BATCH, 32, 32, 32))
+            drawn += len(feed._normal("noise", shape, drawn, range(BATCH)))
         noise = drawn / (time.perf_counter() - start)
         waited = share_waited(feed, min(STEPS, -(-count // BATCH)))
-        after = resident()
+        feed.window(plan.steps.per_epoch)  # of the next epoch
     print(
-        f"{count:>9,}  {read / seconds:>8,.0f}  {noise:>8,.0f}  {windows:>10,.0f}  {waited:>6.1%}  "
-        f"{after / MIB:>6,.0f} MiB  {(after - before) / MIB:,.0f} MiB"
+        f"{count:>9,}  {read:>8,.0f}  {possible:>8,.0f}  {noise:>8,.0f}  "
+        f"{windows:>10,.0f}  {waited:>6.1%}  {before / MIB:>5,.0f} MiB  "
+        f"{beginning[0] / MIB:>5,.0f} MiB  {feeding[0] / MIB:>3,.0f} MiB  "
+        f"{status('RssFile') / MIB:>3,.0f} MiB"
     )
-    assert read / seconds >= WANTED, f"fewer than {WANTED:,} latents a second"
+    print(round((feeding[0] - before) / MIB))
+    assert possible >= WANTED, f"fewer than {WANTED:,} latents a second of the processor"
+
+
+def reading(feed) -> tuple[float, float, int]:  # type: ignore[no-untyped-def]
+    """Latents a second of the clock and of the processor, and the steps that it took."""
+    seconds, busy, read, step = 0.0, 0.0, 0, 0
+    while seconds < 3.0:
+        (batch,) = feed._order.window(step)
+        start, begun = time.perf_counter(), time.thread_time()
+        feed._cache.stack(feed._latents, batch.rows, ("mean",))
+        seconds, busy = seconds + time.perf_counter() - start, busy + time.thread_time() - begun
+        read, step = read + len(batch.rows), step + 1
+    return read / seconds, read / busy, step
 
 
 def share_waited(feed, steps: int) -> float:  # type: ignore[no-untyped-def]
@@ -92,81 +144,50 @@ def share_waited(feed, steps: int) -> float:  # type: ignore[no-untyped-def]
     return waited / (time.perf_counter() - begun)
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory, file pages included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def status(name: str) -> int:
+    """Bytes of this process, by a name of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def made(folder: Path, count: int):  # type: ignore[no-untyped-def]
-    """A feed of `count` pictures that were never there."""
-    import torch
-    from attrs import evolve
+def anonymous() -> int:
+    """Bytes of this process that are in memory and stand in no file."""
+    return status("RssAnon")
 
-    from compiler.data.counts import bucket_rows
-    from compiler.data.geometry import Placement
-    from compiler.data.manifest import Folder, Manifest, Sample
-    from runtime.data import feed as feeding
-    from runtime.data.cache import Cache
-    from runtime.data.keys import text_keys
-    from runtime.families import family_of
-    from tests.runtime.plans import draw_data, source_of, tiny_plan
-    from tests.runtime.tiny import make_tiny
 
-    base = make_tiny("sana", folder / "base")
-    source = source_of(draw_data(folder / "data", [(64, 64)]))
-    plan, _ = tiny_plan("sana", base, [source], folder / "run", steps=-(-count // BATCH))
-    placed = Placement(
-        resize_width=256, resize_height=256, crop_x=0, crop_y=0, width=256, height=256
-    )
-    source = evolve(source, images=count)
-    manifest = Manifest(
-        [Folder(id=source.id, path=source.path)],
-        (
-            Sample(
-                source=0,
-                key=f"{number:07}.png",
-                bytes=1,
-                width=256,
-                height=256,
-                placement=placed,
-                captions=(source.captions.prompt,),
-            )
-            for number in range(count)
-        ),
-    )
-    plan = evolve(plan, sources=(source,), buckets=bucket_rows(manifest, [source], [BATCH]))
-    batches = -(-count // BATCH)
-    steps = evolve(
-        plan.steps, per_epoch=batches, batches_per_epoch=batches, samples_per_epoch=count
-    )
-    plan = evolve(plan, steps=steps, workers=os.cpu_count() or 1)
-    family, cache = family_of("sana"), Cache(folder / "cache")
-    keys = [number.to_bytes(32, "little") for number in range(count)]
-    generator = torch.Generator().manual_seed(0)
-    for key in keys[:DISTINCT]:
-        cache.put(key, {"mean": torch.randn(32, 32, 32, generator=generator).half()})
-    cache.put(
-        text_keys(plan, family, cache).key(source.captions.prompt),
-        {
-            "encoder_hidden_states": torch.randn(20, 16, generator=generator).half(),
-            "encoder_attention_mask": torch.ones(20, dtype=torch.int64),
-        },
-    )
-    cache.flush()
-    with cache.store.writing() as database:
-        there = set(keys[:DISTINCT])
-        found = database.execute("SELECT key, shard, layout, offsets FROM entries").fetchall()
-        rows = [row[1:] for row in found if row[0] in there]
-        database.executemany(
-            "INSERT INTO entries VALUES (?, ?, ?, ?)",
-            ((keys[n], *rows[n % len(rows)]) for n in range(DISTINCT, count)),
-        )
-    setattr(feeding, "sample_keys", lambda *_: keys)  # noqa: B010
-    return feeding.Feed(plan, manifest, family, cache, torch.device("cpu"))
+@contextmanager
+def most():  # type: ignore[no-untyped-def]
+    """The most anonymous bytes in the block, looked at fifty times a second."""
+    found, over = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            found[0] = max(found[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+
+
+def make(folder: Path, count: int) -> None:
+    """Save a plan of `count` pictures that were never there, and their list."""
+    from compiler import lock
+    from tests.runtime.data.many import many
+
+    plan, manifest = many(folder, count, batch=BATCH, distinct=DISTINCT, size=32, channels=32)
+    (folder / PLAN).write_text(lock.dumps(plan))
+    manifest.save(folder / MANIFEST)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        measure(int(sys.argv[2]))
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["--one", place, number]:
+            measure(Path(place), int(number))
+        case ["--make", place, number]:
+            make(Path(place), int(number))
+        case _:
+            main()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from compiler.plan import Adapter
+    from compiler.plan import Adapter, Ranked
 
 AdapterKind = Literal[
     "lora", "dora", "lokr", "loha", "glora", "ia3", "full", "oft", "boft", "textual-inversion"
@@ -22,6 +22,12 @@ Init = Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"]
 
 OF_THE_BASE: frozenset[Init] = frozenset({"pissa", "olora"})
 """Starts that take a part of the base's weights over, which then is missing there."""
+CLIP_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "attention": (r".*\.self_attn\.(q|k|v|out)_proj",),
+    "all-linear": (r".*\.self_attn\.(q|k|v|out)_proj", r".*\.mlp\.fc[12]"),
+}
+"""Layers of a CLIP (transformers' modeling_clip.py), by the names of `targets` in
+[train.text_encoders]."""
 
 
 @frozen(kw_only=True)
@@ -39,6 +45,7 @@ class AdapterFacts:
     count: str  # parameters of one module, of `inputs` (times pixels of the kernel) and `outputs`
     file: str  # the result's, which `loads` reads
     loads: str
+    turns_input: bool = False  # the layer below is given another input than the one that has it
 
     @property
     def ranked(self) -> bool:
@@ -101,6 +108,8 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
                 "decompose_both",
                 "full_matrix",
                 "tucker",
+                "weight_decompose",
+                "train_norm",
             ),
             inits=(),
             kernels=True,
@@ -113,7 +122,14 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="LoHa",
             paper="arXiv 2108.06098",
             weight="W + s (B1 A1) (B2 A2), each number times the other",
-            keys=(*RANKED, "rank_dropout", "module_dropout", "tucker"),
+            keys=(
+                *RANKED,
+                "rank_dropout",
+                "module_dropout",
+                "tucker",
+                "weight_decompose",
+                "train_norm",
+            ),
             inits=(),
             kernels=True,
             count="2 * rank * (inputs + outputs)",
@@ -125,12 +141,13 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="GLoRA",
             paper="arXiv 2306.07967",
             weight="W + s (W A1 A2 + B1 B2)",
-            keys=RANKED,
+            keys=(*RANKED, "train_norm"),
             inits=(),
             kernels=False,
             count="rank * (3 * inputs + outputs)",
             file=LYCORIS_FILE,
             loads=LYCORIS_LOADS,
+            turns_input=True,
         ),
         AdapterFacts(
             kind="ia3",
@@ -149,7 +166,7 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="full-matrix adapter",
             paper="LyCORIS' `full`",
             weight="W + D",
-            keys=(),
+            keys=("train_norm",),
             inits=(),
             kernels=True,
             count="inputs * outputs",
@@ -168,6 +185,7 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             " // 2",
             file=PEFT_FILE,
             loads=PEFT_LOADS,
+            turns_input=True,
         ),
         AdapterFacts(
             kind="boft",
@@ -180,6 +198,7 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             count="butterfly_factors * inputs * block_size + outputs",
             file=PEFT_FILE,
             loads=PEFT_LOADS,
+            turns_input=True,
         ),
         AdapterFacts(
             kind=INVERSION,
@@ -199,10 +218,15 @@ LAYERED: tuple[AdapterKind, ...] = tuple(kind for kind in ADAPTERS if kind != IN
 """Kinds that change layers of the model."""
 
 
+def rule_of(adapter: Adapter, module: str) -> Ranked | None:
+    """The first pattern of `ranks` that matches `module`; None where `rank` holds."""
+    return next((r for r in adapter.ranks if re.fullmatch(r.pattern, module)), None)
+
+
 def rank_of(adapter: Adapter, module: str) -> int:
     """The rank of the adapter of `module`: by the first pattern of `ranks` that matches it."""
-    found = (r.rank for r in adapter.ranks if re.fullmatch(r.pattern, module))
-    return next(found, adapter.rank)
+    rule = rule_of(adapter, module)
+    return adapter.rank if rule is None else rule.rank
 
 
 def alpha_of(adapter: Adapter, module: str) -> float:

@@ -110,8 +110,9 @@ CODES: Mapping[str, Code] = {
     ),
     "batch-too-large": Code(
         "a batch larger than the data",
-        "No batch of this size can be filled from the source, so the run would not do what the "
-        "recipe says. Repeats count: 10 images with `repeats = 5` are 50 samples.",
+        "No source can fill a batch of this size, so the run would not do what the recipe says. "
+        "Repeats count: 10 images with `repeats = 5` are 50 samples. A small source beside one "
+        "that fills batches is trained in short ones.",
         "[train]\nbatch_size = 500",
         "[train]\nbatch_size = 2",
     ),
@@ -124,7 +125,8 @@ CODES: Mapping[str, Code] = {
     ),
     "broken-captions": Code(
         "caption files that can't be read",
-        "A caption file is UTF-8 text. The message names the files and what is wrong with each.",
+        "A caption file is UTF-8 text. The message names the files and what is wrong with each. "
+        'With `broken = "skip"` their images are left out, and counted.',
         '[[data.source]]\npath = "latin1"  # with captions in another encoding than UTF-8',
         '[[data.source]]\npath = "captioned"  # with captions in UTF-8',
     ),
@@ -134,6 +136,13 @@ CODES: Mapping[str, Code] = {
         "would fail on it, or without it silently see fewer images than you count.",
         '[[data.source]]\npath = "damaged"  # which holds a half-copied picture',
         '[data]\nbroken = "skip"',
+    ),
+    "budget-too-large": Code(
+        "a memory budget that the device does not have",
+        "The plan is made to fit the budget. What is between the device and the budget is not "
+        "there: the run would end for want of memory, or spill into the host's and crawl.",
+        '[launch]\ndevice = "cpu"\n[memory]\nbudget = "900 TiB"',
+        '[launch]\ndevice = "cpu"\n[memory]\nbudget = "8 GiB"',
     ),
     "captions-elsewhere": Code(
         "captions that this kind of source can't hold",
@@ -168,6 +177,15 @@ CODES: Mapping[str, Code] = {
         "become so (then it is a warning). This is about the machine, so the exit code is 3.",
         "[checkpoints]\nkeep = 0  # keeps all, on a disk that is nearly full",
         "[checkpoints]\nkeep = 2",
+    ),
+    "distilled-base": Code(
+        "training a base that was distilled into few steps",
+        "Such a base draws in a few steps what the model that it was made from draws in dozens. "
+        "Training knows nothing of that and undoes it: the longer it goes on, the worse pictures "
+        "in few steps become. Train the model that it was made from; most of its LoRAs can be "
+        "loaded into the distilled one.",
+        '[model]\nfamily = "flux"\nbase = "black-forest-labs/FLUX.1-schnell"',
+        '[model]\nfamily = "flux"\nbase = "black-forest-labs/FLUX.1-dev"',
     ),
     "does-not-fit": Code(
         "more memory needed than the budget",
@@ -448,6 +466,13 @@ CODES: Mapping[str, Code] = {
         "`schema` to be rid of the warning.",
         "schema = 1  # with a key that schema 2 has renamed",
         "schema = 2",
+    ),
+    "opaque-images": Code(
+        "masks by transparency, and no transparent image",
+        'With `from = "alpha"` what is opaque is learned. The headers of these images leave no '
+        "room for transparency, so all of each is learned, as without a mask.",
+        '[data.mask]\nfrom = "alpha"  # with images that are opaque',
+        '[data.mask]\nfrom = "file"\nfolder = "masks"',
     ),
     "optimizer-device": Code(
         "an optimizer that does not run on the device",

@@ -16,7 +16,7 @@ from compiler.data.prompts import Prompt, prompts_of
 from compiler.data.stages import stages, steps_in
 from compiler.devices import peak_flops
 from compiler.families import FAMILIES
-from compiler.keeping import at_once
+from compiler.keeping import at_once, waiting
 from compiler.machine import Machine
 from compiler.occasions import evaluation_steps, validation_steps
 from compiler.optimizers import saved_bytes
@@ -184,7 +184,7 @@ def texts_bytes(plan: Plan, prompts: Iterable[Prompt]) -> int:
 
 def kept(plan: Plan) -> int:
     """Complete checkpoints that lie there at once: a new one is written before an old one goes."""
-    return at_once(plan.checkpoints, plan.steps.total)
+    return at_once(plan.checkpoints, plan.steps.total, waiting(plan))
 
 
 def one_checkpoint_bytes(plan: Plan) -> int | None:

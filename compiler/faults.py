@@ -32,7 +32,7 @@ from compiler.kinds import (
 )
 from compiler.source import Merged, Source, dotted
 from compiler.spans import KeyPath
-from compiler.synonyms import LEFT_OUT, WORDS
+from compiler.synonyms import WORDS
 
 MAX_SHOWN = 200
 """Diagnostics of one recipe; a file of megabytes may hold a fault in every line."""
@@ -327,8 +327,6 @@ def placed_elsewhere(fault: Fault, cls: type, synonyms: Mapping[str, str]) -> Fa
         return fault
     if fault.unknown.lower().replace("-", "_") in _SECRETS:
         return fault._replace(help=_NO_SECRETS, meant="")
-    if (why := LEFT_OUT.get(fault.unknown.lower().replace("-", "_"))) is not None:
-        return fault._replace(help=why, meant="")
     known = nearest(fault.unknown, [], synonyms)
     if known is not None and (not fault.meant or fault.meant != known.rpartition(".")[2]):
         table, _, key = known.rpartition(".")

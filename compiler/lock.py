@@ -8,7 +8,8 @@ from typing import Any
 
 from cattrs import Converter
 
-from compiler.plan import NOT_IN_DIGEST, PLAN_FORMAT, Plan, plain
+from compiler.optimizers import OPTIMIZERS
+from compiler.plan import NOT_IN_DIGEST, PLAN_FORMAT, Plan, alters_trajectory, plain
 
 HEADER = """\
 # What this run does, resolved to the last value. Written by tuner; `tuner run` accepts it as it is.
@@ -66,6 +67,17 @@ def _structure(data: dict[str, Any]) -> Plan:
         return converter.structure(data, Plan)
     except Exception as error:
         raise LockError(f"a value does not fit: {error or type(error).__name__}") from error
+
+
+def alters(plan: Plan, key: str) -> bool:
+    """Whether a plan that differs from `plan` at the dotted `key` trains other weights.
+
+    Threads share out the sums of a processor, so their number matters where it computes.
+    """
+    if key == "threads":
+        on_host = plan.sharing.offload_optimizer or OPTIMIZERS[plan.optimizer.name].host_bytes > 0
+        return plan.device == "cpu" or on_host
+    return alters_trajectory(key)
 
 
 def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:

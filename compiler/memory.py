@@ -54,6 +54,7 @@ class Candidate:
     masked: bool = False  # whether samples of some source have masks
     attention: AttentionKernel = "native"  # of the trained component
     channels_last: bool = False
+    fused_projections: bool = False
     sprint: Sprint | None = None
     keeps_base: bool = False  # whether samples of some source learn what the base predicts
     text_training: TextTraining | None = None

@@ -67,9 +67,22 @@ class Model:
     @property
     def origin(self) -> str:
         """What it starts from, in words: the base, or the file of what is trained and the base."""
+        return self._started_from(self.base)
+
+    @property
+    def called(self) -> str:
+        """The base's id, or its folder's name: where that lies is nobody else's business."""
+        return Path(self.base).name if self.local else self.base
+
+    @property
+    def shared_origin(self) -> str:
+        """The same as `origin`, for files that others read."""
+        return self._started_from(self.called)
+
+    def _started_from(self, base: str) -> str:
         trained = next((c for c in self.components if c.name == self.trained_component), None)
         own = trained.file if trained and self.init == "pretrained" else None
-        return f"{Path(own).name}, with the rest of {self.base}" if own else self.base
+        return f"{Path(own).name}, with the rest of {base}" if own else base
 
 
 @frozen(kw_only=True)
@@ -109,6 +122,8 @@ class Adapter:
     decompose_both: bool = False
     full_matrix: bool = False  # of LoKr: neither factor is decomposed, whatever the rank
     tucker: bool = False  # of LoKr and LoHa: kernels of several pixels apart (Tucker's)
+    weight_decompose: bool = False  # of LoKr and LoHa: lengths of rows apart
+    train_norm: bool = False  # norms beside the targets; of kinds in LyCORIS' files
     block_size: int = 0  # of OFT and BOFT
     block_share: bool = False
     butterfly_factors: int = 0  # of BOFT
@@ -134,6 +149,8 @@ class NewToken:
     token: str
     vectors: int
     initial: str = ""  # a text whose tokens' vectors it starts from; "": random ones
+    start: str = ""  # file of its vectors to start from
+    start_digest: str = ""  # SHA-256 of that file's header
 
 
 @frozen(kw_only=True)
@@ -164,6 +181,7 @@ class Speed:
     compile: Literal["off", "regional"] = "off"  # "regional": each block of the trained component
     attention: AttentionKernel = "native"  # of the trained component; "native": PyTorch's choice
     channels_last: bool = False  # memory format of a UNet
+    fused_projections: bool = False  # queries, keys and values by one product
     tf32: bool = False  # factors of float32 products are rounded to 10 bits, on CUDA
     tokens: int = 0
     """Prompts are padded to so many tokens, masked, so that compiled blocks see few shapes; 0: a

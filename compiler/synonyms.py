@@ -15,6 +15,7 @@ WORDS = (
     ("locon", "lora"),
     ("embedding", "textual-inversion"),
     ("dylora", "lora"),
+    ("tlora", "lora"),
     ("diff", "full"),
     ("(ia)^3", "ia3"),
     ("diag-oft", "oft"),
@@ -38,16 +39,6 @@ WORDS = (
     ("float8", "fp8"),
 )
 """Other words for values, where a key takes one of a few."""
-
-_FUSED = (
-    "leave it out: projections of queries, keys and values that are fused make no step faster, and "
-    "of Stable Diffusion 3.5 Diffusers' fused form leaves out norms (docs/speed.md)"
-)
-
-LEFT_OUT = dict.fromkeys(
-    ("fuse_qkv", "fuse_qkv_projections", "fused_qkv", "fused_qkv_projections"), _FUSED
-)
-"""Settings of other trainers that are not here on purpose, and why."""
 
 SYNONYMS = {
     "training": "train",
@@ -81,6 +72,10 @@ SYNONYMS = {
     "attention_backend": "speed.attention",
     "attn_mode": "speed.attention",
     "allow_tf32": "speed.tf32",
+    "fuse_qkv": "speed.fused_projections",
+    "fuse_qkv_projections": "speed.fused_projections",
+    "fused_qkv": "speed.fused_projections",
+    "fused_qkv_projections": "speed.fused_projections",
     "optimizer_release_gradients": "memory.fused_backward",
     "num_train_epochs": "train.epochs",
     "max_train_epochs": "train.epochs",
@@ -134,6 +129,8 @@ SYNONYMS = {
     "network_module": "adapter.kind",
     "network_type": "adapter.kind",
     "lycoris_algo": "adapter.kind",
+    "dora_wd": "adapter.weight_decompose",
+    "train_norm": "adapter.train_norm",
     "network_weights": "adapter.from",
     "blocks_to_swap": "memory.offload.blocks",
     "enable_bucket": "data.crop.aspect",

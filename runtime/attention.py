@@ -1,10 +1,11 @@
 """Attention by another kernel than PyTorch's own choice, through Diffusers' dispatcher.
 
-The attention of Sana and of Stable Diffusion 3 does not ask the dispatcher: its processors call
-`scaled_dot_product_attention` themselves (Diffusers 0.42), so `model.set_attention_backend` changes
-nothing there. Here the processors stay what they are, code and all, but find another function under
-that name, which asks the dispatcher. Nothing else in the process is changed. It holds wherever a
-block runs: also where checkpointing runs it again, and under `torch.compile`.
+Some processors ask the dispatcher (Flux, Flux.2, Z-Image, Qwen-Image); others (Sana, Stable
+Diffusion, PixArt, Lumina) call `scaled_dot_product_attention` themselves (Diffusers 0.42), where
+`model.set_attention_backend` changes nothing. Here the processors stay what they are, code and all,
+but find other functions under both names, which ask the dispatcher for the kernel. Nothing else in
+the process is changed. It holds wherever a block runs: also where checkpointing runs it again, and
+under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from runtime.errors import MachineUnfit
 from runtime.machine import version
 
 CALLED = "scaled_dot_product_attention"
+ASKED = "dispatch_attention_fn"
 Attention = Callable[..., Tensor]
 
 
@@ -37,7 +39,7 @@ def use_attention(model: nn.Module, name: AttentionKernel) -> int:
     count = 0
     for module in model.modules():
         cls: type = type(getattr(module, "processor", None))
-        if CALLED in _names_in(cls):
+        if {CALLED, ASKED} & set(_names_in(cls)):
             module.processor = _turned(cls, name)()
             count += 1
     return count
@@ -68,11 +70,13 @@ def _names_in(cls: type) -> tuple[str, ...]:
 
 @cache
 def _turned(cls: type, name: AttentionKernel) -> type:
-    """The processor class `cls` whose call finds the dispatcher's function as `F`'s."""
+    """The processor class `cls` whose call finds the kernel in place of what it asks for."""
     stock: Any = vars(cls)["__call__"]
     # Without `__name__` torch.compile looks names up here, not in the module they come from.
     scope = {k: v for k, v in stock.__globals__.items() if k != "__name__"}
-    scope["F"] = types.SimpleNamespace(**{**vars(functional), CALLED: _dispatched(name)})
+    attention = _dispatched(name)
+    scope["F"] = types.SimpleNamespace(**{**vars(functional), CALLED: attention})
+    scope[ASKED] = _in_its_layout(attention)
     call = types.FunctionType(
         stock.__code__, scope, stock.__name__, stock.__defaults__, stock.__closure__
     )
@@ -92,14 +96,41 @@ def _dispatched(name: AttentionKernel) -> Attention:
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """(B, H, N, D), (B, H, M, D), (B, H, M, E) -> (B, H, N, E)."""
+        rest: dict[str, Any] = {
+            "attn_mask": attn_mask,
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+        }
         if query.is_meta:
-            return on_meta(name)(query, key, value, attn_mask, dropout_p, is_causal)
+            return on_meta(name)(query, key, value, **rest)
         turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out: Tensor = dispatch_attention_fn(
-            *turned, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, backend=backend
-        )
+        out: Tensor = dispatch_attention_fn(*turned, **rest, backend=backend)
         return out.transpose(1, 2)
 
     return attention
+
+
+def _in_its_layout(attention: Attention) -> Attention:
+    """`attention` as the dispatcher's own function is called; what that is told of back ends and
+    devices is of no account."""
+
+    def asked(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        backend: object = None,
+        parallel_config: object = None,
+        **rest: Any,
+    ) -> Tensor:
+        """(B, N, H, D), (B, M, H, D), (B, M, H, E) -> (B, N, H, E)."""
+        turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attention(*turned, **rest).transpose(1, 2)
+
+    return asked

@@ -15,6 +15,7 @@ from compiler.plan import (
     Embeddings,
     Layout,
     Model,
+    Plan,
     Precision,
     Speed,
     Sprint,
@@ -32,7 +33,7 @@ from runtime.offload.activations import offload_activations
 from runtime.offload.blocks import offload_blocks
 from runtime.speed import speed_up
 
-__all__ = ["Built", "build", "load_state", "state"]
+__all__ = ["Built", "build", "load_state", "state", "without_starts"]
 
 AS_WRITTEN = Speed()
 
@@ -86,8 +87,8 @@ def build(
         built = full.prepare(component, kept)
     else:
         beside = text_training.encoders if text_training else ()
-        built = lora.prepare(component, adapter, kept, seed, beside=beside)
-    speed_up(built.model, family.card.blocks, speed)
+        built = lora.prepare(component, adapter, kept, seed, beside=beside, family=model.family)
+    speed_up(built.model, family.card, speed)
     checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
     if layout.offload_blocks:
         offload_blocks(built.model, family.card.blocks, layout.offload_blocks, device)
@@ -100,6 +101,22 @@ def build(
         given = (model, text_training, embeddings, precision, family, device)
         built = with_encoders(built, *given, empty=empty, seed=seed)
     return built
+
+
+def without_starts(plan: Plan) -> Plan:
+    """The plan without the files that its adapters and words start from, for weights that are
+    loaded anyway: those files need not be there any more."""
+
+    def fresh(adapter: Adapter | None) -> Adapter | None:
+        return None if adapter is None else evolve(adapter, start="", start_digest="")
+
+    text, words = plan.text_training, plan.embeddings
+    if words is not None:
+        tokens = tuple(evolve(each, start="", start_digest="") for each in words.tokens)
+        words = evolve(words, tokens=tokens)
+    if text is not None:
+        text = evolve(text, adapter=fresh(text.adapter))
+    return evolve(plan, adapter=fresh(plan.adapter), text_training=text, embeddings=words)
 
 
 def _teacher(

@@ -7,7 +7,7 @@
     rival.pt                its optimizer's state
         optimizer.pt            the optimizer's state (torch.save, loads with weights_only)
         state.json              steps done, position, plan, versions, the loss scale, and the size
-                                of each file
+                                and checksum of each file
 
 Where each rank holds a part of every weight, the tensors lie in `shards` instead, see
 `runtime.sharded_saving`. There is no random state: randomness is a function of (seed, purpose,
@@ -17,7 +17,9 @@ step, sample).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,49 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime import files
+from runtime.checksum import checksum
 from runtime.errors import RunFailed
-from runtime.saved import STATE, complete, folder_of, is_complete, latest, read_state, step_of
+from runtime.events import Events
+from runtime.out_of_memory import is_out_of_memory
+from runtime.saved import (
+    STATE,
+    complete,
+    fault,
+    folder_of,
+    is_complete,
+    latest,
+    read_state,
+    step_of,
+)
 from runtime.shard_files import SHARDS, joined, read_whole
 
 __all__ = [
     "Snapshot",
+    "check_finite",
     "complete",
     "folder_of",
     "is_complete",
     "latest",
     "load",
     "read_state",
+    "reading",
     "save",
+    "set_aside",
     "step_of",
     "write_state",
 ]
 
 FORMAT = 1
+UNREADABLE = (
+    OSError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What the libraries raise at files that are damaged."""
 
 
 @frozen(kw_only=True)
@@ -67,11 +94,13 @@ class Snapshot:
 def save(checkpoints: Path, snapshot: Snapshot) -> Path:
     """Write `snapshot`; returns its folder. One of the same step and plan is left as it is.
 
-    Raises RunFailed if it can't be written (a full disk); older checkpoints are untouched then.
+    Raises RunFailed if it can't be written (a full disk, weights that are no numbers); older
+    checkpoints are untouched then.
     """
     target = folder_of(checkpoints, snapshot.step)
-    if is_complete(target) and read_state(target)["plan"] == snapshot.plan:
+    if is_complete(target) and read_state(target).get("plan") == snapshot.plan:
         return target
+    check_finite(snapshot.weights, snapshot.step)
     try:
         with files.partial_folder(target) as folder:
             _write(folder, snapshot)
@@ -83,6 +112,19 @@ def save(checkpoints: Path, snapshot: Snapshot) -> Path:
             + (f"step {read_state(older)['step']}" if older else "the start"),
         ) from error
     return target
+
+
+def check_finite(weights: Mapping[str, Tensor], step: int) -> None:
+    """Raise RunFailed if a weight is no number: what an update left so must not take the place of
+    what was good."""
+    for name, tensor in weights.items():
+        # Whatever is not finite stays in a sum; only a sum that overflowed needs a second look.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise RunFailed(
+                f"step {step} left weights that are no numbers ({name}); it was not saved",
+                help="older checkpoints are untouched. Likely causes: a learning rate that is too "
+                "high, or updates that overflow the weights' number format",
+            )
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -110,6 +152,7 @@ def write_state(folder: Path, snapshot: Snapshot, *, sharded: bool = False) -> N
         "scaler": snapshot.scaler,
         "sharded": sharded,
         "files": {p.relative_to(folder).as_posix(): p.stat().st_size for p in there},
+        "checksums": {p.name: checksum(p) for p in there if p.parent == folder},
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -119,28 +162,75 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def load(folder: Path) -> Snapshot:
-    """Read a checkpoint into host memory. Raises RunFailed if its format is not ours."""
+def set_aside(checkpoints: Path, events: Events) -> None:
+    """See that the newest complete checkpoint holds what was written. Where it does not, it is
+    renamed, with a warning, and the one before it is the newest.
+
+    Raises RunFailed where none does; nothing is renamed then. OSError if one can't be renamed.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(complete(checkpoints)):
+        if not (why := fault(folder)):
+            break
+        damaged.append((folder, why))
+    else:
+        if damaged:
+            raise RunFailed(
+                f"no checkpoint is left to go on from: {damaged[0][1]}",
+                help=f"bring it back from a copy, or remove {checkpoints} to begin from the start",
+            )
+    for folder, why in damaged:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        files.remove_folder(aside)
+        folder.rename(aside)
+        events.message(f"{why}. {folder.name} is called {aside.name} now, and not used", "warning")
+
+
+@contextmanager
+def reading(path: Path, folder: Path) -> Iterator[None]:
+    """Inside, `path` of the checkpoint `folder` is read; raises RunFailed, which names it, if that
+    can't be done."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        steps = map(step_of, complete(folder.parent))
+        older = [step for step in steps if step < step_of(folder)]
+        raise RunFailed(
+            f"{path} can't be read: {first}",
+            help=f"move {folder} away and run again: it goes on from "
+            + (f"step {older[-1]}" if older else "the start"),
+        ) from error
+
+
+def load(folder: Path, *, checked: bool = False) -> Snapshot:
+    """Read a checkpoint into host memory. Raises RunFailed if its format is not ours, or if it is
+    damaged; whether it is, is not looked at again if it is `checked`."""
+    if not checked and (why := fault(folder)):
+        raise RunFailed(why, help=f"move {folder} away: another is used then")
     state = read_state(folder)
     if state["format"] != FORMAT:
         raise RunFailed(
             f"{folder} has checkpoint format {state['format']}; this version reads {FORMAT}"
         )
-    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer = _unpickled(folder, "optimizer.pt")
     ema: Mapping[str, Tensor] | None = None
     rival: Mapping[str, Tensor] | None = None
     rival_optimizer: Mapping[str, Any] | None = None
     if "rival.safetensors" in state["files"]:
-        rival = load_file(folder / "rival.safetensors")
-        rival_optimizer = torch.load(folder / "rival.pt", map_location="cpu", weights_only=True)
+        rival = _tensors(folder, "rival.safetensors")
+        rival_optimizer = _unpickled(folder, "rival.pt")
     if state.get("sharded"):
-        kinds = read_whole(folder / SHARDS)
+        with reading(folder / SHARDS, folder):
+            kinds = read_whole(folder / SHARDS)
         weights, ema = kinds["weights"], kinds["ema"] or None
         optimizer = joined(optimizer, kinds["optimizer"])
     else:
-        weights = load_file(folder / "weights.safetensors")
+        weights = _tensors(folder, "weights.safetensors")
         if "ema.safetensors" in state["files"]:
-            ema = load_file(folder / "ema.safetensors")
+            ema = _tensors(folder, "ema.safetensors")
     return Snapshot(
         step=state["step"],
         epoch=state["epoch"],
@@ -153,3 +243,16 @@ def load(folder: Path) -> Snapshot:
         rival=rival,
         rival_optimizer=rival_optimizer,
     )
+
+
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    with reading(folder / name, folder):
+        return load_file(folder / name)
+
+
+def _unpickled(folder: Path, name: str) -> dict[str, Any]:
+    with reading(folder / name, folder):
+        found = torch.load(folder / name, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no state of an optimizer")
+        return found

@@ -24,6 +24,10 @@ class OutOfMemory(RunFailed):
         self.phase = phase
 
 
+class InUse(RunFailed):
+    """Another process has the run folder: nothing may be written there (exit code 1)."""
+
+
 class PlanChanged(RunFailed):
     """The run folder holds another plan. `changes` are (key, there, here) as text (exit code 2)."""
 

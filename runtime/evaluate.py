@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,10 +31,12 @@ from runtime.data.feed import MOMENTS, frames
 from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import Rows
+from runtime.data.packed import Keys
 from runtime.ema import Ema
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.families.common import inference
+from runtime.guard import named
 from runtime.noise_levels import levels_at
 from runtime.noise_table import kept_at
 from runtime.objective import place_weights
@@ -64,7 +67,7 @@ class Judge:
         self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
         keys = text_keys(plan, family, cache)
         self._latents = cache.locate(sample_keys(plan, self._manifest, family, cache))
-        self._captions = cache.locate([keys.key(text) for text in self._manifest.captions])
+        self._captions = cache.locate(Keys.of(keys.key(text) for text in self._manifest.texts))
         cache.used_by(plan.run_folder, self._latents, self._captions)
         self._tokenizers = tokenizers(plan, family)
         told = rows(Path(plan.run_folder) / METRICS, done)
@@ -82,7 +85,8 @@ class Judge:
         words: TrainedText | None = None,
     ) -> None:
         """Measure after `step` updates and tell the trackers. Returns early, with nothing told, if
-        a stop is requested. `words` are the text encoders that are trained too."""
+        a stop is requested. A mean that is no finite number is told to no tracker, but said, with
+        the samples. `words` are the text encoders that are trained too."""
         if step in self.measured:
             return
         events.phase("evaluate", sum(group.images for group in self._facts.groups), "pictures")
@@ -92,17 +96,28 @@ class Judge:
             found = self._losses(model, events, stop, words)
         if found is None:
             return
-        for tracker in trackers:
-            tracker.metrics(step, found)
+        means, bad = found
+        if bad:
+            events.message(
+                f"the evaluation loss after step {step} is no finite number for {named(bad, ())}; "
+                "it is left out",
+                "warning",
+            )
+        finite = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        for tracker in trackers if finite else ():
+            tracker.metrics(step, finite)
         self.measured.add(step)
 
     def _losses(
         self, model: nn.Module, events: Events, stop: Stop, words: TrainedText | None
-    ) -> dict[str, float] | None:
+    ) -> tuple[dict[str, float], list[str]] | None:
+        """The means by name, and the samples whose loss is not finite; None if stopped."""
         by_source: dict[str, list[Tensor]] = {}
+        names: dict[str, list[str]] = {}
         done = 0
         for group, members in zip(self._facts.groups, self._manifest.buckets, strict=True):
             found = by_source.setdefault(group.source, [])
+            whose = names.setdefault(group.source, [])
             for start in range(0, group.images, group.batch_size):
                 if stop.asked:
                     return None
@@ -118,13 +133,20 @@ class Judge:
                             words,
                         )
                     )
+                    whose += [self._manifest.name(int(row)) for row in chosen]
                 done += len(chosen)
                 events.advance(done)
         whole = {name: torch.cat(each).double().cpu() for name, each in by_source.items()}
         means = {LOSS: torch.cat(list(whole.values())).mean().item()}
         if len(whole) > 1:
             means |= {f"{LOSS}/{name}": each.mean().item() for name, each in whole.items()}
-        return means
+        bad = {
+            name: None
+            for source, each in whole.items()
+            for name, finite in zip(names[source], each.isfinite().tolist(), strict=True)
+            if not finite
+        }
+        return means, list(bad)
 
     def _batches(self, chosen: Rows) -> Iterator[Batch]:
         """The batch of some rows of one bucket, at each noise level."""
@@ -144,7 +166,7 @@ class Judge:
         text = {name: tensor.to(self._device) for name, tensor in collated.items()}
         tokens = None
         if self._tokenizers is not None:
-            captions = [self._manifest.captions[number] for number in first]
+            captions = [self._manifest.texts[number] for number in first]
             tokens = self._tokenizers.batch(captions).to(self._device)
         mask = self._mask(chosen)
         self._cache.let_go()

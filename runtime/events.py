@@ -10,8 +10,8 @@ class Events(Protocol):
     """What a run reports. Implementations must not raise and must return quickly."""
 
     def phase(self, name: str, total: int, unit: str) -> None:
-        """A phase begins: "text", "latents", "load", "train", "validate", "evaluate" or "save";
-        `total` 0: unknown."""
+        """A phase begins: "text", "latents", "load", "train", "validate", "evaluate",
+        "save", or "publish" once the run is finished; `total` 0: unknown."""
         ...
 
     def advance(self, done: int, **values: Any) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 from runtime import files, folder
+from runtime.checkpoints import set_aside
 from runtime.clock import Clock
 from runtime.context import (
     LOG,
@@ -32,6 +33,7 @@ from runtime.context import (
 from runtime.data.cache import Cache
 from runtime.data.fill import fill_latents, fill_text
 from runtime.data.leaks import warn_of_leaks
+from runtime.data.pages import trimmed
 from runtime.data.sharing import team_of
 from runtime.errors import RunFailed
 from runtime.events import Events
@@ -44,8 +46,9 @@ from runtime.publish.publisher import Publisher, catch_up
 from runtime.quiet import native_output, quiet
 from runtime.ranks import ALONE, Ranks
 from runtime.result import export_result, go_back
+from runtime.result_step import result_step
 from runtime.resume import prepared
-from runtime.seeing import draw_samples, judge_of, measure_loss, painter_of
+from runtime.seeing import draw_result, draw_samples, judge_of, measure_loss, painter_of
 from runtime.speed import check_speed
 from runtime.stop import Stop
 from runtime.track import Tracker, open_trackers
@@ -81,6 +84,8 @@ def execute(
     """
     try:
         return _executed(plan, manifest, events, recipe, ranks)
+    except RunFailed:  # some are errors of the system too, and say more
+        raise
     except OSError as error:  # a disk that is full where the run begins or ends
         raise _of_system(error) from error
 
@@ -91,12 +96,15 @@ def _of_system(error: OSError | SafetensorError) -> RunFailed:
 
 def _executed(plan: Plan, manifest: Manifest, events: Events, recipe: str, ranks: Ranks) -> Outcome:
     with _opened(plan, recipe, ranks) as run_folder:
+        manifest.to_disk(run_folder)
+        trimmed()
         found = folder.read_measured(run_folder)
-        finished = found is not None and result_folder(plan).is_dir()
+        accepted = folder.is_accepted(run_folder, plan)  # a finished run may be given more steps
+        finished = found is not None and result_folder(plan).is_dir() and not accepted
         if ranks.told(_FINISHED if finished else "") == _FINISHED:
             events.message(f"{run_folder} is finished ({plan.steps.total} steps); nothing to do")
             if ranks.leads:
-                _publish(plan, run_folder, events)
+                _publish_later(plan, run_folder, events)
             return _outcome(plan, "already", plan.steps.total, found)
         looked_at = run_folder if ranks.leads else None
         events = journal = Journal(run_folder / EVENTS if ranks.leads else Path(os.devnull), events)
@@ -127,8 +135,10 @@ def _noted(context: Context, journal: Journal) -> Outcome:
     """Run, with beginning and end written down and told."""
     publisher = context.publisher
     publisher.check()
-    begun = saved_step(context.folder)
-    if context.ranks.leads:
+    begun = 0
+    if context.ranks.leads:  # the others look once they have met
+        set_aside(context.folder / "checkpoints", context.events)
+        begun = saved_step(context.folder)
         catch_up(publisher, context.folder)  # what was killed before it was uploaded
     journal.note(f"plan {context.plan.digest[:12]} on {context.device}", step=begun)
     publisher.tell("began", begun)
@@ -137,8 +147,8 @@ def _noted(context: Context, journal: Journal) -> Outcome:
         outcome = _guarded(context)
         finished = outcome.status == "finished"
         journal.note(outcome.status, step=outcome.step)
-        if finished and outcome.result:
-            publisher.result(outcome.result, _recipe_in(context.folder), outcome.step)
+        if finished and context.ranks.leads:
+            _publish(publisher, context.plan, context.folder)
         publisher.tell(outcome.status, outcome.step)
     except BaseException as error:
         text = error.message if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
@@ -150,13 +160,22 @@ def _noted(context: Context, journal: Journal) -> Outcome:
     return outcome
 
 
-def _publish(plan: Plan, run_folder: Path, events: Events) -> None:
+def _publish(publisher: Publisher, plan: Plan, run_folder: Path) -> None:
+    """What there is of a finished run and not on the hub."""
+    catch_up(publisher, run_folder)
+    step = result_step(run_folder, plan)
+    publisher.result(result_folder(plan), _recipe_in(run_folder), step)
+
+
+def _publish_later(plan: Plan, run_folder: Path, events: Events) -> None:
     """What a finished run could not publish when it ended."""
     publisher = Publisher(plan, run_folder, events)
     publisher.check()
-    catch_up(publisher, run_folder)
-    publisher.result(result_folder(plan), _recipe_in(run_folder), plan.steps.total)
-    publisher.close(finished=True)
+    if plan.publish is None or not plan.publish.hub:
+        return
+    with quiet(run_folder / LOG):
+        _publish(publisher, plan, run_folder)
+        publisher.close(finished=True)
 
 
 def _recipe_in(run_folder: Path) -> str:
@@ -170,6 +189,8 @@ def _guarded(context: Context) -> Outcome:
         return _run(context)
     except KeyboardInterrupt:
         return _outcome(context.plan, "stopped", saved_step(context.folder), {})
+    except RunFailed:
+        raise
     except (OSError, SafetensorError) as error:  # a base that is not there, a disk that is full
         raise _of_system(error) from error
     except (RuntimeError, MemoryError) as error:
@@ -206,6 +227,8 @@ def _run(context: Context) -> Outcome:
                 ranks.form(context.device)
             built, trained, done = prepared(context)
             _agree(context, done)
+            if ranks.leads:
+                folder.take_over(context.folder)
         painter = painter_of(context, trained, trackers)
         judge = judge_of(context, done)
         reached = train_from(context, built, trained, painter, judge, trackers, done)
@@ -217,14 +240,18 @@ def _run(context: Context) -> Outcome:
             return _outcome(plan, "finished", reached, {})
         goes_back = plan.checkpoints.result == "best"
         if not goes_back:
-            export_result(context, built, trained)
+            export_result(context, built, trained, reached)
         as_leader_at_end(context, trained, lambda: draw_samples(context, trained, painter, reached))
         as_leader_at_end(
             context, trained, lambda: measure_loss(context, trained, judge, trackers, reached)
         )
         if goes_back:  # only now is the last one judged, too
-            go_back(context, built, trained)
-            export_result(context, built, trained)
+            best = go_back(context, built, trained)
+            if best is not None:
+                as_leader_at_end(
+                    context, trained, lambda: draw_result(context, trained, painter, best)
+                )
+            export_result(context, built, trained, reached if best is None else best)
         if trained.shards is not None:
             ranks.most(0)  # all have heard rank 0's last word, which ends with its process
             ranks.leave()

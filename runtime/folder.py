@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from compiler import lock
-from compiler.plan import Plan, alters_trajectory, lock_path
+from compiler.adapters import RESULTS
+from compiler.plan import Plan, lock_path
 from runtime import files
-from runtime.errors import PlanChanged, RunFailed
+from runtime.errors import InUse, PlanChanged, RunFailed
+from runtime.result_step import RESULT
 
 MEASURED = "measured.json"
 LOCK = ".lock"
+ACCEPTED = ".accepted"
+"""A plan, with its recipe, that a person lets a begun run go on with although it trains otherwise.
+It takes the place of the run's own once a checkpoint has been loaded under it, so that one which
+can't be gone on with leaves the run as it was."""
+ASKING_SECONDS = 1.0  # `is_held` has a folder for an instant: a run waits that long for it
 
 
 @contextmanager
 def opened(plan: Plan, recipe: str) -> Iterator[Path]:
     """The plan's run folder, made if need be, with `recipe.toml` and `plan.lock.toml` in it.
 
-    No other process can have it open meanwhile. Raises PlanChanged if it holds another plan, and
-    RunFailed if it can't be written or is in use.
+    No other process can have it open meanwhile. Raises PlanChanged if it holds another plan that
+    was not accepted, InUse if another process has it open, and RunFailed if it can't be written.
     """
     folder = Path(plan.run_folder)
     with ExitStack() as stack:
@@ -45,12 +53,16 @@ def opened(plan: Plan, recipe: str) -> Iterator[Path]:
 
 def _hold(descriptor: int, folder: Path) -> None:
     """Lock the folder; the system lets go of it when the process ends, however it ends."""
-    try:
-        _lock(descriptor)
-    except OSError as error:
-        raise RunFailed(
-            f"another process is running {folder}", help="wait for it, or stop it first"
-        ) from error
+    until = time.monotonic() + ASKING_SECONDS
+    while True:
+        try:
+            return _lock(descriptor)
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise InUse(
+                    f"another process is running {folder}", help="wait for it, or stop it first"
+                ) from error
+        time.sleep(ASKING_SECONDS / 20)
 
 
 def _lock(descriptor: int, *, shared: bool = False) -> None:
@@ -79,9 +91,43 @@ def is_held(folder: Path) -> bool:
 def _write_lock(folder: Path, plan: Plan, recipe: str) -> None:
     path = lock_path(folder)
     if path.exists():
+        if is_accepted(folder, plan):
+            return
         compare(path, plan)
+    files.remove_folder(folder / ACCEPTED)  # of another plan
     _write_changed(folder / "recipe.toml", recipe)
     _write_changed(path, lock.dumps(plan))
+
+
+def accept(plan: Plan, recipe: str) -> None:
+    """Let the run in the plan's folder go on with `plan`. Raises OSError."""
+    with files.partial_folder(Path(plan.run_folder) / ACCEPTED) as place:
+        (place / "recipe.toml").write_text(recipe, encoding="utf-8")
+        lock_path(place).write_text(lock.dumps(plan), encoding="utf-8")
+
+
+def is_accepted(folder: Path, plan: Plan) -> bool:
+    """Whether the run in `folder` was let go on with `plan`, and has not yet done so."""
+    try:
+        return lock.read(lock_path(folder / ACCEPTED)).digest == plan.digest
+    except lock.LockError:
+        return False
+
+
+def take_over(folder: Path) -> None:
+    """Make the plan that was accepted, if one was, the run's own. A result is that of the plan
+    before: it goes, and the run is no longer finished. Raises OSError."""
+    accepted = folder / ACCEPTED
+    if not accepted.is_dir():
+        return
+    for name in (MEASURED, RESULT):
+        (folder / name).unlink(missing_ok=True)
+    for name in RESULTS:
+        files.remove_folder(folder / name)
+        files.remove_folder(folder / f"{name}_ema")
+    for path in (folder / "recipe.toml", lock_path(folder)):
+        _write_changed(path, (accepted / path.name).read_text(encoding="utf-8"))
+    files.remove_folder(accepted)
 
 
 def _write_changed(path: Path, text: str) -> None:
@@ -100,7 +146,7 @@ def compare(path: Path, plan: Plan) -> None:
             help="give the run another `name`, or move that folder away",
         ) from error
     changes = tuple(
-        change for change in lock.differences(locked, plan) if alters_trajectory(change[0])
+        change for change in lock.differences(locked, plan) if lock.alters(plan, change[0])
     )
     if changes:
         listed = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
@@ -112,13 +158,12 @@ def compare(path: Path, plan: Plan) -> None:
 
 
 def read_measured(folder: Path) -> dict[str, Any] | None:
-    """What a finished run measured; None if it has not finished."""
+    """What a finished run measured; None if it has not finished, or the file is damaged."""
     try:
         content = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    assert isinstance(content, dict)
-    return content
+    return content if isinstance(content, dict) else None
 
 
 def check_space(folder: Path, needed: int) -> None:

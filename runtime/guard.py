@@ -155,10 +155,7 @@ def causes(plan: Plan) -> list[str]:
 
 
 def half_done(row: Row, loss: float) -> bool:
-    """Whether a bad step may have changed some weights: they were updated in the backward pass, or
-    by DeepSpeed, which looks at gradients only."""
-    if row.by_ranks:
-        return bool(row.grad_norm.isfinite())
+    """Whether a bad step may have changed some weights: they were updated in the backward pass."""
     return row.fused and math.isfinite(loss)
 
 
@@ -171,11 +168,10 @@ def refusal(
     """
     weights = f"the weights were not updated and are those of step {row.step - 1}"
     if half_done(row, loss):
-        cause = "DeepSpeed looks at gradients only, and" if row.by_ranks else "with fused_backward"
-        weights = f"{cause} some weights were updated before it was found"
+        weights = "with fused_backward some weights were updated before it was found"
     before = f"; {skipped} such steps were passed over before" if skipped else ""
     why = found or f"likely causes: {'; '.join(causes(plan))}"
-    advice = f"the last checkpoint is good. {why}."
+    advice = f"what was saved before holds numbers only. {why}."
     if not half_done(row, loss):
         advice += f" To pass over such a step: --set train.guard.skip={skipped + 1}"
     samples = named(row.names, row.losses.tolist())

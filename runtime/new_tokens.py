@@ -11,11 +11,12 @@ from typing import Any
 
 from compiler.adapters import EMBEDDINGS_FILE
 from compiler.plan import Embeddings, NewToken, TextTraining
+from compiler.words import FOLDER
 from runtime.errors import RunFailed
 
+__all__ = ["FOLDER", "ROWS", "add_tokens", "encoders_of", "file_of", "is_rows", "words_of"]
+
 ROWS = "rows"  # what vectors of new tokens are called in training
-FOLDER = "embeddings"
-"""Where their files lie in a result that holds an adapter too."""
 
 
 def words_of(token: NewToken) -> list[str]:

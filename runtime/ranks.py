@@ -41,15 +41,20 @@ JOINING = timedelta(minutes=30)  # until the first rank is there: it may compile
 REDUCING = timedelta(minutes=30)  # how far apart ranks may be within a step
 POLL_SECONDS = 0.05
 BUCKET = 1 << 23  # elements that are reduced together: 32 MiB in float32
-OVER = "over"  # in the store once a rank has failed
+OVER = "over"  # in the store once a rank has failed: the exit code of the others, "" for their own
+JOINED, HEARD = "joined", "heard"  # how many ranks follow, and how many of them have read that
+STARTING_SECONDS = 60.0  # for ranks that have not joined yet
+HEARING_SECONDS = 3.0  # for those that have; one that was killed never hears
 BEAT_SECONDS = 2.0  # between two signs of life
 SILENCE_SECONDS = 120.0  # without one: loading may keep Python busy, but not for so long
 
 
 class RanksLost(RunFailed):
-    """Another rank has ended, so that this one can't go on. The reason is the other's to tell."""
+    """Another rank has ended, so that this one can't go on. The reason is the other's to tell, and
+    so may be the exit `code` (None: it said none)."""
 
-    def __init__(self, why: object = "") -> None:
+    def __init__(self, why: object = "", code: int | None = None) -> None:
+        self.code = code
         super().__init__(
             "another process of this run has ended" + (f" ({why})" if why else ""),
             help="what was saved before is whole: run again",
@@ -167,10 +172,29 @@ class Group(Ranks):
         """Give back what the connections hold."""
         dist.destroy_process_group()
 
-    def fail(self) -> None:
-        """Let those that wait know that they wait in vain."""
+    def fail(self, code: int | None = None) -> None:
+        """Let those that wait know that they wait in vain, and are to end with `code`."""
         with suppress(RuntimeError):
-            self._store.set(OVER, "")
+            if not self._store.check([OVER]):  # the first one's word
+                self._store.set(OVER, "" if code is None else str(code))
+
+    def dismiss(self, code: int) -> None:
+        """As `fail`, at the end of this process, with which the store may end too: waits until all
+        have heard, but not for long."""
+        self.fail(code)
+        until = time.monotonic() + STARTING_SECONDS
+        with suppress(RuntimeError):
+            while self._store.add(HEARD, 0) < self.count - 1 and time.monotonic() < until:
+                if self._store.add(JOINED, 0) == self.count - 1:
+                    until = min(until, time.monotonic() + HEARING_SECONDS)
+                time.sleep(POLL_SECONDS)
+
+    def _judge(self) -> None:
+        """Raise RanksLost if a rank has failed."""
+        if self._store.check([OVER]):
+            code = self._store.get(OVER).decode()
+            self._store.add(HEARD, 1)
+            raise RanksLost(code=int(code) if code else None)
 
     def blame(self) -> bool:
         """Whether this rank is the first that failed, and so the one to say why."""
@@ -190,8 +214,7 @@ class Group(Ranks):
         """What was laid down under `key`; waits for it without a limit."""
         with peers():
             while not self._store.check([key]):
-                if self._store.check([OVER]):
-                    raise RanksLost
+                self._judge()
                 time.sleep(POLL_SECONDS)
             return str(self._store.get(key).decode())
 
@@ -250,8 +273,7 @@ class Group(Ranks):
                 if now != signs:
                     signs, since = now, time.monotonic()
                 silent = time.monotonic() - since
-                if self._store.check([OVER]):
-                    raise RanksLost
+                self._judge()
                 if silent > (SILENCE_SECONDS if signs else JOINING.total_seconds()):
                     raise RanksLost(f"no sign of life of rank {rank} for {silent:.0f} seconds")
                 time.sleep(POLL_SECONDS)
@@ -409,4 +431,8 @@ def join() -> Group:
             help="MASTER_ADDR and MASTER_PORT must be those of the machine of rank 0",
         ) from error
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Group(PrefixStore(f"tuner-{again}", store), rank, count, local)
+    own = PrefixStore(f"tuner-{again}", store)
+    if rank > 0:
+        with peers():
+            own.add(JOINED, 1)
+    return Group(own, rank, count, local)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from runtime import checkpoints, files
+from runtime import checkpoints, files, result_step
 from runtime.build import Built, state
 from runtime.context import Context, is_sharded, kept, result_folder
 from runtime.families.sana_sprint import few_steps
@@ -17,9 +17,9 @@ from runtime.saving import best
 from runtime.track import METRICS
 
 
-def export_result(context: Context, built: Built, trained: Trained) -> None:
-    """Write the result, whole. With an average it is the average, as in the pictures, or, where the
-    plan saves both, the trained weights with the average beside them."""
+def export_result(context: Context, built: Built, trained: Trained, step: int) -> None:
+    """Write the result, that of `step`, whole. With an average it is the average, as in the
+    pictures, or, where the plan saves both, the trained weights with the average beside them."""
     plan = context.plan
     method = full if plan.adapter is None else lora
     target = result_folder(plan)
@@ -30,6 +30,7 @@ def export_result(context: Context, built: Built, trained: Trained) -> None:
         average, weights = _results(built, trained, both=both)
         if not context.ranks.leads:
             return
+        result_step.note(context.folder, step)
         if both and plan.adapter is not None:  # first: the result's own folder says it is finished
             with files.partial_folder(target.with_name(f"{target.name}_ema")) as place:
                 method.export(built, plan.model, context.family, place, weights=average)
@@ -65,15 +66,17 @@ def _results(
     return average, shards.gathered(wanted) if average is None or both else average
 
 
-def go_back(context: Context, built: Built, trained: Trained) -> None:
-    """Take up the best checkpoint, for the result."""
+def go_back(context: Context, built: Built, trained: Trained) -> int | None:
+    """Take up the best checkpoint, for the result, and return its step; None where the result is
+    there, or no checkpoint is the best."""
     if has_result(context):
-        return
+        return None
     rules, root = context.plan.checkpoints, context.folder / "checkpoints"
     found = best(root, rules, context.folder / METRICS)
     if (word := context.ranks.told("" if found is None else str(found))) == "":
         context.events.message(f"no checkpoint has a {rules.best}: the last is taken", "warning")
-        return
+        return None
     step = int(word)
     load(checkpoints.folder_of(root, step), built, trained)
     context.events.message(f"the result is that of step {step}, the best by {rules.best}")
+    return step

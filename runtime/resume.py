@@ -8,7 +8,7 @@ import torch
 
 from compiler.plan import Plan
 from runtime import checkpoints, sharded_saving, zero_saving
-from runtime.build import Built, build, load_state
+from runtime.build import Built, build, load_state, without_starts
 from runtime.checkpoints import Snapshot
 from runtime.context import LOG, Context, is_sharded
 from runtime.ema import Ema
@@ -76,6 +76,8 @@ def _rival(plan: Plan, built: Built, device: torch.device) -> Side | None:
 def _built(context: Context) -> Built:
     """The model; what will be dealt out over the ranks waits in host memory."""
     plan, apart = context.plan, is_sharded(context)
+    if checkpoints.latest(context.folder / "checkpoints") is not None:
+        plan = without_starts(plan)
     prepare(plan)
     try:
         return build(
@@ -103,20 +105,21 @@ def _resume(context: Context, built: Built, trained: Trained) -> int:
         return 0
     zero_saving.judge(saved, context.plan)
     with own_arguments(trained.optimizer, context.plan.optimizer):
-        step = load(saved, built, trained)
+        step = load(saved, built, trained, checked=True)  # rank 0 has, before all else
     context.events.message(f"going on from step {step} of {context.plan.steps.total}")
     return step
 
 
-def load(saved: Path, built: Built, trained: Trained) -> int:
-    """Everything that is trained as it was after the step that is returned."""
+def load(saved: Path, built: Built, trained: Trained, *, checked: bool = False) -> int:
+    """Everything that is trained as it was after the step that is returned. Raises RunFailed if the
+    checkpoint is damaged, see `runtime.checkpoints.load`."""
     if trained.shards is not None:
         given = (trained.optimizer, trained.ema)
         if isinstance(trained.shards, Zero):
             return zero_saving.restore(saved, trained.shards, *given)
         assert isinstance(trained.shards, Shards)
         return sharded_saving.restore(saved, trained.shards, *given)
-    snapshot = checkpoints.load(saved)
+    snapshot = checkpoints.load(saved, checked=checked)
     load_state(built, snapshot.weights)
     load_optimizer(trained.optimizer, dict(snapshot.optimizer))
     if trained.ema is not None and snapshot.ema is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from attrs import evolve
 
 from compiler.keeping import CLIP_SCORE
 from runtime.context import Context, announce, kept
@@ -64,6 +65,13 @@ def draw_samples(context: Context, trained: Trained, painter: Painter | None, st
         validate(painter, step)
     if step < context.plan.steps.total:
         announce(context, step)
+
+
+def draw_result(context: Context, trained: Trained, painter: Painter | None, step: int) -> None:
+    """Draw what is missing of the pictures of `step`, whose weights were taken up again. Trackers
+    hear nothing of a step that they have passed."""
+    if painter is not None:
+        draw_samples(context, trained, evolve(painter, trackers=(), clip=None), step)
 
 
 def judge_of(context: Context, done: int) -> Judge | None:

@@ -21,18 +21,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from runtime import files
-from runtime.checkpoints import Snapshot, is_complete, latest, load, read_state, write_state
+from runtime.checkpoints import (
+    Snapshot,
+    check_finite,
+    is_complete,
+    latest,
+    load,
+    read_state,
+    reading,
+    write_state,
+)
 from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.host_copy import HostCopy
 from runtime.optimizers import load_state
 from runtime.ranks import REDUCING, Ranks, RanksLost, is_disconnected, peers
 from runtime.saved import folder_of
-from runtime.shard_files import SHARDS, joined
+from runtime.shard_files import SHARDS, joined, read_into
 from runtime.sharded import Shards
 
 
@@ -75,6 +83,7 @@ def taken(
         tensors[key] = pieces[number].dealt(tensor)
 
     def write(folder: Path) -> None:
+        check_finite({k: v for k, v in rows.items() if k.startswith("weights.")}, head.step)
         writer = FileSystemWriter(folder / SHARDS)
         save_shards(tensors, storage_writer=writer, process_group=channel.group)
         if ranks.leads:
@@ -94,7 +103,7 @@ def save_together(
     returns.
     """
     target = folder_of(checkpoints, head.step)
-    there = is_complete(target) and read_state(target)["plan"] == head.plan
+    there = is_complete(target) and read_state(target).get("plan") == head.plan
     if ranks.told("there" if there else "") == "there":
         return target
     found = _saved(checkpoints, head, ranks, write, lambda: ranks.told(""), sharded=False)
@@ -135,12 +144,14 @@ def _saved(
 
 def restore(folder: Path, shards: Shards, optimizer: torch.optim.Optimizer, ema: Ema | None) -> int:
     """Set this rank's part to what a checkpoint holds, sharded or not, by any number of ranks;
-    returns the updates done. Raises RunFailed if its format is not ours."""
+    returns the updates done. Raises RunFailed if its format is not ours, or if it is damaged."""
     state = read_state(folder)
     names = list(shards.pieces)
     if state.get("sharded"):
-        rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        found = _own_rows(folder / SHARDS, shards)
+        with reading(folder / "optimizer.pt", folder):
+            rest = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        with reading(folder / SHARDS, folder):
+            found = _own_rows(folder / SHARDS, shards)
     else:
         snapshot = load(folder)
         rest, found = dict(snapshot.optimizer), {}
@@ -192,7 +203,7 @@ def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:
         piece = shards.pieces[names[int(number)] if kind == "optimizer" else name]
         rows = torch.empty(piece.mine.shape, dtype=of.properties.dtype)
         held[key] = piece.dealt(rows)
-    load_shards(held, storage_reader=reader, no_dist=True)
+    read_into(held, reader)
     return {key: tensor.to_local().detach() for key, tensor in held.items()}
 
 

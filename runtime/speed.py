@@ -1,4 +1,4 @@
-"""Compiled blocks and TF32: the same formulas, faster, with other last bits.
+"""Compiled blocks, fused projections and TF32: the same formulas, faster, with other last bits.
 
 Compilation is regional: each block of the trained component is compiled by itself, so blocks that
 are alike share one graph, and there is one graph for each kind of block and each shape that the
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,20 +17,23 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
 from compiler.plan import Plan, Speed
 from compiler.shapes import pass_shapes
 from runtime.attention import check_attention, use_attention
 from runtime.errors import MachineUnfit, RunFailed
+from runtime.fused_projections import fuse
 from runtime.machine import compiler, version
 from runtime.modules import blocks_of
 
 BACKEND = "inductor"
-TEXT = ("encoder_hidden_states", "encoder_attention_mask")  # (B, tokens, channels), (B, tokens)
+STATES = "encoder_hidden_states"  # (B, tokens, channels)
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")  # (B, tokens), by either name
 
 
-def speed_up(model: nn.Module, lists: Iterable[str], speed: Speed) -> None:
-    """Give `model` the plan's attention and memory format, and compile the blocks in its module
-    lists `lists`.
+def speed_up(model: nn.Module, card: FamilyCard, speed: Speed) -> None:
+    """Give `model`, of the family `card`, the plan's attention and memory format, fuse its
+    projections and compile its blocks.
 
     To be called once adapters are in place and before anything is put around the blocks' forward
     passes. Models on the meta device are not compiled: they are simulated as they are written,
@@ -40,13 +42,15 @@ def speed_up(model: nn.Module, lists: Iterable[str], speed: Speed) -> None:
     use_attention(model, speed.attention)
     if speed.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if speed.fused_projections:
+        fuse(model, card.cross_attention)
     if speed.compile == "off":
         return
     if speed.tokens:
         _pad_prompts(model, speed.tokens)
     if next(model.parameters()).is_meta:
         return
-    for block in blocks_of(model, lists):
+    for block in blocks_of(model, card.blocks):
         _compile(block)
 
 
@@ -127,11 +131,15 @@ def _pad_prompts(model: nn.Module, tokens: int) -> None:
     def hook(module: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
-        states, mask = (options[name] for name in TEXT)
+        name = next(name for name in MASKS if name in options)
+        states, mask = options[STATES], options[name]
+        if mask is None:  # all of it is said, as in a batch of one
+            mask = states.new_ones(states.shape[:2], dtype=torch.int64)
         short = tokens - mask.shape[1]
-        longer: dict[str, Tensor] = dict(
-            zip(TEXT, (pad(states, (0, 0, 0, short)), pad(mask, (0, short))), strict=True)
-        )
+        longer: dict[str, Tensor] = {
+            STATES: pad(states, (0, 0, 0, short)),
+            name: pad(mask, (0, short)),
+        }
         return arguments, {**options, **longer}
 
     model.register_forward_pre_hook(hook, with_kwargs=True)

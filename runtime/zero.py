@@ -6,13 +6,16 @@ Rajbhandari et al., "ZeRO: memory optimizations toward training trillion paramet
 pieces, one for each rank; what computes is rounded from them.
 
 DeepSpeed has the backward pass, sums, clips and updates. It averages gradients over the ranks where
-we add them up, so losses are multiplied by their number. It makes no update where a gradient is not
-finite. All ranks have to make equally many passes, as gradients are dealt out after each.
+we add them up, so losses are multiplied by their number. It makes no update where the norm of all
+gradients is not finite (`step` of its optimizers), and knows nothing of losses; so a loss that is
+not finite is given gradients that are none. All ranks have to make equally many passes, since what
+these leave is dealt out after each.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -79,16 +82,29 @@ class Zero(Together):
     def _backward(self, loss: Tensor) -> None:
         self._left -= 1
         self._engine.set_gradient_accumulation_boundary(self._left == 0)
-        self._engine.backward(loss * self._ranks.count)
+        # A loss may be infinite while its gradients are finite. Told on the device, unread.
+        told = torch.where(torch.isfinite(loss.detach()), float(self._ranks.count), math.nan)
+        self._engine.backward(loss * told)
 
     def collect(self) -> None:
         """Nothing to hand over: the sums are where the update is made."""
 
     def norm(self) -> Tensor:
-        """See `Together.norm`. Makes the update, unless the norm is not finite."""
+        """See `Together.norm`. Makes the update, unless the norm or some rank's loss is not finite;
+        the norm is infinite then."""
         self._engine.step()
+        if not self._engine.was_step_applied():
+            self._forget()
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self._device)
+
+    def _forget(self) -> None:
+        """Drop the sums of a step that was left out. DeepSpeed keeps those that it has on the host
+        (`averaged_gradients` in `step` of stage_1_and_2.py, 0.19), and adds the next ones to them.
+        """
+        sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+        if self._plan.sharing.stage < 3 and self._plan.sharing.offload_optimizer:
+            sums.update(dict.fromkeys(sums))
 
     def led(self, task: Any, ema: Ema | None, following: Any) -> None:
         """See `Together.led`. Until stage 3 rank 0 has the whole model, and needs nobody."""

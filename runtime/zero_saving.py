@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from compiler.plan import Plan, Sharing
-from runtime.checkpoints import Snapshot, read_state
+from runtime.checkpoints import Snapshot, check_finite, read_state, reading
 from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.ranks import Ranks
@@ -44,8 +44,9 @@ def save(
     untouched then."""
 
     def write(folder: Path) -> None:
-        zero.save(str(folder / PARTS), TAG)
         weights = zero.gathered({})
+        check_finite(weights, head.step)
+        zero.save(str(folder / PARTS), TAG)
         if ranks.leads:
             save_file(weights, folder / "weights.safetensors")
             torch.save({}, folder / "optimizer.pt")
@@ -57,7 +58,9 @@ def save(
 
 def restore(folder: Path, zero: Zero, optimizer: torch.optim.Optimizer, ema: Ema | None) -> int:
     """Set this rank's part to what a checkpoint holds; returns the updates done. See `judge`."""
-    if not zero.load(str(folder / PARTS), TAG):
+    with reading(folder / PARTS, folder):
+        found = zero.load(str(folder / PARTS), TAG)
+    if not found:
         raise RunFailed(f"{folder / PARTS} lacks this rank's part of the checkpoint")
     return int(read_state(folder)["step"])
 

@@ -7,7 +7,8 @@ and DoRA as they are, and of other adapters the merged model; where their own fi
 `tests/runtime/methods/test_kinds.py`.
 
 A part of the matrix is in every run of the tests. All of it, more than 500 cases, is where
-TUNER_WHOLE_MATRIX is set: `just test-matrix`.
+TUNER_WHOLE_MATRIX is set: `just test-matrix`. What only some families have is in
+`test_matrix_more.py`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ PAIRS = [
 ]
 if os.environ.get("TUNER_WHOLE_MATRIX"):  # half an hour
     CASES, PAIRS = CASES | EVERY, list(product(sorted(FAMILIES), EVERY))
+PROMPT = "a photo of sks dog"  # of the recipe
 FIRST = "pictures/000.png"  # what is refined, by a family that draws nothing by itself
 
 
@@ -202,7 +204,7 @@ def loaded(family: Path, plan: Plan, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def pictured(family: Path, pipeline: Any) -> np.ndarray[Any, Any]:
+def pictured(family: Path, pipeline: Any, prompt: str = PROMPT) -> np.ndarray[Any, Any]:
     """What Diffusers draws, as the recipe has it drawn."""
     card = FAMILIES[family.name]
     pipeline.set_progress_bar_config(disable=True)
@@ -218,7 +220,7 @@ def pictured(family: Path, pipeline: Any) -> np.ndarray[Any, Any]:
     else:
         options |= {"width": 64, "height": 64, "num_inference_steps": 2}
     drawn = pipeline(
-        prompt="a photo of sks dog",
+        prompt=prompt,
         **{card.guidance_argument: 3.0},
         generator=torch.Generator("cpu").manual_seed(11),
         **options,

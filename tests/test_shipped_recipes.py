@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from compiler.compile import Compiled, compile_file
+from compiler.families import FAMILIES
 from compiler.plan import Plan
-from tests.compiler.recipes import MACHINE
+from tests.compiler.recipes import MACHINE, held_file
 from tuner.shelf import presets, shipped_recipes
 from tuner.simulations import memory_model
 
@@ -105,8 +106,18 @@ def test_the_shelf_holds_what_is_promised() -> None:
         "sana-sprint-0.6b",
         "sana-sprint-1.6b",
         "sprint-quickstart",
+        "sd15-inversion",
+        "sd35-medium-streamed",
+        "sdxl-file-lora",
     }
     assert PRESETS
+
+
+def test_the_streamed_recipe_lacks_nothing_but_a_look(tmp_path: Path) -> None:
+    """Its data lie elsewhere, and a plan opens no connection."""
+    path = next(path for path in RECIPES if path.stem == "sd35-medium-streamed")
+    result = compile_file(path, machine=MACHINE, memory_model=None, cache_default=tmp_path)
+    assert [fault.code for fault in result.diagnostics] == ["not-downloaded"]
 
 
 @pytest.mark.slow
@@ -116,8 +127,16 @@ def test_a_shipped_recipe_plans(
 ) -> None:
     own = path.stem in WITH_THEIR_DATA
     sources = path.read_text().count("[[data.source]]")
-    place = shards if SHARDS[0] in path.read_text() else pictures
+    text = path.read_text()
+    place = shards if SHARDS[0] in text or "streaming = true" in text else pictures
     overrides = [] if own else [f"data.source.{n}.path={place}" for n in range(sources)]
+    if "streaming = true" in text:  # of what lies here nothing is streamed
+        overrides += ["data.source.0.streaming=false", "data.source.0.captions.column=llava"]
+    if "models/my-model.safetensors" in text:
+        known = FAMILIES["sdxl"].known[0].base
+        overrides.append(
+            f"model.base={held_file(tmp_path / 'my-model.safetensors', 'sdxl', known)}"
+        )
     result = compile_file(
         path,
         overrides=[*overrides, f"output={tmp_path}"],

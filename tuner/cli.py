@@ -430,6 +430,10 @@ def export(
         bool,
         typer.Option("--everything", help="Also what published files leave out: text encoders."),
     ] = False,
+    bundle: Annotated[
+        bool,
+        typer.Option("--bundle", help="New words in the LoRA's own file too (kohya's keys)."),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
@@ -473,6 +477,7 @@ def export(
         merge=merge,
         single_file=single_file,
         everything=everything,
+        bundle=bundle,
         precision=precision,
         ema=ema,
         place=out,

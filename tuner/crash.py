@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
+from compiler.secrets import without_webhook
 from tuner import __version__
 from tuner.exits import BUG
 from tuner.screen import err
@@ -26,7 +27,8 @@ def report_bug(error: BaseException, arguments: Sequence[str]) -> int:
 def _save(error: BaseException, arguments: Sequence[str]) -> str:
     story = "".join(traceback.format_exception(error))
     head = f"tuner {__version__}, python {platform.python_version()}, {platform.platform()}\n"
-    text = f"{head}tuner {' '.join(arguments)}\nin {os.getcwd()} with {sys.executable}\n\n{story}"
+    words = without_webhook(" ".join(arguments))
+    text = f"{head}tuner {words}\nin {os.getcwd()} with {sys.executable}\n\n{story}"
     try:
         handle, path = tempfile.mkstemp(prefix="tuner-bug-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from compiler.plan import Schedule
 from compiler.schedules import curve
@@ -31,9 +32,12 @@ def _row(levels: list[int], row: int) -> str:
 
 
 def sparkline(values: Sequence[float], columns: int = 24) -> str:
-    """The last `columns` values as blocks, from the lowest (one eighth) to the highest (full)."""
+    """The last `columns` values as blocks, from the lowest (one eighth) to the highest (full);
+    blanks where they are not finite."""
     shown = values[-columns:]
-    low, span = min(shown), max(shown) - min(shown)
+    known = [value for value in shown if isfinite(value)] or [0.0]
+    low, span = min(known), max(known) - min(known)
     return "".join(
-        BLOCKS[1 + round((v - low) / span * (EIGHTHS - 1)) if span else 4] for v in shown
+        BLOCKS[(1 + round((v - low) / span * (EIGHTHS - 1)) if span else 4) if isfinite(v) else 0]
+        for v in shown
     )

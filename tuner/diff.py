@@ -11,7 +11,8 @@ from typing import Any
 from attrs import frozen
 
 from compiler import lock
-from compiler.plan import Plan, alters_trajectory, lock_path
+from compiler.plan import Plan, lock_path
+from compiler.secrets import shown_address
 from tuner.exits import DONE, REFUSED
 from tuner.layout import columns
 from tuner.screen import err, out
@@ -64,9 +65,23 @@ def differences(old: Plan, new: Plan) -> list[Difference]:
         left, right = _decided(old, key), _decided(new, key)
         rows += [(key, left, right)] if left and right and left != right else []
     return [
-        Difference(key=key, old=left, new=right, alters_trajectory=alters_trajectory(key))
+        Difference(
+            key=key,
+            old=_fit_to_show(key, left),
+            new=_fit_to_show(key, right),
+            alters_trajectory=lock.alters(new, key),
+        )
         for key, left, right in rows
     ]
+
+
+def _fit_to_show(key: str, value: Any) -> Any:
+    """A value of the plan without a webhook's address, which is a secret."""
+    if key == "publish.webhook" and isinstance(value, str):
+        return shown_address(value)
+    if key == "publish" and isinstance(value, dict):
+        return {**value, "webhook": shown_address(str(value.get("webhook", "")))}
+    return value
 
 
 def text(found: Sequence[Difference], old: str, new: str) -> str:

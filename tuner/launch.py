@@ -192,7 +192,7 @@ def _outcome(plan: Plan, found: Mapping[str, Any]) -> Outcome:
 
 def _raised(failure: Mapping[str, Any], rank: int) -> Exception:
     """What rank `rank` raised, to be raised here. What all ranks find, rank 0 tells."""
-    from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
+    from runtime.errors import InUse, MachineUnfit, OutOfMemory, PlanChanged, RunFailed
 
     message = failure["message"] if rank == 0 else f"rank {rank}: {failure['message']}"
     help = failure.get("help", "")
@@ -206,6 +206,8 @@ def _raised(failure: Mapping[str, Any], rank: int) -> Exception:
             return PlanChanged(message, help, key_old_new)
         case "MachineUnfit":
             return MachineUnfit(message, help)
+        case "InUse":
+            return InUse(message, help)
     return RunFailed(message, help)
 
 

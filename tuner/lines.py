@@ -20,6 +20,7 @@ TITLES: Mapping[str, str] = {
     "validate": "validate",
     "evaluate": "evaluate",
     "save": "save",
+    "publish": "publish",
 }
 LINES = 20  # progress lines that a short run gets
 MOST_STEPS = 100  # steps between two lines, at most

@@ -30,6 +30,8 @@ class Noted:
     def phase(self, name: str, total: int, unit: str) -> None:
         """See `runtime.events.Events.phase`."""
         self._shown.phase(name, total, unit)
+        if name == "publish":  # which may take long, and the run is finished
+            self._report()
         now = self._clock()
         self._note = {"phase": name, "done": 0, "total": total, "unit": unit, "since": now}
         self._write(now)
@@ -55,6 +57,13 @@ class Noted:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
+    def _report(self) -> None:
+        """A report that is there already if nobody waits for the end."""
+        from tuner.report import write_report
+
+        with suppress(OSError):
+            write_report(self._path.parent)
+
     def _maybe(self) -> None:
         now = self._clock()
         if now - self._written >= EVERY_SECONDS:
@@ -63,7 +72,10 @@ class Noted:
     def _write(self, now: float) -> None:
         partial = self._path.with_name(f".partial-{NOTE}")
         text = json.dumps({**self._note, "seen": now, "pid": os.getpid()})
-        with suppress(OSError):
+        try:
             partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(self._path)
             self._written = now
+        except OSError:  # a full disk leaves an empty one
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from compiler.diagnostics import Diagnostic, to_json
 from compiler.occasions import checkpoint_steps, evaluation_steps, validation_steps
 from compiler.plan import Objective, Plan, Text, plain
 from compiler.schedules import multiplier
+from compiler.secrets import shown_address
 from compiler.site import Counted, Present
 from tuner.plan_memory import peak
 from tuner.plan_view import result_folder, whole_parameters
@@ -42,16 +43,22 @@ def json_object(
     return found if plan is None else found | _plan(plan) | _costs(plan, outlook)
 
 
+def _published(rules: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`[publish]` without the webhook's address, which is a secret."""
+    return None if rules is None else {**rules, "webhook": shown_address(rules["webhook"])}
+
+
 def _plan(plan: Plan) -> dict[str, Any]:
     tree = plain(plan)
     taken = (
         "name seed run_folder cache_folder device adapter embeddings precision speed text sources "
         "buckets sharing optimizer objective sprint max_grad_norm ema guard decisions track "
-        "track_project publish"
+        "track_project"
     )
     return {
         "digest": plan.digest,
         **{key: tree.get(key) for key in taken.split()},
+        "publish": _published(tree.get("publish")),
         "model": tree["model"]
         | {
             "parameters": _parameters(plan),

@@ -22,6 +22,7 @@ from compiler.plan import (
     DataSource,
     Evaluation,
     Geometry,
+    NewToken,
     Objective,
     Plan,
     Sprint,
@@ -179,15 +180,17 @@ def _encoders(plan: Plan) -> list[str]:
         lines += wrapped(f"{' and '.join(text.encoders)} too: {told}", "  ", "    ")
     if (new := plan.embeddings) is not None:
         words = ", ".join(
-            f"{t.token} ({counted(t.vectors, 'vector')}{_from(t.initial)})" for t in new.tokens
+            f"{t.token} ({counted(t.vectors, 'vector')}{_from(t)})" for t in new.tokens
         )
         told = f"new tokens {words}, lr {number(new.lr)}{_end(new.until, plan)}"
         lines += wrapped(told, "  ", "    ")
     return lines
 
 
-def _from(initial: str) -> str:
-    return f" from `{initial}`" if initial else ""
+def _from(token: NewToken) -> str:
+    if token.start:
+        return f", going on from {Path(token.start).name}"
+    return f" from `{token.initial}`" if token.initial else ""
 
 
 def _end(until: int, plan: Plan) -> str:
@@ -222,7 +225,9 @@ def _sprint(facts: Sprint) -> list[str]:
 
 def adapter_words(adapter: Adapter) -> str:
     """Its kind and sizes, and the scale of its update where that has one."""
-    begun = f", from {'/'.join(Path(adapter.start).parts[-2:])}" if adapter.start else ""
+    begun = ", lengths of rows apart" if adapter.weight_decompose else ""
+    begun += ", norms too" if adapter.train_norm else ""
+    begun += f", from {'/'.join(Path(adapter.start).parts[-2:])}" if adapter.start else ""
     if adapter.kind == INVERSION:
         return f"{adapter.kind}: all of the base is frozen"
     if not adapter.rank:
@@ -245,6 +250,7 @@ def _speed(plan: Plan) -> list[str]:
     words += [f"attention by {speed.attention}"] if speed.attention != "native" else []
     words += ["TF32"] if speed.tf32 else []
     words += ["channels last"] if speed.channels_last else []
+    words += ["fused projections"] if speed.fused_projections else []
     words += [f"prompts padded to {speed.tokens} tokens"] if speed.tokens else []
     return [f"  {', '.join(words)}"] if words else []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 from compiler.adapters import described
 from compiler.keeping import CLIP_SCORE, LOSS, best_of
 from compiler.plan import Plan
+from compiler.secrets import shown_address, without_webhook
+from runtime.files import write_whole
 from runtime.saved import complete, step_of
 from tuner.charts import chart, moving_average
-from tuner.exits import DONE, REFUSED
+from tuner.exits import DONE, FAILED, REFUSED
 from tuner.formats import amount, counted, duration, number, size
 from tuner.html import document, table
 from tuner.judged import judged_by, judged_note, judged_title
@@ -32,7 +33,11 @@ def rewrite_report(folder: Path) -> int:
     """`tuner report RUN`: write the report anew and say where it is."""
     if not is_run(folder):
         return REFUSED
-    out(str(write_report(folder)))
+    try:
+        out(str(write_report(folder)))
+    except OSError as error:
+        err(f"error: the report can't be written: {error}")
+        return FAILED
     return DONE
 
 
@@ -53,9 +58,7 @@ def write_report(run_folder: Path) -> Path:
     What the folder lacks is left out. Raises OSError if the file can't be written.
     """
     path = run_folder / REPORT
-    partial = run_folder / f".partial-{REPORT}"
-    partial.write_text(page(read_run(run_folder)), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page(read_run(run_folder)))
     return path
 
 
@@ -74,7 +77,15 @@ def page(run: RunData) -> str:
         _details,
     )
     body = f"{_header(run, name)}<main>{''.join(section(run) for section in sections)}</main>"
-    return document(f"{name} - tuner report", body, "report")
+    return _fit_to_share(document(f"{name} - tuner report", body, "report"), run.plan)
+
+
+def _fit_to_share(page: str, plan: Plan | None) -> str:
+    """The page without the webhook's address, which is a secret, wherever it would stand."""
+    address = plan.publish.webhook if plan and plan.publish else ""
+    for spelt in (address, escape(address)) if address else ():
+        page = page.replace(spelt, escape(shown_address(address)))
+    return page
 
 
 def _header(run: RunData, name: str) -> str:
@@ -361,7 +372,7 @@ def _details(run: RunData) -> str:
     if run.plan is not None:
         parts.append(("Plan", plan_text(run.plan, recipe="recipe.toml")))
     if run.recipe:
-        parts.append(("Recipe", run.recipe))
+        parts.append(("Recipe", without_webhook(run.recipe)))
     blocks = [
         f"<details><summary>{title}</summary><pre>{escape(words)}</pre></details>"
         for title, words in parts

@@ -12,11 +12,12 @@ from attrs import evolve, frozen
 
 from compiler import lock
 from compiler.data.manifest import Manifest, ManifestDamaged
+from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Plan, lock_path
 from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
 from tuner.screen import err, out
 from tuner.slurm import adopt
-from tuner.worker import BadEnvironment, follow, seat
+from tuner.worker import BadEnvironment, follow, leading, seat
 
 if TYPE_CHECKING:
     from compiler.costs import Outlook
@@ -36,6 +37,8 @@ ACCEPTABLE = (
     "sharing",
     "objective",
     "max_grad_norm",
+    "speed",
+    "threads",
 )
 
 
@@ -73,6 +76,20 @@ def run_recipe(
         return _refused(f"{error}", "`torchrun` sets them all; without a launcher unset them")
     if place is not None and place.rank > 0:
         return follow()
+    if place is None:
+        return _compiled_and_run(path, overrides, accepted, strict, offline, None)
+    with leading() as ending:
+        return ending(_compiled_and_run(path, overrides, accepted, strict, offline, place))
+
+
+def _compiled_and_run(
+    path: Path,
+    overrides: Sequence[str],
+    accepted: Sequence[str],
+    strict: bool,
+    offline: bool,
+    place: Seat | None,
+) -> int:
     if path.name.endswith(LOCK_SUFFIX):
         job = _from_lock(path, overrides)
     else:
@@ -125,7 +142,19 @@ def _from_lock(path: Path, overrides: Sequence[str]) -> Job | int:
             f"{path.parent / MANIFEST} is not the list of samples that `{path}` was made for",
             "run the recipe instead",
         )
-    return Job(plan=plan, manifest=manifest, recipe="")
+    return Job(plan=_where_it_lies(plan, path.parent), manifest=manifest, recipe="")
+
+
+def _where_it_lies(plan: Plan, folder: Path) -> Plan:
+    """A run that was moved or copied goes on in the folder where its plan lies now. A plan that was
+    only saved, in no run's folder, names the one to make."""
+    from runtime.folder import LOCK
+
+    here = folder.resolve()
+    if not (folder / LOCK).exists() or here == Path(plan.run_folder).resolve():
+        return plan
+    err(f"note: this run was begun in {plan.run_folder}; it goes on in {here}, and only there")
+    return evolve(plan, run_folder=str(here))
 
 
 def _refused(message: str, help: str) -> int:
@@ -134,7 +163,7 @@ def _refused(message: str, help: str) -> int:
 
 
 def _run(job: Job, accepted: Sequence[str]) -> int:
-    from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
+    from runtime.errors import InUse, MachineUnfit, OutOfMemory, PlanChanged, RunFailed
     from tuner.next_rung import next_rung
     from tuner.plan_view import summary
 
@@ -146,9 +175,11 @@ def _run(job: Job, accepted: Sequence[str]) -> int:
     try:
         outcome = _execute(job)
     except PlanChanged as error:
-        if not _accept(job.plan, error, accepted):
-            return _changed(error)
+        if not _accept(job.plan, error, accepted, job.recipe):
+            return _changed(job.plan, error)
         return _run(job, ())
+    except InUse as error:
+        return _failed(error, FAILED)
     except OutOfMemory as error:
         below = next_rung(job, error) if job.seat is None else None
         if below is None:
@@ -219,19 +250,46 @@ def _note_copies(job: Job) -> None:
     note_run(Path(job.plan.run_folder), default_cache())
 
 
-def _accept(plan: Plan, error: PlanChanged, accepted: Sequence[str]) -> bool:
-    """Take over the changed plan if the person accepts each change and a checkpoint can bear it."""
-    from runtime.files import write_whole
-    from runtime.folder import MEASURED
+def _accept(plan: Plan, error: PlanChanged, accepted: Sequence[str], recipe: str = "") -> bool:
+    """Let the run go on with the changed plan if the person accepts each change, and a checkpoint
+    can bear it."""
+    from runtime import folder
 
     keys = [key for key, _, _ in error.changes]
-    folder = Path(plan.run_folder)
-    if (folder / MEASURED).exists() or not all(
-        below(key, accepted) and below(key, ACCEPTABLE) for key in keys
-    ):
+    if not all(below(key, accepted) and _acceptable(plan, key) for key in keys):
         return False
-    write_whole(lock_path(folder), lock.dumps(plan))
+    if _at_its_end(plan):
+        return False
+    try:
+        folder.accept(plan, recipe)
+    except OSError as fault:
+        err(f"error: can't write the run folder: {fault}")
+        return False
     return True
+
+
+def _acceptable(plan: Plan, key: str) -> bool:
+    """Whether a checkpoint can bear another value of the plan's `key`."""
+    shaping = [f"optimizer.arguments.{name}" for name in OPTIMIZERS[plan.optimizer.name].shaping]
+    return below(key, ACCEPTABLE) and not below(key, shaping)
+
+
+def _at_its_end(plan: Plan) -> str:
+    """Why the begun run can't be gone on with to the end of `plan`; "" if it can."""
+    from runtime.folder import read_measured
+    from runtime.saved import latest, step_of
+
+    folder, total = Path(plan.run_folder), plan.steps.total
+    newest = latest(folder / "checkpoints")
+    done = 0 if newest is None else step_of(newest)
+    finished = read_measured(folder) is not None
+    if finished and newest is None:
+        return "it is finished, and has no checkpoint left to go on from"
+    if total < done:
+        return f"{done:,} steps are done, and it can't go back to {total:,}"
+    if finished and total == done:
+        return f"it is finished: it can only be given more steps than {done:,}"
+    return ""
 
 
 def below(key: str, names: Sequence[str]) -> bool:
@@ -240,14 +298,19 @@ def below(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in bare)
 
 
-def _changed(error: PlanChanged) -> int:
+def _changed(plan: Plan, error: PlanChanged) -> int:
     err(f"error: {error.message}")
-    possible = [key for key, _, _ in error.changes if below(key, ACCEPTABLE)]
-    if len(possible) == len(error.changes):
-        options = " ".join(f"--accept-change {key}" for key in possible)
-        err(f"help: {error.help};\n  or go on all the same with {options}")
-    else:
-        err(f"help: {error.help}")
+    keys = {key: old for key, old, _ in error.changes}
+    help = error.help
+    if all(_acceptable(plan, key) for key in keys):
+        if why := _at_its_end(plan):
+            help += f";\n  to accept that would not help: {why}"
+        else:
+            options = " ".join(f"--accept-change {key}" for key in keys)
+            help += f";\n  or go on all the same with {options}"
+    if "threads" in keys:
+        help += f";\n  `--set launch.threads={keys['threads']}` splits sums as it was begun"
+    err(f"help: {help}")
     return REFUSED
 
 

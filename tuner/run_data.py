@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from attrs import frozen
 
+from compiler.keeping import is_finite
 from compiler.lock import LockError, read
 from compiler.plan import EVALUATION, Plan, lock_path
 
@@ -67,11 +68,9 @@ class RunData:
         return [float(row["step"]) for row in self.metrics if key in (row.get("spike") or ())]
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of one metric."""
+        """(step, value) of one metric, where it is a finite number."""
         return [
-            (float(row["step"]), float(row[key]))
-            for row in self.metrics
-            if isinstance(row.get(key), int | float)
+            (float(row["step"]), float(row[key])) for row in self.metrics if is_finite(row.get(key))
         ]
 
 

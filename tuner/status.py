@@ -12,7 +12,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from compiler.adapters import result_name
-from compiler.keeping import CLIP_SCORE, LOSS, best_of
+from compiler.keeping import CLIP_SCORE, LOSS, best_of, is_finite
 from compiler.plan import Plan
 from runtime.folder import is_held
 from runtime.saved import complete, latest, read_state, step_of
@@ -205,7 +205,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if is_finite(value) else None
 
 
 def _lines(found: Status) -> list[str]:

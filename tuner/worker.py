@@ -14,7 +14,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def failed_file(rank: int) -> str:
 
 def shown(plan: Plan, manifest: Manifest, recipe: str, ranks: Ranks) -> Outcome:
     """Execute in this process, with what happens shown and noted."""
-    from runtime.execute import execute
+    execute = _execute()
     from tuner.noting import Noted
     from tuner.progress import progress
 
@@ -91,10 +92,20 @@ def shown(plan: Plan, manifest: Manifest, recipe: str, ranks: Ranks) -> Outcome:
         events.close()
 
 
+def _execute() -> Callable[..., Outcome]:
+    """`runtime.execute.execute`. What libraries say while they are imported reaches no screen, also
+    where the run is refused."""
+    from runtime.quiet import native_output
+
+    with native_output(Path(os.devnull)):
+        from runtime.execute import execute
+    return execute
+
+
 def lead(plan: Plan, manifest: Manifest, recipe: str) -> Outcome:
     """Train as rank 0 of the processes that another launcher started; the others are given the
     plan, since their own might differ by what is free on their device."""
-    from runtime.errors import PlanChanged, RunFailed
+    from runtime.errors import MachineUnfit, PlanChanged, RunFailed
 
     group = _joined()
     group.offer(OFFER, lock.dumps(plan))
@@ -102,9 +113,38 @@ def lead(plan: Plan, manifest: Manifest, recipe: str) -> Outcome:
         return shown(plan, manifest, recipe, group)
     except PlanChanged:
         raise  # it may be accepted, and tried again
-    except RunFailed:
-        group.fail()
+    except RunFailed as error:
+        group.fail(UNFIT if isinstance(error, MachineUnfit) else FAILED)
         raise
+
+
+@contextmanager
+def leading() -> Iterator[Callable[[int], int]]:
+    """Inside, rank 0 of another launcher's processes is to hand its exit code through. However it
+    ends but well, the ranks that follow hear of it and end with the same code."""
+    codes = [BUG]
+
+    def keep(code: int) -> int:
+        codes.append(code)
+        return code
+
+    try:
+        yield keep
+    except KeyboardInterrupt:
+        codes.append(STOPPED)  # and so did all others, who were interrupted too
+        raise
+    finally:
+        if codes[-1] not in (DONE, STOPPED):
+            _dismiss(codes[-1])
+
+
+def _dismiss(code: int) -> None:
+    from runtime.quiet import native_output
+
+    with native_output(Path(os.devnull)):  # what libraries say while they are imported
+        from runtime.errors import RunFailed
+    with suppress(RunFailed):  # there is nobody to tell
+        _joined().dismiss(code)
 
 
 @cache
@@ -117,22 +157,23 @@ def _joined() -> Group:
 
 def follow() -> int:
     """Train as one of the other launcher's ranks that do not lead: rank 0 says what. Exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is rank 0's to tell
     from runtime.quiet import native_output
 
     with native_output(Path(os.devnull)):  # what libraries say while they are imported
         from runtime.errors import MachineUnfit, RunFailed
         from runtime.events import Silent
-        from runtime.execute import execute
         from runtime.ranks import RanksLost, join
 
     group = None
     try:
         group = join()
         plan = lock.loads(group.wanted(OFFER))
+        execute = _execute()  # imports far more, which a recipe that is refused needs not
         manifest = _same_samples(plan)
         status = execute(plan, manifest, Silent(), ranks=group).status
-    except RanksLost:
-        return FAILED  # the one that was lost has said why
+    except RanksLost as error:
+        return FAILED if error.code is None else error.code  # who was lost has said why
     except RunFailed as error:
         if group is None or group.blame():
             rank = "" if group is None else f"rank {group.rank}: "
@@ -174,9 +215,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _work(folder: Path, rank: int) -> int:
+    execute = _execute()
     from runtime.errors import RunFailed
     from runtime.events import Silent
-    from runtime.execute import execute
     from runtime.ranks import join
 
     plan, manifest = lock.read(folder / PLAN), Manifest.load(folder / MANIFEST)
@@ -202,10 +243,10 @@ def _work(folder: Path, rank: int) -> int:
 
 def told(error: Any) -> dict[str, Any]:
     """A RunFailed in plain values."""
-    from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged
+    from runtime.errors import InUse, MachineUnfit, OutOfMemory, PlanChanged
     from runtime.ranks import RanksLost
 
-    kinds = (PlanChanged, OutOfMemory, MachineUnfit, RanksLost)
+    kinds = (PlanChanged, OutOfMemory, MachineUnfit, RanksLost, InUse)
     kind = next((k.__name__ for k in kinds if isinstance(error, k)), "RunFailed")
     found = {"kind": kind, "message": error.message, "help": error.help}
     extra = {n: getattr(error, n) for n in ("changes", "phase") if hasattr(error, n)}

@@ -238,6 +238,12 @@ def _nearest(edge_squared: Fraction, multiple: int) -> int:
     return multiple * max(1, count + (squared >= count * (count + 1)))
 
 
+def edge_of(shape: Geometry) -> float:
+    """A resolution as an edge in pixels: the root of an area."""
+    area = shape.resolution_type == "area"
+    return (shape.resolution * 1e6) ** 0.5 if area else shape.resolution
+
+
 def _area(geometry: Geometry) -> Fraction:
     resolution = _literal(geometry.resolution)
     return resolution * 10**6 if geometry.resolution_type == "area" else resolution**2

@@ -35,6 +35,7 @@ _CLAIMS = SUFFIXES | FOREIGN
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 _HEAD = 16_384  # bytes of the first read; nearly every header lies within
 _ORIENTATION = 0x0112  # EXIF
+_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")  # Pillow's modes
 _DIB_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
@@ -142,6 +143,16 @@ def _by_pillow(file: IO[bytes], kind: str, read: Read, total: int) -> Header:
         return Broken(f"the header of this {kind} file can't be read")
     except Exception as error:  # a hostile header can raise anything
         return Broken(f"the header of this {kind} file can't be read ({error})")
+
+
+def may_be_transparent(path: str) -> bool:
+    """Whether the header of a picture leaves room for transparency; taken for granted where it
+    can't be read."""
+    try:
+        with pillow().open(path) as image:
+            return bool(image.mode in _WITH_ALPHA or "transparency" in image.info)
+    except Exception:  # a hostile header can raise anything
+        return True
 
 
 @cache

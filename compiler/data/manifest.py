@@ -1,10 +1,8 @@
 """The list of samples: every picture that is used, where it goes, and its caption.
 
-A manifest is held in columns, because there may be millions of rows: numbers in arrays, placements
-and captions once each however many pictures share them. Rows are sorted by source, then by key, a
-picture before its mirror image, so that the same data give the same manifest whatever the disk's
-order. As a file it is one line of JSON per source, placement, caption and sample, behind a head
-that states the digest.
+Rows are sorted by source, then by key, a picture before its mirror image, so that the same data
+give the same manifest whatever the disk's order. As a file it is one line of JSON per source,
+placement, caption and sample, behind a head that states the digest.
 """
 
 from __future__ import annotations
@@ -15,21 +13,36 @@ import os
 import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from attrs import astuple, fields, frozen
 
 from compiler.data.geometry import Placement
+from compiler.data.rows import Columns, GrowingRows, Sample, columns_of
 from compiler.data.scan import ALONE
+from compiler.data.texts import Numbers, Texts
+
+__all__ = ["FORMAT", "Folder", "Item", "Manifest", "ManifestDamaged", "Members", "Sample"]
 
 FORMAT = 3
 _ROW = struct.Struct("<IQIIII")
 _LENGTH = struct.Struct("<I")
 _MASK = struct.Struct("<Q")
-_T = TypeVar("_T")
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    StopIteration,
+    struct.error,
+)
+"""What a file raises that is none of ours."""
 
 
 class ManifestDamaged(ValueError):
@@ -59,29 +72,13 @@ class Item:
 
 
 @frozen(kw_only=True, slots=True)
-class Sample:
-    """One picture as it is trained on."""
-
-    source: int  # index of its folder
-    key: str  # path below the folder, with "/"
-    bytes: int  # of the file
-    width: int  # pixels of the picture, after EXIF orientation
-    height: int
-    placement: Placement
-    captions: tuple[str, ...]  # one of them is drawn at each use; ("",) without one
-    file: str = ""  # absolute path of the container or of itself; "": the key below the folder
-    at: int = ALONE  # in the container
-    mask: str = ""  # path of its mask below the source's folder of masks; "": no file
-
-
-@frozen(kw_only=True, slots=True)
 class Members:
     """The samples of one bucket: of one source and one size."""
 
     source: int
     width: int
     height: int
-    samples: array[int]  # row numbers, ascending (type "Q")
+    samples: array[int]  # row numbers, ascending (type "I")
 
 
 class Manifest:
@@ -99,16 +96,18 @@ class Manifest:
         self.held_out = None if held_out is None else Manifest(folders, held_out)
         """What the model is judged by and not trained on, as a list of its own with the same
         folders; None where nothing is judged. It does not enter the digest."""
-        self._columns = _Columns()
-        last: tuple[int, str, bool] | None = None
-        for sample in sorted(samples, key=_place):
-            if last == _place(sample):
-                raise ValueError(f"the key {sample.key!r} stands twice in one source")
-            last = _place(sample)
-            self._columns.add(sample)
+        self._columns = columns_of(_different(sorted(samples, key=_place)))
+
+    def to_disk(self, folder: Path) -> None:
+        """Move the rows out of memory, to a file without a name in `folder`; they stay where they
+        are if there can be none."""
+        with suppress(OSError):
+            self._columns = self._columns.mapped(folder)
+        if self.held_out is not None:
+            self.held_out.to_disk(folder)
 
     def __len__(self) -> int:
-        return len(self._columns.keys)
+        return len(self._columns)
 
     def __getitem__(self, row: int) -> Sample:
         return self._columns.sample(row)
@@ -144,7 +143,12 @@ class Manifest:
         """The source's number of `row`."""
         return self._columns.source[row]
 
-    def caption_numbers(self, row: int) -> array[int]:
+    def positions(self) -> tuple[Numbers, Numbers]:
+        """Of each row the number of its file, 0 if it is one of its own, and its place there: in
+        the order of both each file is read from front to back."""
+        return self._columns.file, self._columns.at
+
+    def caption_numbers(self, row: int) -> list[int]:
         """Where the captions of `row`, at least one, stand in `captions`."""
         return self._columns.caption_numbers(row)
 
@@ -159,12 +163,17 @@ class Manifest:
 
     def mask(self, row: int) -> str:
         """The key of the file with the mask of `row`; "" without one."""
-        return self._columns.masks.get(row, "")
+        return self._columns.mask(row)
 
     @property
     def captions(self) -> tuple[str, ...]:
         """Each distinct caption once, in the order of first use."""
         return tuple(self._columns.captions)
+
+    @property
+    def texts(self) -> Texts:
+        """As `captions`, each made when it is asked for."""
+        return self._columns.captions
 
     @cached_property
     def buckets(self) -> tuple[Members, ...]:
@@ -174,7 +183,7 @@ class Manifest:
         for row in range(len(self)):
             placed = columns.placements[columns.placement[row]]
             place = (columns.source[row], placed.width, placed.height)
-            found.setdefault(place, array("Q")).append(row)
+            found.setdefault(place, array("I")).append(row)
         return tuple(
             Members(source=source, width=width, height=height, samples=found[source, width, height])
             for source, width, height in sorted(found)
@@ -189,11 +198,11 @@ class Manifest:
         """
         columns = self._columns
         state = hashlib.sha256(json.dumps([folder.id for folder in self.folders]).encode())
-        placements = [
-            hashlib.sha256(json.dumps(astuple(placement)).encode()).digest()
-            for placement in columns.placements
-        ]
-        captions = [_framed(text.encode("utf-8", "surrogatepass")) for text in columns.captions]
+
+        @lru_cache(maxsize=256)
+        def placed(number: int) -> bytes:
+            return hashlib.sha256(json.dumps(astuple(columns.placements[number])).encode()).digest()
+
         for row in range(len(self)):
             key, said = os.fsencode(columns.keys[row]), columns.caption_numbers(row)
             numbers = _ROW.pack(
@@ -204,10 +213,10 @@ class Manifest:
                 len(key),
                 len(said),
             )
-            state.update(numbers + placements[columns.placement[row]] + key)
+            state.update(numbers + placed(columns.placement[row]) + key)
             for number in said:
-                state.update(captions[number])
-        for row, mask in columns.masks.items():
+                state.update(_framed(columns.captions.raw(number)))
+        for row, mask in zip(columns.masked, columns.masks, strict=True):
             state.update(_MASK.pack(row) + _framed(os.fsencode(mask)))
         return state.hexdigest()
 
@@ -226,11 +235,12 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what `save` wrote. Raises ManifestDamaged, and OSError where there is no file."""
+        """Read what `save` wrote; of many rows all but a few lie on the disk at any time. Raises
+        ManifestDamaged, and OSError where there is no file."""
         with open(path, encoding="ascii") as file:
             try:
-                return cls._read(json.loads(line) for line in file)
-            except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+                return cls._read((json.loads(line) for line in file), path.parent)
+            except _DAMAGE as error:
                 raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
 
     @staticmethod
@@ -246,7 +256,7 @@ class Manifest:
                     _pass(file, head["placements"] + head["captions"])
                     found |= {json.loads(file.readline()) for _ in range(head["files"])} - {""}
                     _pass(file, head.get("masks", 0) + head["samples"])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except _DAMAGE as error:
                 raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
         return found
 
@@ -254,8 +264,12 @@ class Manifest:
         """SHA-256 (hex) over what the digest leaves out: where each picture lies."""
         columns = self._columns
         state = hashlib.sha256(json.dumps([astuple(one) for one in self.folders]).encode())
-        state.update(json.dumps(columns.files).encode())
-        state.update(columns.file.tobytes() + columns.at.tobytes())
+        state.update(b"[")  # as a list in JSON, which may be long
+        for number, file in enumerate(columns.files):
+            state.update((", " if number else "").encode() + json.dumps(file).encode())
+        state.update(b"]")
+        state.update(columns.file)
+        state.update(columns.at)
         return state.hexdigest()
 
     def _lines(self) -> Iterator[Any]:
@@ -276,7 +290,7 @@ class Manifest:
         yield from (astuple(placement) for placement in columns.placements)
         yield from columns.captions
         yield from columns.files
-        yield from ([row, mask] for row, mask in columns.masks.items())
+        yield from ([row, mask] for row, mask in zip(columns.masked, columns.masks, strict=True))
         for row in range(len(self)):
             yield [
                 columns.source[row],
@@ -285,7 +299,7 @@ class Manifest:
                 columns.width[row],
                 columns.height[row],
                 columns.placement[row],
-                list(columns.caption_numbers(row)),
+                columns.caption_numbers(row),
                 columns.file[row],
                 columns.at[row],
             ]
@@ -293,52 +307,53 @@ class Manifest:
             yield from self.held_out._lines()
 
     @classmethod
-    def _read(cls, lines: Iterator[Any]) -> Manifest:
+    def _read(cls, lines: Iterator[Any], folder: Path) -> Manifest:
         head = next(lines)
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']}, not {FORMAT}")
         folders = [
             Folder(id=i, path=p, kind=k, column=c) for i, p, k, c in _take(lines, head["folders"])
         ]
-        names = [field.name for field in fields(Placement)]
-        placements = [
-            Placement(**dict(zip(names, values, strict=True)))
-            for values in _take(lines, head["placements"])
-        ]
-        captions = list(_take(lines, head["captions"]))
-        files = list(_take(lines, head["files"]))
-        masks = dict(_take(lines, head.get("masks", 0)))
-        manifest = cls(
-            folders,
-            (
-                Sample(
-                    source=source,
-                    key=key,
-                    bytes=size,
-                    width=width,
-                    height=height,
-                    placement=placements[placement],
-                    captions=tuple(captions[number] for number in said),
-                    file=files[file],
-                    at=at,
-                    mask=masks.get(row, ""),
-                )
-                for row, (source, key, size, width, height, placement, said, file, at) in enumerate(
-                    _take(lines, head["samples"])
-                )
-            ),
-        )
+        manifest = cls(folders, ())
+        manifest._columns = _columns(lines, head, folder)
         if manifest.digest != head["digest"]:
             raise ValueError("the rows do not have the digest that the head states")
         if manifest._places() != head["places"]:
             raise ValueError("the places are not those that the head states")
         if head.get("held_out", False):
-            manifest.held_out = cls._read(lines)
+            manifest.held_out = cls._read(lines, folder)
         return manifest
 
 
 def _place(sample: Sample) -> tuple[int, str, bool]:
     return sample.source, sample.key, sample.placement.mirrored
+
+
+def _different(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Sorted samples, none of which may be there twice."""
+    last: tuple[int, str, bool] | None = None
+    for sample in samples:
+        if last == _place(sample):
+            raise ValueError(f"the key {sample.key!r} stands twice in one source")
+        last = _place(sample)
+        yield sample
+
+
+def _columns(lines: Iterator[Any], head: dict[str, Any], folder: Path) -> Columns:
+    """The rows of a file in `folder`, read a line at a time."""
+    rows = GrowingRows(folder)
+    names = [field.name for field in fields(Placement)]
+    for values in _take(lines, head["placements"]):
+        rows.add_placement(Placement(**dict(zip(names, values, strict=True))))
+    for caption in _take(lines, head["captions"]):
+        rows.add_caption(caption)
+    for file in _take(lines, head["files"]):
+        rows.add_file(file)
+    for row, mask in _take(lines, head.get("masks", 0)):
+        rows.add_mask(row, mask)
+    for values in _take(lines, head["samples"]):
+        rows.add(*values)
+    return rows.columns()
 
 
 def _framed(data: bytes) -> bytes:
@@ -353,69 +368,3 @@ def _pass(file: IO[str], count: int) -> None:
 
 def _take(lines: Iterator[Any], count: int) -> Iterator[Any]:
     return islice(lines, count)
-
-
-class _Columns:
-    """The storage: about 110 bytes a row beside its key and what it shares with others."""
-
-    def __init__(self) -> None:
-        self.source = array("I")
-        self.keys: list[str] = []
-        self.bytes = array("Q")
-        self.width = array("I")
-        self.height = array("I")
-        self.placement = array("I")
-        self.first_caption = array("Q", [0])  # where each row's begin in the next, and the end
-        self.caption = array("I")
-        self.file = array("I")
-        self.at = array("q")
-        self.files: list[str] = [""]  # the first is that of pictures in folders
-        self.placements: list[Placement] = []
-        self.captions: list[str] = []
-        self.masks: dict[int, str] = {}  # by row, ascending
-        self._placement_numbers: dict[Placement, int] = {}
-        self._caption_numbers: dict[str, int] = {}
-        self._file_numbers: dict[str, int] = {"": 0}
-
-    def add(self, sample: Sample) -> None:
-        if sample.mask:
-            self.masks[len(self.keys)] = sample.mask
-        self.source.append(sample.source)
-        self.keys.append(sample.key)
-        self.bytes.append(sample.bytes)
-        self.width.append(sample.width)
-        self.height.append(sample.height)
-        self.placement.append(_number(sample.placement, self.placements, self._placement_numbers))
-        self.caption.extend(
-            _number(text, self.captions, self._caption_numbers) for text in sample.captions
-        )
-        self.first_caption.append(len(self.caption))
-        self.file.append(_number(sample.file, self.files, self._file_numbers))
-        self.at.append(sample.at)
-
-    def caption_numbers(self, row: int) -> array[int]:
-        return self.caption[self.first_caption[row] : self.first_caption[row + 1]]
-
-    def captions_of(self, row: int) -> tuple[str, ...]:
-        return tuple(self.captions[number] for number in self.caption_numbers(row))
-
-    def sample(self, row: int) -> Sample:
-        return Sample(
-            source=self.source[row],
-            key=self.keys[row],
-            bytes=self.bytes[row],
-            width=self.width[row],
-            height=self.height[row],
-            placement=self.placements[self.placement[row]],
-            captions=self.captions_of(row),
-            file=self.files[self.file[row]],
-            at=self.at[row],
-            mask=self.masks.get(row, ""),
-        )
-
-
-def _number(value: _T, values: list[_T], numbers: dict[_T, int]) -> int:
-    number = numbers.setdefault(value, len(values))
-    if number == len(values):
-        values.append(value)
-    return number

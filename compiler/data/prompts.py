@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from attrs import frozen
 
 from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 
 
-@frozen
+@frozen(slots=True)
 class Prompt:
     """One text to encode, in one of the pipeline's two ways."""
 
@@ -16,14 +18,21 @@ class Prompt:
     negative: bool
 
 
-def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
-    """Each distinct prompt that a run needs: captions, dropout, validation,
-    and what a teacher is guided away from."""
-    held_out = manifest.held_out.captions if manifest.held_out else ()
-    wanted = [Prompt(text, False) for text in (*manifest.captions, *held_out)]
+def every_prompt(plan: Plan, manifest: Manifest) -> Iterator[Prompt]:
+    """The prompts that a run needs: captions, dropout, validation, and what a teacher is guided
+    away from. Some may come twice."""
+    for text in manifest.texts:
+        yield Prompt(text, False)
+    for text in manifest.held_out.texts if manifest.held_out else ():
+        yield Prompt(text, False)
     if plan.sprint or any(source.captions.dropout > 0 for source in plan.sources):
-        wanted.append(Prompt("", True))
+        yield Prompt("", True)
+    for prompt in plan.validation.prompts:
+        yield Prompt(prompt.text, False)
     if plan.validation.prompts:
-        wanted += [Prompt(prompt.text, False) for prompt in plan.validation.prompts]
-        wanted.append(Prompt(plan.validation.negative, True))
-    return list(dict.fromkeys(wanted))
+        yield Prompt(plan.validation.negative, True)
+
+
+def prompts_of(plan: Plan, manifest: Manifest) -> list[Prompt]:
+    """Each distinct prompt that a run needs."""
+    return list(dict.fromkeys(every_prompt(plan, manifest)))

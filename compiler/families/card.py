@@ -23,6 +23,8 @@ class KnownModel:
     guidance: float | None = None
     inference_steps: int | None = None
     index: Mapping[str, Any] = field(factory=dict)  # what its model_index.json says besides
+    undistilled: str = ""
+    """The base to train in place of this one, which was distilled into few steps; "": it wasn't."""
 
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -120,6 +122,10 @@ class FamilyCard:
     """Encoders that can be given new tokens (textual inversion), and what a file calls the vectors
     of each; "": by the token itself, as where there is one encoder. Empty: the pipeline has no
     `load_textual_inversion`."""
+    kohya_encoders: Mapping[str, str] = field(factory=dict)
+    """What sd-scripts call the text encoders that can be trained, in a LoRA (networks/lora.py,
+    lora_sd3.py, lora_flux.py). ComfyUI reads these and Diffusers' names (comfy/lora.py,
+    model_lora_keys_clip)."""
     few_steps_key: str = ""
     """Key of model_index.json that says that a base was distilled into a few steps, and that the
     pipeline then takes no notice of a guidance scale. "": no model of the family was."""
@@ -133,8 +139,19 @@ class FamilyCard:
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     """What loads a LoRA: Diffusers' pipeline, or peft alone where that has no `load_lora_weights`.
     """
+    not_compiled: str = ""  # why its blocks can't be compiled; "": they can
+    cross_attention: tuple[str, ...] = ()
+    """Attention modules, by the last parts of their names, whose keys and values are of another
+    input than their queries: the prompt's."""
     whole_file: WholeFile | None = None
     """How its models lie in one file; None: they are published in folders only."""
+    own_config: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a configuration of the trained component is of this family; None where no other
+    family has its class."""
+
+    def is_of(self, trained: Mapping[str, Any]) -> bool:
+        """Whether a configuration of the trained component's class is of this family."""
+        return self.own_config is None or self.own_config(trained)
 
     def multiple(self, configs: Configs) -> int:
         """Pixels that both edges must divide by: VAE down-sampling times patch size."""

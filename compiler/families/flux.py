@@ -128,6 +128,7 @@ CARD = FamilyCard(
     text_encoders=("text_encoder", "text_encoder_2"),
     trainable_encoders=("text_encoder",),
     embedding_keys={"text_encoder": ""},
+    kohya_encoders={"text_encoder": "lora_te1"},
     trained_component="transformer",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     depth=counted("num_layers", "num_single_layers"),
@@ -177,6 +178,7 @@ CARD = FamilyCard(
             prompt_length=256,
             guidance=0.0,
             inference_steps=4,
+            undistilled="black-forest-labs/FLUX.1-dev",
         ),
     ),
     traps=(

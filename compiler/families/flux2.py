@@ -79,6 +79,8 @@ LARGE = {
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
 }
+BASE_4B = "black-forest-labs/FLUX.2-klein-base-4B"
+BASE_9B = "black-forest-labs/FLUX.2-klein-base-9B"
 FOUR = (4_022_468_096, 3_875_544_576, 84_046_115)  # text encoder, transformer, vae
 NINE = (8_190_735_360, 9_078_581_248, 84_046_115)
 
@@ -88,7 +90,7 @@ def _known(
     shape: Mapping[str, Any],
     encoder: Mapping[str, Any],
     *parameters: int,
-    distilled: bool = False,
+    undistilled: str = "",
 ) -> KnownModel:
     names = ("text_encoder", "transformer", "vae")
     return KnownModel(
@@ -101,7 +103,8 @@ def _known(
             "vae": VAE,
         },
         parameters=dict(zip(names, parameters, strict=True)),
-        index={"is_distilled": distilled},
+        index={"is_distilled": bool(undistilled)},
+        undistilled=undistilled,
     )
 
 
@@ -119,6 +122,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="flux2",
+    own_config=lambda config: not config.get("guidance_embeds", True),
     title="Flux.2 klein",
     pipeline="Flux2KleinPipeline",
     pipeline_options={"is_distilled": False},
@@ -168,10 +172,10 @@ CARD = FamilyCard(
     masked_attention=False,
     attention="all attention",
     known=(
-        _known("black-forest-labs/FLUX.2-klein-base-4B", SMALL, QWEN3_4B, *FOUR),
-        _known("black-forest-labs/FLUX.2-klein-base-9B", LARGE, QWEN3_8B, *NINE),
-        _known("black-forest-labs/FLUX.2-klein-4B", SMALL, QWEN3_4B, *FOUR, distilled=True),
-        _known("black-forest-labs/FLUX.2-klein-9B", LARGE, QWEN3_8B, *NINE, distilled=True),
+        _known(BASE_4B, SMALL, QWEN3_4B, *FOUR),
+        _known(BASE_9B, LARGE, QWEN3_8B, *NINE),
+        _known("black-forest-labs/FLUX.2-klein-4B", SMALL, QWEN3_4B, *FOUR, undistilled=BASE_4B),
+        _known("black-forest-labs/FLUX.2-klein-9B", LARGE, QWEN3_8B, *NINE, undistilled=BASE_9B),
     ),
     traps=(
         "The distilled models (FLUX.2-klein-4B, -9B) draw in four steps, which training undoes: "

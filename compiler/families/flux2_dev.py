@@ -83,6 +83,7 @@ KNOWN = KnownModel(
 CARD = evolve(
     flux2.CARD,
     name="flux2_dev",
+    own_config=lambda config: bool(config.get("guidance_embeds", True)),
     title="Flux.2 dev",
     pipeline="Flux2Pipeline",
     pipeline_options={},

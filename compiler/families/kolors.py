@@ -57,6 +57,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="kolors",
+    own_config=lambda config: unet.tells(config) == "kolors",
     title="Kolors",
     pipeline="KolorsPipeline",
     components={
@@ -92,6 +93,7 @@ CARD = FamilyCard(
     fp16_overflows=False,
     overflowing=("vae",),
     masked_attention=False,
+    cross_attention=("attn2",),
     attention="self- and cross-attention",
     known=(
         KnownModel(

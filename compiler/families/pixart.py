@@ -117,6 +117,7 @@ CARD = FamilyCard(
     fp16_overflows=False,
     overflowing=("vae",),
     masked_attention=True,  # of prompts of different lengths
+    cross_attention=("attn2",),
     attention="self- and cross-attention",
     known=(
         _known("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024),

@@ -185,6 +185,7 @@ CARD = FamilyCard(
     default_targets="attention",
     fp16_overflows=True,
     masked_attention=True,  # of prompts of different lengths
+    cross_attention=("attn2",),
     attention="cross-attention; self-attention is linear, which no kernel of these computes",
     known=(
         _known("Efficient-Large-Model/Sana_600M_512px_diffusers", 512, SMALL, 591_747_872),

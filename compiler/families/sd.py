@@ -123,6 +123,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="sd",
+    own_config=lambda config: unet.tells(config) == "sd",
     title="Stable Diffusion 1 and 2",
     pipeline="StableDiffusionPipeline",
     pipeline_options={
@@ -140,6 +141,7 @@ CARD = FamilyCard(
     text_encoders=("text_encoder",),
     trainable_encoders=("text_encoder",),
     embedding_keys={"text_encoder": ""},
+    kohya_encoders={"text_encoder": "lora_te"},
     trained_component="unet",
     blocks=unet.BLOCKS,
     depth=unet.depth,
@@ -162,6 +164,7 @@ CARD = FamilyCard(
     default_targets="attention",
     fp16_overflows=False,
     masked_attention=False,
+    cross_attention=("attn2",),
     attention="self- and cross-attention",
     known=(
         _first("stable-diffusion-v1-5/stable-diffusion-v1-5"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attrs import evolve
+
 from compiler.families import whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
 from compiler.families.whole_file import Held, WholeFile
@@ -92,6 +94,9 @@ PARAMETERS = {
     "text_encoder_3": 4_762_310_656,
     "vae": 83_819_683,
 }
+
+
+LARGE = "stabilityai/stable-diffusion-3.5-large"
 
 
 def _known(base: str, parameters: int, **shape: Any) -> KnownModel:
@@ -192,6 +197,7 @@ CARD = FamilyCard(
     },
     text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     trainable_encoders=("text_encoder", "text_encoder_2"),
+    kohya_encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     trained_component="transformer",
     blocks=("transformer_blocks",),
     depth=counted("num_layers"),
@@ -244,18 +250,24 @@ CARD = FamilyCard(
             qk_norm="rms_norm",
         ),
         _known(
-            "stabilityai/stable-diffusion-3.5-large",
+            LARGE,
             8_056_627_520,
             num_layers=38,
             pos_embed_max_size=192,
             qk_norm="rms_norm",
         ),
-        _known(
-            "stabilityai/stable-diffusion-3.5-large-turbo",
-            8_056_627_520,
-            num_layers=38,
-            pos_embed_max_size=192,
-            qk_norm="rms_norm",
+        evolve(
+            _known(
+                f"{LARGE}-turbo",
+                8_056_627_520,
+                num_layers=38,
+                pos_embed_max_size=192,
+                qk_norm="rms_norm",
+            ),
+            # Its model card: distilled (ADD) into four steps, drawn without guidance.
+            guidance=0.0,
+            inference_steps=4,
+            undistilled=LARGE,
         ),
     ),
     traps=(

@@ -90,6 +90,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="sdxl",
+    own_config=lambda config: unet.tells(config) == "sdxl",
     title="Stable Diffusion XL",
     pipeline="StableDiffusionXLPipeline",
     pipeline_options={"add_watermarker": False},
@@ -105,6 +106,7 @@ CARD = FamilyCard(
     text_encoders=("text_encoder", "text_encoder_2"),
     trainable_encoders=("text_encoder", "text_encoder_2"),
     embedding_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+    kohya_encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     trained_component="unet",
     blocks=unet.BLOCKS,
     depth=unet.depth,
@@ -129,6 +131,7 @@ CARD = FamilyCard(
     fp16_overflows=False,
     overflowing=("vae",),
     masked_attention=False,
+    cross_attention=("attn2",),
     attention="self- and cross-attention",
     known=(
         _known("stabilityai/stable-diffusion-xl-base-1.0"),

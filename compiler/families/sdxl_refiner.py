@@ -60,6 +60,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 CARD = evolve(
     sdxl.CARD,
     name="sdxl_refiner",
+    own_config=lambda config: unet.tells(config) == "sdxl_refiner",
     title="Stable Diffusion XL refiner",
     pipeline="StableDiffusionXLImg2ImgPipeline",
     pipeline_options={
@@ -79,6 +80,7 @@ CARD = evolve(
     trainable_encoders=("text_encoder_2",),
     runs_together=False,
     embedding_keys={},
+    kohya_encoders={"text_encoder_2": "lora_te"},  # ComfyUI's, of the larger CLIP alone
     runs=None,
     embedding_shapes=_embedding_shapes,
     known=(

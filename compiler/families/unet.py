@@ -24,6 +24,22 @@ TARGET_SETS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def tells(config: Mapping[str, Any]) -> str:
+    """The family that a UNet of this configuration is of: "sd", "sdxl", "sdxl_refiner" or
+    "kolors"; "": another. Kolors has a layer for its language model's states. The refiner is told
+    five numbers beside its one encoder's pooled state, which is as wide as all of its states."""
+    added, projected = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
+    if added is None and projected is None:
+        return "sd"
+    if added != "text_time":
+        return ""
+    if projected is not None:
+        return "kolors" if projected == "text_proj" else ""
+    numbers = 5 * int(config.get("addition_time_embed_dim") or 0)
+    pooled = int(config.get("projection_class_embeddings_input_dim") or 0) - numbers
+    return "sdxl_refiner" if pooled == config.get("cross_attention_dim") else "sdxl"
+
+
 def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     """What tells a UNet of this configuration by the shapes of its tensors, under the names of
     latent diffusion's own code (see `runtime.export.sgm`)."""

@@ -48,6 +48,29 @@ def misfit(held: Held, config: Config, shapes: Shapes) -> str:
     return ""
 
 
+def located(
+    whole: WholeFile, name: str, configs: Mapping[str, Config], shapes: Shapes
+) -> tuple[str, str]:
+    """The prefix of a component in a file of `shapes`; or why it is not there."""
+    why = "no layout of it is known"
+    for layout in whole.parts.get(name, ()):
+        try:
+            found = misfit(layout, configs[name], shapes)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            found = f"its configuration can't be read: {type(error).__name__}: {error}"
+        if not found:
+            return layout.prefix, ""
+        mine = any(key.startswith(layout.prefix) for key in shapes) if layout.prefix else False
+        why = found if mine or why.startswith("no layout") else why
+    return "", why
+
+
+def held_in(whole: WholeFile, configs: Mapping[str, Config], shapes: Shapes) -> tuple[str, ...]:
+    """The components of these configurations that a file of `shapes` holds."""
+    names = [name for name in whole.parts if name in configs]
+    return tuple(name for name in names if not located(whole, name, configs, shapes)[1])
+
+
 def _spelt(shape: tuple[int, ...] | None) -> str:
     return " x ".join(map(str, shape or ()))
 

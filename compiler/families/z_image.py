@@ -140,10 +140,18 @@ CARD = FamilyCard(
     default_targets="attention",
     fp16_overflows=True,
     masked_attention=True,  # of prompts of different lengths
+    not_compiled="it is given prompts one by one, each as long as it is, and every length of a "
+    "batch would be a graph of its own",
     attention="all attention",
     known=(
         _known("Tongyi-MAI/Z-Image", 6.0, guidance=4.0),
-        _known("Tongyi-MAI/Z-Image-Turbo", 3.0, guidance=0.0, inference_steps=9),
+        _known(
+            "Tongyi-MAI/Z-Image-Turbo",
+            3.0,
+            guidance=0.0,
+            inference_steps=9,
+            undistilled="Tongyi-MAI/Z-Image",
+        ),
     ),
     patch_key="all_patch_size",
     traps=(

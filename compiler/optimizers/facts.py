@@ -55,6 +55,9 @@ class OptimizerFacts:
     averages: bool = False  # schedule-free: what it trains is not what is judged and kept
     whole: str = ""  # why its step reads whole weights, not numbers one by one; "" if it does not
     not_in_backward: str = ""  # why its step can't be taken weight by weight; "" if it can
+    shaping: tuple[str, ...] = ()
+    """Arguments that decide what it keeps of a weight: its state can't be gone on with under other
+    values of them."""
     one_lr: str = ""  # why all weights have one learning rate; "" if they need not
     eight_bit: str = ""  # its sibling that keeps its state in 8 bits
 

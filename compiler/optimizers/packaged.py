@@ -38,6 +38,7 @@ _KAHAN = tuple(
         copies=2 if name == "stableadamw" else 0,
         whole="it scales its step by a mean over the whole weight" if name == "stableadamw" else "",
         bf16="kahan",
+        shaping=("momentum",) if name == "optimi-sgd" else (),
     )
     for name, title, cls, states, defaults, ours, most, lr in (
         # Wortsman et al., "Stable and low-precision training", arXiv 2304.13013.
@@ -169,6 +170,7 @@ PACKAGED = (
             "slice_p": 1,
         },
         optional=("growth_rate",),
+        shaping=("slice_p", "betas"),
         usual_lr=(0.1, 10.0),
         reads_values=True,
         copies=2,
@@ -200,6 +202,7 @@ PACKAGED = (
             "precondition_frequency": 10,
             "max_precondition_dim": 10000,
         },
+        shaping=("max_precondition_dim",),
         whole="it turns each whole matrix into its own axes",
     ),
     # Pagliardini et al., "The AdEMAMix optimizer", arXiv 2409.03137.

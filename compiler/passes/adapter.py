@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
+from compiler.passes.start_family import other_family
 from compiler.plan import Adapter, Ranked, Scaled
 from compiler.safetensors import Header, header_of
 from compiler.schema import AdapterRecipe
@@ -49,6 +51,8 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
         decompose_both=recipe.decompose_both,
         full_matrix=recipe.full_matrix,
         tucker=recipe.tucker,
+        weight_decompose=recipe.weight_decompose,
+        train_norm=recipe.train_norm,
         block_size=(recipe.block_size or BLOCK_SIZES[recipe.kind]) if row.blocked else 0,
         block_share=recipe.block_share,
         butterfly_factors=recipe.butterfly_factors if recipe.kind == "boft" else 0,
@@ -206,10 +210,8 @@ def _with_file(draft: Draft, family: FamilyCard, made: Adapter) -> Adapter:
     said, where = draft.recipe.adapter.from_, (*WHERE, "from")
     if not said:
         return made
-    if draft.given((*WHERE, "init")):
-        message = "an adapter that starts from a file is not initialised"
-        draft.error("no-effect", (*WHERE, "init"), message, of="key")
-    made = evolve(made, init=_from_init(made))
+    begun, made = made.init, evolve(made, init=_from_init(made))
+    init = draft.given((*WHERE, "init"))
     path = _file(draft.folder, said, made)
     header = None if path is None else header_of(path)
     if path is None:
@@ -220,10 +222,20 @@ def _with_file(draft: Draft, family: FamilyCard, made: Adapter) -> Adapter:
         draft.error("bad-adapter", where, message, help="name the file of an adapter")
     else:
         problem = _mismatch(header, family.trained_component, made)
-        if problem:
-            draft.error("bad-adapter", where, f"`{said}` does not fit: {problem}")
+        if draft.model is not None and (other := other_family(header, draft.model)):
+            message = f"`{said}` is an adapter of another family: {other}"
+            draft.error("bad-adapter", where, message, help=f"take one of {family.title}")
+        elif problem:
+            help = _right_rank(header, family.trained_component, made)
+            if help and init:  # one mistake, one message
+                why = f": what starts as {begun} leaves twice its rank" * (begun in OF_THE_BASE)
+                help, init = f"{help}, and leave `init` out{why}", False
+            draft.error("bad-adapter", where, f"`{said}` does not fit: {problem}", help=help)
         digest = hashlib.sha256(header.text + str(path.stat().st_size).encode()).hexdigest()
-        return evolve(made, start=str(path), start_digest=digest)
+        made = evolve(made, start=str(path), start_digest=digest)
+    if init:
+        message = "an adapter that starts from a file is not initialised"
+        draft.error("no-effect", (*WHERE, "init"), message, help="leave `init` out", of="key")
     return made
 
 
@@ -241,39 +253,87 @@ def _file(folder: Path, said: str, made: Adapter) -> Path | None:
         return None
 
 
-PARTS = {
-    "lora": "lora_A",
-    "dora": "lora_A",
-    "lokr": "lokr_w",
-    "loha": "hada_w1_b",
-    "glora": "a2.weight",
-    "ia3": "ia3_l",
-    "full": "diff",
-    "oft": "oft_R",
-    "boft": "boft_R",
+FIRST = ("lora_A", "lora_down")
+LENGTHS = ("lora_magnitude_vector", "dora_scale")
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "lora": FIRST,
+    "dora": FIRST,
+    "lokr": ("lokr_w",),
+    "loha": ("hada_w1_b",),
+    "glora": ("a2.weight",),
+    "ia3": ("ia3_l",),
+    "full": ("diff",),
+    "oft": ("oft_R",),
+    "boft": ("boft_R",),
 }
-"""A part of each kind's tensors by which its files are known."""
+"""A part of each kind's tensors by which its files are known: as we call it, and as others do."""
+FOREIGN = re.compile(r"lora_(unet|transformer)_|lycoris_|diffusion_model\.")
+"""How other programs' names of modules begin."""
+SHARED = re.compile(r"qkv|linear1")
+"""In other programs' names: a layer that up to four of Diffusers' share."""
 
 
 def _mismatch(header: Header, component: str, made: Adapter) -> str:
     """Why the file can't be the start of such an adapter; "" if it can."""
-    part = PARTS[made.kind]
-    shapes = {name: shape for name, shape in header.shapes.items() if f".{part}" in name}
-    title = ADAPTERS[made.kind].title
+    parts, title = PARTS[made.kind], ADAPTERS[made.kind].title
+    shapes = {name: shape for name, shape in header.shapes.items() if _has(name, parts)}
     if not shapes:
-        return f"it holds no {title} (no tensor is called `{part}`)"
-    magnitudes = any(".lora_magnitude_vector" in name for name in header.shapes)
+        return f"it holds no {title} (no tensor is called `{'` or `'.join(parts)}`)"
+    magnitudes = any(_has(name, LENGTHS) for name in header.shapes)
     if made.kind in ("lora", "dora") and magnitudes != (made.kind == "dora"):
         return "it is a DoRA" if magnitudes else "it is a LoRA without magnitudes"
-    for name, shape in shapes.items():
-        if name.startswith("text_encoder"):  # see `passes.text_training`
-            continue
-        module = name.partition(f".{part}")[0].removeprefix(f"{component}.")
-        found, wanted = _size(made, name, shape), _wanted(made, module)
-        if found is not None and wanted is not None and found != wanted:
+    if "train_norm" in ADAPTERS[made.kind].keys:
+        norms = any(name.endswith(".w_norm") for name in header.shapes)
+        if norms != made.train_norm:
+            return f"it holds {'' if norms else 'no '}norms; the recipe has " + (
+                f"train_norm = {str(made.train_norm).lower()}"
+            )
+    if "weight_decompose" in ADAPTERS[made.kind].keys and magnitudes != made.weight_decompose:
+        held = "has lengths of rows apart" if magnitudes else "has no lengths of rows apart"
+        return f"it {held}; the recipe has weight_decompose = {str(made.weight_decompose).lower()}"
+    for name, found, wanted in _sizes(shapes, component, made):
+        if found not in ([wanted * n for n in range(1, 5)] if SHARED.search(name) else [wanted]):
             word = "rank" if ADAPTERS[made.kind].ranked else "block size"
             return f"`{name}` is of {word} {found}, the recipe's is {wanted}"
     return ""
+
+
+def _right_rank(header: Header, component: str, made: Adapter) -> str:
+    """What of the recipe would fit the ranks or block sizes of the file; "" if that is not all."""
+    parts = PARTS[made.kind]
+    shapes = {name: shape for name, shape in header.shapes.items() if _has(name, parts)}
+    sizes = [row for row in _sizes(shapes, component, made) if not SHARED.search(row[0])]
+    found = {size for _, size, _ in sizes}
+    ranked = ADAPTERS[made.kind].ranked
+    if len(found) == 1:
+        size = found.pop()
+        if _mismatch(header, component, evolve(made, rank=size, block_size=size, ranks=())):
+            return ""
+        without = ", without `ranks`" * bool(made.ranks)
+        return f"{'rank' if ranked else 'block_size'} = {size}{without}"
+    doubled = bool(sizes) and all(size == 2 * wanted for _, size, wanted in sizes)
+    return "twice the `rank` and twice each of `ranks`" if ranked and doubled else ""
+
+
+def _sizes(
+    shapes: Mapping[str, tuple[int, ...]], component: str, made: Adapter
+) -> Iterator[tuple[str, int, int]]:
+    """Of each of the file's tensors that tell it: its name, its rank or block size, and the
+    recipe's."""
+    for name, shape in shapes.items():
+        if name.startswith(("text_encoder", "lora_te")):  # see `passes.text_training`
+            continue
+        module = re.split(rf"\.(?:{'|'.join(PARTS[made.kind])})", name)[0]
+        found, wanted = (
+            _size(made, name, shape),
+            _wanted(made, module.removeprefix(f"{component}.")),
+        )
+        if found is not None and wanted is not None:
+            yield name, found, wanted
+
+
+def _has(name: str, parts: tuple[str, ...]) -> bool:
+    return any(f".{part}" in name for part in parts)
 
 
 def _size(made: Adapter, name: str, shape: tuple[int, ...]) -> int | None:
@@ -293,6 +353,6 @@ def _size(made: Adapter, name: str, shape: tuple[int, ...]) -> int | None:
 def _wanted(made: Adapter, module: str) -> int | None:
     if not ADAPTERS[made.kind].ranked:
         return made.block_size
-    if made.kind in ("lora", "dora"):
+    if made.kind in ("lora", "dora") and not FOREIGN.match(module):
         return rank_of(made, module)
-    return None if made.ranks else made.rank  # LyCORIS' names don't tell dots from underscores
+    return None if made.ranks else made.rank  # their names don't tell dots from underscores

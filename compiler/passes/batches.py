@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from math import ceil
 
 from compiler.data.counts import bucket_rows, samples_per_epoch
+from compiler.data.geometry import edge_of
 from compiler.data.stages import Gap, Span, epochs_begun, last_step, stages_of
 from compiler.draft import Draft
-from compiler.plan import DataSource, Geometry, Stage, Steps
+from compiler.plan import DataSource, Stage, Steps
 from compiler.spans import KeyPath
 from compiler.units import Interval
 
@@ -142,12 +143,6 @@ def _batch_sizes(draft: Draft) -> list[int] | None:
     return [asked[edge] for edge in edges]
 
 
-def edge_of(shape: Geometry) -> float:
-    """A resolution as an edge in pixels: the root of an area."""
-    area = shape.resolution_type == "area"
-    return (shape.resolution * 1e6) ** 0.5 if area else shape.resolution
-
-
 def _pixels(source: DataSource) -> int:
     """A source's resolution in whole pixels, by which batch sizes are told apart."""
     return round(edge_of(source.geometry))
@@ -178,22 +173,38 @@ def _one_length(draft: Draft) -> bool:
 
 
 def _batch_fits(draft: Draft, sizes: list[int]) -> bool:
-    """A batch larger than a whole source is a mistake; a short batch in a bucket is not."""
-    fits = True
+    """A batch size that no source can fill is a mistake. A source that can't fill one, beside one
+    that can, trains in short batches, and so does a bucket."""
+    held: dict[KeyPath, list[tuple[int, int, int]]] = {}  # samples, number and size of each source
     for number, (source, size) in enumerate(zip(draft.sources, sizes, strict=True)):
         samples = samples_per_epoch(source.images, source.repeats)
+        held.setdefault(_place_of_size(draft, source), []).append((samples, -number, size))
+    fits = True
+    for place, found in held.items():
+        samples, number, size = max(found)
         if size > samples:
             fits = False
-            draft.error(
-                "batch-too-large",
-                _place_of_size(draft, source),
-                f"a batch of {size} is larger than source `{source.id}`: "
-                f"{source.images} image{'s' * (source.images != 1)} x {source.repeats} = "
-                f"{samples} samples an epoch",
-                help=f"{_place_of_size(draft, source)[-1]} = {samples}, or repeats = "
-                f"{ceil(size / source.images)} in [[data.source]] entry {number + 1}",
-            )
+            _unfilled(draft, place, -number, size, samples, len(found))
     return fits
+
+
+def _unfilled(
+    draft: Draft, place: KeyPath, number: int, size: int, samples: int, others: int
+) -> None:
+    """Refuse a batch of `size` where the largest source it holds for has only `samples`."""
+    source = draft.sources[number]
+    which = (
+        f"source `{source.id}`" if others == 1 else f"every source; the largest is `{source.id}`"
+    )
+    draft.error(
+        "batch-too-large",
+        place,
+        f"a batch of {size} is larger than {which}: "
+        f"{source.images} image{'s' * (source.images != 1)} x {source.repeats} = "
+        f"{samples} samples an epoch",
+        help=f"{place[-1]} = {samples}, or repeats = {ceil(size / source.images)} in "
+        f"[[data.source]] entry {number + 1}",
+    )
 
 
 def _place_of_size(draft: Draft, source: DataSource) -> KeyPath:
@@ -204,7 +215,11 @@ def _place_of_size(draft: Draft, source: DataSource) -> KeyPath:
 def _small_buckets(draft: Draft) -> None:
     short = [bucket for bucket in draft.buckets if bucket.samples < bucket.batch_size]
     if short:
-        sizes = ", ".join(f"{bucket.width}x{bucket.height}" for bucket in short[:4])
+        several = len(draft.sources) > 1
+        sizes = ", ".join(
+            f"{bucket.width}x{bucket.height}{f' of `{bucket.source}`' * several}"
+            for bucket in short[:4]
+        )
         more = f" and {len(short) - 4} more" if len(short) > 4 else ""
         draft.warn(
             "small-buckets",

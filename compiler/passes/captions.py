@@ -29,6 +29,7 @@ class Captioned:
 
     pictures: tuple[tuple[Picture, tuple[str, ...]], ...]
     skipped: int  # for want of a caption
+    broken: int  # skipped because theirs can't be read
     fallbacks: int  # told what `missing` says instead
 
 
@@ -158,27 +159,22 @@ def captioned(
     folder: Path,
     scan: Scan,
     captions: plan.Captions,
+    broken: str,
 ) -> Captioned:
-    """Each picture of `scan` with its captions; those without one as `missing` says."""
+    """Each picture of `scan` with its captions; those without one as `missing` says, and those with
+    one that can't be read as `broken` does."""
     pictures = scan.pictures
     found = all_captions(str(folder), scan, pictures, captions)
     faults = [texts for texts in found if isinstance(texts, Fault)]
     if faults:
-        draft.error(
-            "broken-captions",
-            (*where, "path"),
-            f"{len(faults)} caption{' file' * (captions.kind in COMPANION)}"
-            f"{'s' * (len(faults) != 1)} in `{recipe.path}` can't be read",
-            notes=tuple(str(fault) for fault in faults[:LISTED]),
-            help="save them as UTF-8 text" if captions.kind == "textfile" else "",
-        )
+        _report_faults(draft, where, recipe, faults, captions.kind in COMPANION, broken)
     pairs = [(p, t) for p, t in zip(pictures, found, strict=True) if not isinstance(t, Fault)]
     without = [picture for picture, texts in pairs if not texts]
     instead = {p.key: texts for p in without if (texts := _fallback(p.key, captions))}
     told = [(p, texts or instead.get(p.key, ())) for p, texts in pairs]
     left = [picture.key for picture, texts in told if not texts]
     if left and not _without(draft, where, recipe, left, len(pictures), captions):
-        return Captioned(pictures=(), skipped=len(left), fallbacks=len(instead))
+        return Captioned(pictures=(), skipped=len(left), broken=len(faults), fallbacks=len(instead))
     _judge(draft, where, recipe, [texts for _, texts in told if any(texts)], captions)
     return Captioned(
         pictures=tuple(
@@ -187,7 +183,32 @@ def captioned(
             if texts
         ),
         skipped=len(left),
+        broken=len(faults),
         fallbacks=len(instead),
+    )
+
+
+def _report_faults(
+    draft: Draft,
+    where: KeyPath,
+    recipe: SourceRecipe,
+    faults: Sequence[Fault],
+    files: bool,
+    broken: str,
+) -> None:
+    """Name captions that can't be read, which stand in `files` of their own or in columns."""
+    skipped = " and their images are skipped" if broken == "skip" else ""
+    notes = tuple(str(fault) for fault in faults[:LISTED])
+    if len(faults) > LISTED:
+        notes += (f"and {len(faults) - LISTED:,} more",)
+    draft.report(
+        "warning" if skipped else "error",
+        "broken-captions",
+        (*where, "path"),
+        f"{len(faults)} caption{' file' * files}{'s' * (len(faults) != 1)} in `{recipe.path}` "
+        f"can't be read{skipped}",
+        notes=notes,
+        help="" if skipped else 'mend them (UTF-8 text is read), or say broken = "skip"',
     )
 
 

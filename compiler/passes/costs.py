@@ -9,7 +9,7 @@ from attrs import evolve
 from compiler import costs
 from compiler.costs import Hidden, Outlook, Skipped
 from compiler.draft import Draft
-from compiler.keeping import at_once
+from compiler.keeping import at_once, waiting
 from compiler.memory import gib
 from compiler.plan import Plan
 from compiler.site import Present, Space
@@ -126,7 +126,7 @@ def _fewer(plan: Plan, found: Outlook, space: Space | None) -> str:
     keep = bisect_right(
         most,
         room // disk.one_checkpoint_bytes,
-        key=lambda keep: at_once(evolve(rules, keep=keep), total),
+        key=lambda keep: at_once(evolve(rules, keep=keep), total, waiting(plan)),
     )
     if not keep:
         return elsewhere

@@ -148,12 +148,16 @@ def _source(
     broken = own_or_data(draft, where, "broken")
     pictures, skips = usable(draft, where, recipe, found, broken)
     told = captioned(
-        draft, where, recipe, folder, evolve(found, pictures=tuple(pictures)), captions
+        draft, where, recipe, folder, evolve(found, pictures=tuple(pictures)), captions, broken
     )
     if told.skipped:
         skips.append(Skip(images=told.skipped, why="no caption"))
+    if told.broken:
+        skips.append(Skip(images=told.broken, why="a caption that can't be read"))
     kept = trained(draft, where, recipe, told.pictures)
-    if kept is None or not judge_masks(draft, where, recipe, masks, [one for one, _ in kept]):
+    if kept is None:
+        return None
+    if not judge_masks(draft, where, recipe, masks, [one for one, _ in kept], folder):
         return None
     base = plan.DataSource(
         id=name,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from compiler import plan
 from compiler.adapters import INVERSION
 from compiler.draft import Draft
 from compiler.families import FAMILIES
+from compiler.families.card import FamilyCard
 from compiler.passes.storage import LONGEST_NAME, how_to_name, safe_name
 from compiler.passes.text_training import (
     judge_companions,
@@ -16,6 +18,7 @@ from compiler.passes.text_training import (
     steps_until,
     trains,
 )
+from compiler.passes.word_starts import with_start
 from compiler.schema import EmbeddingsRecipe
 from compiler.spans import KeyPath
 
@@ -48,13 +51,13 @@ def resolve_embeddings(draft: Draft) -> None:
         )
         return
     _judge_adapter(draft)
-    tokens = _tokens(draft, recipe)
+    tokens = _tokens(draft, model.family, recipe)
     if draft.optimizer is None or draft.steps is None or draft.precision is None:
         return
     total = draft.steps.total
     draft.embeddings = made = plan.Embeddings(
         encoders=encoders,
-        tokens=tokens,
+        tokens=tuple(tokens.values()),
         lr=own_lr(draft, WHERE, recipe.lr, draft.optimizer),
         until=steps_until(draft, WHERE, recipe.until, total),
     )
@@ -85,8 +88,9 @@ def _judge_adapter(draft: Draft) -> None:
         )
 
 
-def _tokens(draft: Draft, recipe: EmbeddingsRecipe) -> tuple[plan.NewToken, ...]:
-    found: list[plan.NewToken] = []
+def _tokens(draft: Draft, family: FamilyCard, recipe: EmbeddingsRecipe) -> dict[int, plan.NewToken]:
+    """By their numbers in the recipe; a word that is given twice once."""
+    found: dict[int, plan.NewToken] = {}
     for number, token in enumerate(recipe.token):
         where = (*WHERE, "token", number)
         if not NAME.fullmatch(token.name):
@@ -103,27 +107,45 @@ def _tokens(draft: Draft, recipe: EmbeddingsRecipe) -> tuple[plan.NewToken, ...]
                 f"`{inner}` can't name a file everywhere, as the word's vectors are called",
                 help=how_to_name(inner, LONGEST_NAME),
             )
-        for other in found:
-            if token.name == other.token:
-                draft.error("duplicate-id", (*where, "name"), f"`{token.name}` is given twice")
-            elif token.name.casefold() == other.token.casefold():
-                draft.error(
-                    "duplicate-id",
-                    (*where, "name"),
-                    f"`{token.name}` and `{other.token}` are one word to a CLIP's tokenizer, which "
-                    "puts all in small letters",
-                    help="let the names differ by more than case",
-                )
+        if _is_there(draft, (*where, "name"), token.name, found.values()):
+            continue
+        if len(token.initial.split()) > token.vectors:
+            draft.warn(
+                "no-effect",
+                (*where, "initial"),
+                f"`{token.initial}` has more tokens than the {token.vectors} of `vectors`: those "
+                "behind are not used",
+                help=f"vectors = {len(token.initial.split())}, or a shorter text",
+            )
         made = plan.NewToken(token=token.name, vectors=token.vectors, initial=token.initial)
-        found.append(made)
-    return tuple(found)
+        alone = len(recipe.token) == 1
+        found[number] = with_start(draft, family, where, made, token.from_, alone)
+    return found
 
 
-def _judge_captions(draft: Draft, tokens: tuple[plan.NewToken, ...]) -> None:
+def _is_there(draft: Draft, where: KeyPath, name: str, others: Iterable[plan.NewToken]) -> bool:
+    """Whether `name` is one of `others`, which is said."""
+    for other in others:
+        if name == other.token:
+            draft.error("duplicate-id", where, f"`{name}` is given twice")
+            return True
+        if name.casefold() == other.token.casefold():
+            draft.error(
+                "duplicate-id",
+                where,
+                f"`{name}` and `{other.token}` are one word to a CLIP's tokenizer, which puts all "
+                "in small letters",
+                help="let the names differ by more than case",
+            )
+            return True
+    return False
+
+
+def _judge_captions(draft: Draft, tokens: Mapping[int, plan.NewToken]) -> None:
     """A word that no caption says learns nothing."""
     if draft.manifest is None:
         return
-    for number, token in enumerate(tokens):
+    for number, token in tokens.items():
         if not any(token.token in caption for caption in draft.manifest.captions):
             draft.error(
                 "no-effect",

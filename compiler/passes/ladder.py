@@ -155,6 +155,8 @@ def _fewer_bits(draft: Draft) -> tuple[plan.Quantisation, ...]:
         return ()
     if draft.adapter.init in OF_THE_BASE:  # which must give its weights exactly
         return ()
+    if draft.speed.fused_projections:  # see `passes.projections`
+        return ()
     kind = draft.adapter.kind
     return tuple(
         name
@@ -167,7 +169,8 @@ def _offload(draft: Draft, add: Callable[..., None]) -> None:
     offload = offload_of(draft)
     if offload.activations == "auto":
         add(activations=True)
-    if offload.blocks == "auto" and draft.adapter is not None:
+    fused = draft.speed.fused_projections  # see `passes.projections`
+    if offload.blocks == "auto" and draft.adapter is not None and not fused:
         for count in sorted({round(share * depth(draft)) for share in SHARES} - {0}):
             add(blocks=count)
 

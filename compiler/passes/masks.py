@@ -15,14 +15,16 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from compiler import plan
+from compiler.data.headers import may_be_transparent
 from compiler.data.manifest import Sample
-from compiler.data.scan import Fault, Picture, Scan, scan, shown
+from compiler.data.scan import ALONE, Fault, Picture, Scan, scan, shown
 from compiler.draft import Draft
 from compiler.passes.captions import LISTED, listed
 from compiler.passes.inherited import path_of
 from compiler.schema import MaskRecipe, SourceRecipe
 from compiler.spans import KeyPath
 
+LOOKED_AT = 64  # pictures, for their transparency
 _OF_FILES = ("folder", "suffix", "missing")  # keys of masks from files
 
 
@@ -182,16 +184,46 @@ def _without(found: Scan, folder: Path, masks: Path) -> Scan:
     return evolve(found, pictures=left)
 
 
+def _judge_alpha(
+    draft: Draft,
+    path: KeyPath,
+    recipe: SourceRecipe,
+    pictures: Sequence[Picture],
+    folder: Path,
+) -> None:
+    """Warn if none of a source's pictures has transparency, as far as headers tell. Of many some
+    are looked at, spread evenly; those in containers are not."""
+    files = [p for p in pictures if p.at == ALONE]
+    some = files[:: max(1, -(-len(files) // LOOKED_AT))]
+    refused = any(fault.severity == "error" for fault in draft.diagnostics)
+    if refused or not some or len(files) < len(pictures):
+        return
+    if any(may_be_transparent(one.file or str(folder / one.key)) for one in some):
+        return
+    looked = f"{len(some)} of them looked at" if len(some) < len(files) else "all looked at"
+    draft.warn(
+        "opaque-images",
+        path,
+        f"no image in `{recipe.path}` has transparency ({looked}): their masks are all of them",
+        help="leave `mask` out, or save the images with their background transparent",
+    )
+
+
 def judge_masks(
     draft: Draft,
     where: KeyPath,
     recipe: SourceRecipe,
     masks: Masks,
     pictures: Sequence[Picture],
+    folder: Path,
 ) -> bool:
-    """Whether each picture has one mask of its own size, where it needs a file."""
+    """Whether each picture has one mask of its own size, where it needs a file; warns where none
+    seems to be transparent. `folder` is the source's."""
     rules = masks.rules
-    if rules is None or rules.kind == "alpha":
+    if rules is None:
+        return True
+    if rules.kind == "alpha":
+        _judge_alpha(draft, path_of(draft, where, "mask"), recipe, pictures, folder)
         return True
     path, each = (
         path_of(draft, where, "mask"),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 from attrs import evolve
 
 from compiler import plan
-from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.passes import ladder
 from compiler.passes.components import model_plan, settle
 from compiler.passes.ladder import Rung
 from compiler.passes.optimizer import resolve_optimizer
+from compiler.passes.refused import refused
 from compiler.passes.sharing import choose_sharded, decide_sharing
 from compiler.passes.suggest import refuse
 from compiler.passes.text_training import trains
@@ -58,7 +56,7 @@ def resolve_memory(draft: Draft) -> None:
             chosen = search.encoders(chosen)
         found = search.look(chosen)
     except ValueError as error:
-        _refused(draft, str(error))
+        refused(draft, str(error))
         return
     _settle(draft, chosen, search.why(chosen))
     decide_sharing(draft, shared)
@@ -243,6 +241,8 @@ def _judge_offload(draft: Draft) -> None:
                 label=f"the {draft.model.family.trained_component} has {ladder.depth(draft)} "
                 "blocks",
             )
+    if draft.device == "cpu":
+        _judge_idle_offload(draft, offload)
     size = draft.recipe.memory.micro_batch
     if isinstance(size, int) and size > ladder.largest_batch(draft):
         draft.warn(
@@ -252,10 +252,28 @@ def _judge_offload(draft: Draft) -> None:
         )
 
 
+def _judge_idle_offload(draft: Draft, offload: OffloadRecipe) -> None:
+    """Warn of what would wait where it is anyway."""
+    asked = {
+        "activations": offload.activations is True,
+        "blocks": offload.blocks not in ("auto", 0),
+    }
+    for key in (key for key, on in asked.items() if on):
+        draft.warn(
+            "no-effect",
+            ("memory", "offload", key),
+            f"where the processor trains, {key} are in host memory anyway: offloading them saves "
+            "nothing and takes time",
+            help=f"leave `{key}` out",
+            of="key",
+        )
+
+
 def _budget(draft: Draft) -> int:
     asked = draft.recipe.memory.budget
     if isinstance(asked, ByteSize):
         draft.decide(BUDGET, asked)
+        _judge_budget(draft, int(asked))
         return int(asked)
     if asked == "none":
         draft.decide(BUDGET, "none")
@@ -266,6 +284,19 @@ def _budget(draft: Draft) -> int:
     free = draft.machine.device_free_bytes
     draft.decide(BUDGET, gib(free), by="this machine", why="free on the device now")
     return free
+
+
+def _judge_budget(draft: Draft, budget: int) -> None:
+    """Warn of more than the device has, where it is this machine's."""
+    total = draft.machine.device_total_bytes
+    if draft.device == draft.machine.device and 0 < total < budget:
+        draft.warn(
+            "budget-too-large",
+            BUDGET,
+            f"{draft.machine.device_name} has {gib(total)}: a plan that fits {gib(budget)} may not "
+            "fit it",
+            help='leave `budget` out, or `--device "80 GiB"` to plan for another device',
+        )
 
 
 def _candidate(draft: Draft) -> Candidate:
@@ -299,31 +330,12 @@ def _candidate(draft: Draft) -> Candidate:
         device=draft.device,
         attention=draft.speed.attention,
         channels_last=draft.speed.channels_last,
+        fused_projections=draft.speed.fused_projections,
         masked=any(source.mask for source in draft.sources),
         text_training=draft.text_training,
         embeddings=draft.embeddings,
         keeps_base=any(source.target == "base" for source in draft.sources),
     )
-
-
-def _refused(draft: Draft, why: str) -> None:
-    """The model can't be built, or a pattern of the adapter matches nothing of it."""
-    adapter, quoted = draft.recipe.adapter, re.search(r"`([^`]+)`", why)
-    name = quoted[1] if quoted else ""
-    place: KeyPath = ("model", "base")
-    help = "a base whose configuration is as its publisher left it"
-    if adapter is not None and draft.model is not None:
-        sets = choices(tuple(draft.model.family.target_sets))
-        for key in ("targets", "exclude", "ranks", "alphas"):
-            stated = getattr(adapter, key)
-            if name in (key, stated) or name in stated:
-                place, help = ("adapter", key), f"named sets of this family: {sets}"
-                help = help if key == "targets" else "patterns are matched with whole names"
-                if not isinstance(stated, str) and name in stated:
-                    inside = name if isinstance(stated, dict) else list(stated).index(name)
-                    place = (*place, inside)
-                break
-    draft.error("model-refused", place, why, help=help)
 
 
 def blame(draft: Draft) -> KeyPath:

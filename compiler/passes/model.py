@@ -16,6 +16,7 @@ from compiler.families.card import FamilyCard
 from compiler.files import read_small
 from compiler.noise import noise_table, predicted
 from compiler.passes.adapter import resolve_adapter
+from compiler.passes.distilled import judge_base
 from compiler.passes.whole_file import facts_of_file, facts_of_known
 from compiler.safetensors import header_of
 
@@ -38,6 +39,9 @@ OTHER_NAMES = {
 Key = Literal["base", "rest"]  # of `[model]`
 
 
+FILE = ".safetensors"
+
+
 def resolve_model(draft: Draft) -> None:
     """Fill in `draft.model` and `draft.adapter`."""
     family = _family(draft)
@@ -49,6 +53,7 @@ def resolve_model(draft: Draft) -> None:
     draft.decide(("model", "base"), draft.model.file or draft.model.base)
     if not draft.model.file:
         draft.decide(("model", "rest"), "none", why="the base is no single file")
+    judge_base(draft, draft.model)
     draft.adapter = resolve_adapter(draft, family)
     _text(draft, family)
     _init(draft)
@@ -75,7 +80,7 @@ def _facts(draft: Draft, family: FamilyCard) -> ModelFacts | None:
     place = folder_of(draft.folder, base)
     if place is not None and place.is_file():
         return facts_of_file(draft, family, place, partial(_named, draft, family, "rest", rest))
-    if rest != "auto":
+    if rest != "auto" and not base.endswith(FILE):
         draft.error(
             "no-effect",
             ("model", "rest"),
@@ -108,11 +113,11 @@ def _named(draft: Draft, family: FamilyCard, key: Key, text: str) -> ModelFacts 
             help=f'{key} = "{page[1]}"',
         )
         return None
-    if not HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
+    if not HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")) or text.endswith(FILE):
         draft.error(
             "missing-path",
             ("model", key),
-            f"there is no {'file' if text.endswith('.safetensors') else 'folder'} `{text}`",
+            f"there is no {'file' if text.endswith(FILE) else 'folder'} `{text}`",
             help="give a hub id such as `owner/name`, a folder in the Diffusers layout or a "
             "safetensors file; paths are relative to the recipe",
         )

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiler import plan
+from compiler.data.geometry import edge_of
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families.card import Configs
 from compiler.files import read_small
-from compiler.passes.batches import edge_of
 from compiler.passes.clip import clip_model
 from compiler.passes.evaluation import judged_weights
 from compiler.passes.keeping import KEEP_EVERY

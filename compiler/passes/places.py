@@ -117,6 +117,10 @@ def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
     return Path(copy)
 
 
+def _have(count: int, path: str) -> str:
+    return f"1 image of `{path}` has" if count == 1 else f"{count} images of `{path}` have"
+
+
 _HOW = "`tuner run` copies it first, once; a plan opens no connection"
 _HOW_STREAMED = "`tuner run` looks into it first, once; a plan opens no connection"
 
@@ -162,8 +166,7 @@ def scanned(
         draft.error(
             "not-downloaded",
             (*where, "path"),
-            f"{len(found.absent)} images of `{recipe.path}` have not been copied to this machine "
-            "yet",
+            f"{_have(len(found.absent), recipe.path)} not been copied to this machine yet",
             help=f"{_HOW}: {listed(found.absent)}",
         )
         return None

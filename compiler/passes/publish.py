@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from compiler import plan
 from compiler.draft import Draft
 from compiler.machine import HUB_TOKEN
+from compiler.secrets import shown_address
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 HERE = frozenset({"localhost", "127.0.0.1", "::1"})  # the only ones that may be told in the clear
@@ -58,18 +59,34 @@ def _judge_hub(draft: Draft) -> None:
 
 
 def _judge_webhook(draft: Draft, address: str) -> None:
+    """What is decided shows the host alone: who knows the address can write to it."""
     if not address:
         return
+    draft.decide(("publish", "webhook"), shown_address(address))
+    if fault := _fault(address):
+        draft.error(
+            "bad-address",
+            ("publish", "webhook"),
+            f"this is no address that a run can be told to: {fault}",
+            label="https://...",
+        )
+
+
+def _fault(address: str) -> str:
+    """What is wrong with a webhook's address, in words that don't show it; "" if nothing is."""
+    if not (address.isascii() and address.isprintable()) or " " in address:
+        return "spaces, line ends and letters beyond ASCII are written as %20 and the like"
     try:
         parts = urlsplit(address)
-        host = parts.hostname or ""
+        host, port = parts.hostname or "", parts.port
     except ValueError:
-        host = ""
-    if host and (parts.scheme == "https" or (parts.scheme == "http" and host in HERE)):
-        return
-    draft.error(
-        "bad-address",
-        ("publish", "webhook"),
-        f"`{address}` is no address that a run can be told to",
-        label="https://...",
-    )
+        return "its host or port can't be read"
+    if port == 0:
+        return "there is no port 0"
+    if "@" in parts.netloc:
+        return "a user's name and password have no place in it"
+    if not host:
+        return "it names no host"
+    if parts.scheme == "https" or (parts.scheme == "http" and host in HERE):
+        return ""
+    return "it must begin with https, or with http where it is of this machine"

@@ -73,10 +73,26 @@ def decide_sharing(draft: Draft, why: str) -> None:
     draft.decide(STRATEGY, sharing.strategy, by=by, why=why)
     decide_zero(draft)
     if sharing.strategy != "fsdp":
+        _judge_reshard(draft)
         draft.decide(RESHARD, "none", why="nothing is gathered")
     else:
         why = "a block's weights are gathered twice, and only its own are there"
         draft.decide(RESHARD, sharing.reshard, by="decided", why=why)
+
+
+def _judge_reshard(draft: Draft) -> None:
+    """Warn of a key of "fsdp" where the recipe left the strategy open, and another was taken."""
+    launch = draft.recipe.launch
+    if launch.devices == 1 or launch.strategy != "auto" or launch.reshard_after_forward == "auto":
+        return  # refused before, or as ever
+    draft.warn(
+        "no-effect",
+        RESHARD,
+        f'`reshard_after_forward` is of strategy "fsdp", and "auto" came to be '
+        f'"{draft.sharing.strategy}"',
+        help='leave it out, or strategy = "fsdp" in [launch]',
+        of="key",
+    )
 
 
 def shardable(draft: Draft) -> tuple[str, KeyPath]:
@@ -95,6 +111,9 @@ def shardable(draft: Draft) -> tuple[str, KeyPath]:
     if draft.recipe.speed.compile == "regional":
         why = "blocks that are gathered are not compiled here"
         return why, ("speed", "compile")
+    if draft.speed.fused_projections:
+        why = "weights that are dealt out don't lie side by side, as fused projections do"
+        return why, ("speed", "fused_projections")
     return _of_model(draft)
 
 

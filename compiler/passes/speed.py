@@ -9,6 +9,7 @@ from compiler.attention import KERNELS, AttentionFacts
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.machine import COMPILER, TRITON
+from compiler.passes.projections import resolve_projections
 from compiler.shapes import pass_shapes
 from compiler.spans import KeyPath
 
@@ -38,6 +39,7 @@ def resolve_speed(draft: Draft) -> None:
         attention=_attention(draft),
         tf32=_tf32(draft),
         channels_last=_channels_last(draft),
+        fused_projections=resolve_projections(draft),
         tokens=draft.text.max_length if pads and draft.text else 0,
     )
 
@@ -54,6 +56,10 @@ def _compile(draft: Draft) -> Literal["off", "regional"]:
         return chosen
     if draft.device not in COMPILES:
         draft.error("conflict", COMPILE, why, help='say "off"')
+    family = draft.model.family if draft.model else None
+    if family is not None and family.not_compiled:
+        message = f"blocks of {family.title} can't be compiled: {family.not_compiled}"
+        draft.error("conflict", COMPILE, message, help='say "off"')
     if draft.device == draft.machine.device:
         _judge_tools(draft)
     return chosen

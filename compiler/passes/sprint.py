@@ -185,6 +185,8 @@ def _refuse_companions(draft: Draft) -> None:
         conflict(("precision", "compute"), "tangents overflow in fp16", 'compute = "bf16"')
     if draft.speed.compile != "off":
         conflict(("speed", "compile"), "compiled blocks have no forward derivative")
+    if draft.speed.fused_projections:
+        conflict(("speed", "fused_projections"), "fused projections have no forward derivative")
     if not draft.speed.attention.startswith("native"):
         conflict(("speed", "attention"), "this kernel has no forward derivative")
     if recipe.memory.micro_batch != "auto":

@@ -95,7 +95,7 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
     yield from _shared_out(draft, candidate)
     yield from _thriftier(draft, candidate)
     if draft.adapter is not None:
-        if candidate.sharing.strategy == "ddp":
+        if candidate.sharing.strategy == "ddp" and not draft.speed.fused_projections:
             yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
         yield from _lower_rank(candidate)
     yield from _fewer_samples(draft, candidate)
@@ -181,7 +181,8 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             evolve(candidate, layout=evolve(layout, offload_activations=True)),
         )
     blocks = ladder.depth(draft)
-    if draft.adapter is not None and layout.offload_blocks < blocks:
+    fused = draft.speed.fused_projections  # see `passes.projections`
+    if draft.adapter is not None and layout.offload_blocks < blocks and not fused:
         yield (
             f"offload = {{ blocks = {blocks} }}",
             evolve(candidate, layout=evolve(layout, offload_blocks=blocks)),

@@ -7,22 +7,19 @@ from pathlib import Path
 from attrs import evolve
 
 from compiler import plan
-from compiler.adapters import OF_THE_BASE
+from compiler.adapters import CLIP_TARGETS, OF_THE_BASE
 from compiler.diagnostics import choices
 from compiler.draft import Draft
+from compiler.families.card import FamilyCard
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes.components import settle
+from compiler.passes.start_family import other_family
 from compiler.safetensors import header_of
 from compiler.schema import TextEncodersRecipe
 from compiler.spans import KeyPath
 from compiler.units import Share
 
 WHERE: KeyPath = ("train", "text_encoders")
-TARGETS = {
-    "attention": (r".*\.self_attn\.(q|k|v|out)_proj",),
-    "all-linear": (r".*\.self_attn\.(q|k|v|out)_proj", r".*\.mlp\.fc[12]"),
-}
-"""Layers of a CLIP (transformers' modeling_clip.py), by the names of `targets`."""
 CARRIED = ("lora", "dora")  # kinds of adapter whose files have a place for encoders
 
 
@@ -126,7 +123,7 @@ def _adapter(draft: Draft, recipe: TextEncodersRecipe) -> plan.Adapter | None:
         own,
         rank=rank,
         alpha=own.alpha * share,
-        targets=TARGETS[recipe.targets],
+        targets=CLIP_TARGETS[recipe.targets],
         exclude=(),
         ranks=(),
         alphas=(),
@@ -137,12 +134,12 @@ def _judge_start(draft: Draft, encoders: tuple[str, ...]) -> None:
     """The file to start from must hold adapters of the encoders that are trained, and no others."""
     assert draft.model is not None
     header = header_of(Path(draft.adapter.start)) if draft.adapter and draft.adapter.start else None
-    if header is None:
+    if header is None or other_family(header, draft.model):
         return
     where: KeyPath = ("adapter", "from")
     ranks = {
-        name: {shape[0] for key, shape in header.shapes.items() if _is_of(key, name) and shape}
-        for name in draft.model.family.text_encoders
+        name: {shape[0] for key, shape in header.shapes.items() if _is_of(key, own) and shape}
+        for name, own in _roots(draft.model.family).items()
     }
     for name, held in ranks.items():
         words = name.replace("_", " ")
@@ -173,8 +170,16 @@ def _judge_start(draft: Draft, encoders: tuple[str, ...]) -> None:
                 )
 
 
-def _is_of(key: str, encoder: str) -> bool:
-    return key.startswith(f"{encoder}.") and ".lora_A" in key
+def _roots(family: FamilyCard) -> dict[str, tuple[str, ...]]:
+    """What a file's keys of each text encoder begin with: Diffusers' name, and sd-scripts'."""
+    found: dict[str, tuple[str, ...]] = {name: (f"{name}.",) for name in family.text_encoders}
+    for name, other in family.kohya_encoders.items():
+        found[name] += (f"{other}_",)
+    return found
+
+
+def _is_of(key: str, roots: tuple[str, ...]) -> bool:
+    return key.startswith(roots) and (".lora_A" in key or ".lora_down" in key)
 
 
 def own_lr(draft: Draft, table: KeyPath, asked: float | str, optimizer: plan.Optimizer) -> float:
@@ -199,6 +204,13 @@ def steps_until(draft: Draft, table: KeyPath, asked: Share, total: int) -> int:
     """The steps after which what `table` trains stays as it is."""
     where, steps = (*table, "until"), min(asked.of(total), total)
     draft.decide(where, f"{steps} steps")
+    if asked.of(total) > total:
+        draft.warn(
+            "no-effect",
+            where,
+            f"the run has {total} steps, so `until` leaves off nothing",
+            help="leave it out, or say fewer steps",
+        )
     if steps == 0:
         draft.error(
             "out-of-range",

@@ -14,7 +14,7 @@ from compiler.diagnostics import choices
 from compiler.draft import Draft, ModelFacts
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard, KnownModel
-from compiler.families.whole_file import MARKS, Shapes, misfit
+from compiler.families.whole_file import MARKS, Shapes, located
 from compiler.passes.weights_file import plain_weights
 from compiler.spans import KeyPath
 
@@ -95,25 +95,8 @@ def _fits(draft: Draft, family: FamilyCard, path: Path, shapes: Shapes, rest: Mo
 
 def _misfit(family: FamilyCard, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes) -> str:
     """Why the file does not hold the trained component of these configurations; "" if it does."""
-    return _held(family, family.trained_component, configs, shapes)[1]
-
-
-def _held(
-    family: FamilyCard, name: str, configs: Mapping[str, Mapping[str, Any]], shapes: Shapes
-) -> tuple[str, str]:
-    """The prefix of a component in the file; or why it is not there."""
     assert family.whole_file is not None
-    why = "no layout of it is known"
-    for layout in family.whole_file.parts.get(name, ()):
-        try:
-            found = misfit(layout, configs[name], shapes)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            found = f"its configuration can't be read: {type(error).__name__}: {error}"
-        if not found:
-            return layout.prefix, ""
-        mine = any(key.startswith(layout.prefix) for key in shapes) if layout.prefix else False
-        why = found if mine or why.startswith("no layout") else why
-    return "", why
+    return located(family.whole_file, family.trained_component, configs, shapes)[1]
 
 
 def _refuse(
@@ -176,7 +159,7 @@ def _joined(draft: Draft, path: Path, shapes: Shapes, rest: ModelFacts) -> Model
     layout, counts, held = rest.family.whole_file, dict(rest.parameters), []
     assert layout is not None
     for name in layout.parts:
-        prefix, why = _held(rest.family, name, rest.configs, shapes)
+        prefix, why = located(layout, name, rest.configs, shapes)
         if not why:
             held.append(name)
             if name not in counts or not counts[name]:

@@ -166,7 +166,8 @@ class SourceRecipe:
     flip: bool | None = None
     """Train each image mirrored too, as a sample of its own."""
     broken: Literal["error", "skip"] | None = None
-    """What to do with files that are no readable image."""
+    """What to do with files that are no readable image, and with images whose caption can't be
+    read."""
 
 
 @frozen(kw_only=True)
@@ -202,6 +203,7 @@ class DataRecipe:
     flip: bool = False
     """Train each image mirrored too, as a sample of its own."""
     broken: Literal["error", "skip"] = "error"
-    """What to do with files that are no readable image."""
+    """What to do with files that are no readable image, and with images whose caption can't be
+    read."""
     workers: Annotated[int, Range(ge=1, le=256)] | Auto = "auto"
     """Threads that decode and resize."""

@@ -112,6 +112,12 @@ class AdapterRecipe:
     tucker: bool = False
     """Of "lokr" and "loha": on convolutions of several pixels, the kernel is a tensor of its own
     between two matrices (Tucker's decomposition), which takes fewer parameters."""
+    weight_decompose: bool = False
+    """Of "lokr" and "loha": learn the lengths of the weight's rows apart, as "dora" does (LyCORIS'
+    `dora_wd`)."""
+    train_norm: bool = False
+    """Of "lokr", "loha", "glora" and "full": train weights and biases of all layer norms and group
+    norms too (LyCORIS' key of this name). Most transformers have none, UNets have many."""
     block_size: Annotated[int, Range(ge=2, le=16_384)] | None = None
     """Of "oft" and "boft", which have no rank: inputs that are rotated together. Must divide their
     number. By default 32 and 8."""
@@ -125,7 +131,7 @@ class AdapterRecipe:
     """Module name patterns: what they match is left as it is."""
     from_: str = field(default="", metadata={"key": "from"})
     """An adapter's file of the same kind and ranks to start from (relative to the recipe), as a
-    run's result folder or `tuner export` has it."""
+    run's result folder or `tuner export` has it, or with the keys of sd-scripts or ComfyUI."""
 
 
 @frozen(kw_only=True)
@@ -139,6 +145,10 @@ class NewTokenRecipe:
     initial: str = ""
     """A text whose tokens' vectors it starts from, such as "white cat". "": random ones of the
     table's own spread."""
+    from_: str = field(default="", metadata={"key": "from"})
+    """A file of this word's vectors to start from (relative to the recipe), as a run leaves it or a
+    LoRA's file holds it. Where the adapter starts from a file, the words that lie with it are taken
+    by themselves."""
 
 
 @frozen(kw_only=True)
@@ -214,6 +224,9 @@ class SpeedRecipe:
     channels_last: bool = False
     """Of a UNet: keep the channels of a place side by side in memory, which the convolutions of
     CUDA devices in 16 bits are fastest with."""
+    fused_projections: bool = False
+    """Compute queries, keys and values of an attention by one product instead of three. What is
+    saved does not change."""
 
 
 @frozen(kw_only=True)

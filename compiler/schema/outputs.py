@@ -118,7 +118,8 @@ class PublishRecipe:
     checkpoints: bool = False
     """Upload each checkpoint too, so that the run can be gone on with elsewhere."""
     webhook: str = ""
-    """An address (https) that is told as JSON when the run begins, ends or fails."""
+    """An address (https) that is told as JSON when the run begins, ends or fails. Who knows it can
+    write to it, so reports, comparisons and model cards show its host alone."""
 
 
 @frozen(kw_only=True)

@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
+from compiler.data.nameless import mapped
 from compiler.data.stamp import Stamp
+from runtime.data.packed import Keys, spans
 from runtime.data.pages import not_resident
 from runtime.data.store import INDEX, SHARDS, CacheNotWritable, Store
 from runtime.errors import RunFailed
@@ -42,7 +44,8 @@ SHARD_SECONDS = 30.0
 READS_HELD = 64
 """After so many reads the pages of shards leave this process (not the page cache). It is reads that
 are counted, not bytes: to read 64 KiB the system may map as much as 2 MiB around them."""
-_TOGETHER = 20_000  # entries located at a time, so that what that takes stays small
+HELD = 4096
+"""Entries whose places stay in memory; those of more lie on the disk."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -69,7 +72,7 @@ class CacheIncomplete(RunFailed):
 
 @frozen(kw_only=True)
 class Located:
-    """Where many entries lie, in arrays: about 30 bytes an entry."""
+    """Where many entries lie, in arrays: about 30 bytes an entry, of many on the disk."""
 
     shards: NDArray[np.int32]
     layouts: NDArray[np.int32]
@@ -98,6 +101,15 @@ class Cache:
         self._maps = {number: shard for number, shard in self._maps.items() if shard is not None}
         return wanted - {row[0] for row in self._rows(wanted) if self._mapped(row[1]) is not None}
 
+    def lacks(self, keys: Keys) -> NDArray[np.bool_]:
+        """Of each of `keys` whether it has no entry."""
+        found = np.zeros(len(keys), bool)
+        for span in spans(len(keys)):
+            part = keys[span]
+            absent = self.missing(part)
+            found[span] = [key in absent for key in part]
+        return found
+
     def get(self, key: bytes) -> Entry:
         """The entry of `key`, memory-mapped. Raises CacheIncomplete if there is none."""
         return self.read(self.locate([key]), 0)
@@ -107,24 +119,38 @@ class Cache:
 
         Shards stay readable from here on, even if their files are removed.
         """
-        parts = [self._locate(keys[at : at + _TOGETHER]) for at in range(0, len(keys), _TOGETHER)]
-        if absent := sum(len(part) for part in parts if isinstance(part, set)):
+        shards, layouts = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
+        offsets = np.zeros((len(keys), 0), np.int64)
+        absent = 0
+        for span in spans(len(keys)):
+            found = self._locate(keys[span])
+            if isinstance(found, set):
+                absent += len(found)
+                continue
+            if (width := found.offsets.shape[1]) > offsets.shape[1]:
+                offsets, narrow = np.zeros((len(keys), width), np.int64), offsets
+                offsets[:, : narrow.shape[1]] = narrow
+            shards[span], layouts[span] = found.shards, found.layouts
+            offsets[span, :width] = found.offsets
+        if absent:
             raise CacheIncomplete(
                 f"{absent} of {len(keys)} entries are not in the cache {self.folder}",
                 help="run the recipe again: what is missing is made anew",
             )
-        found = [part for part in parts if isinstance(part, Located)]
-        widest = max((part.offsets.shape[1] for part in found), default=0)
-        offsets = np.zeros((len(keys), widest), np.int64)
-        at = 0
-        for part in found:
-            count, width = part.offsets.shape
-            offsets[at : at + count, :width] = part.offsets
-            at += count
+        located = Located(shards=shards, layouts=layouts, offsets=offsets)
+        return located if len(keys) <= HELD else self._on_disk(located)
+
+    def _on_disk(self, located: Located) -> Located:
+        """The same, mapped; as it is in a cache that can't be written."""
+        arrays = (located.shards, located.layouts, located.offsets)
+        try:
+            shards, layouts, offsets = mapped([array.data for array in arrays], self.folder)
+        except OSError:
+            return located
         return Located(
-            shards=np.concatenate([np.empty(0, np.int32), *(part.shards for part in found)]),
-            layouts=np.concatenate([np.empty(0, np.int32), *(part.layouts for part in found)]),
-            offsets=offsets,
+            shards=np.frombuffer(shards, np.int32),
+            layouts=np.frombuffer(layouts, np.int32),
+            offsets=np.frombuffer(offsets, np.int64).reshape(located.offsets.shape),
         )
 
     def _locate(self, keys: Sequence[bytes]) -> Located | set[bytes]:
@@ -220,26 +246,32 @@ class Cache:
 
     def flush(self) -> None:
         """Write what was put as one shard and commit it. Raises CacheNotWritable."""
-        with self.store.lock, self.store.explained():
-            pending, self._pending, self._pending_bytes = self._pending, {}, 0
-            if not pending:
+        with self.store.lock:
+            if not self._pending:
                 return
-            payload = save(
-                {
-                    f"{key.hex()}/{name}": tensor
-                    for key, entry in pending.items()
-                    for name, tensor in entry.items()
-                }
-            )
-            path = self._shard_folder / f"{uuid.uuid4().hex}.safetensors"
-            self._shard_folder.mkdir(parents=True, exist_ok=True)
-            with partial_file(path) as partial:
-                partial.write_bytes(payload)
-            try:
-                self._commit(path.name, payload, pending)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+            pending, self._pending = self._pending, {}
+            size, self._pending_bytes = self._pending_bytes, 0
+            count = "1 entry" if len(pending) == 1 else f"{len(pending)} entries"
+            with self.store.explained(f"{count} of {size / 2**20:,.1f} MiB"):
+                self._write(pending)
+
+    def _write(self, pending: Mapping[bytes, Entry]) -> None:
+        payload = save(
+            {
+                f"{key.hex()}/{name}": tensor
+                for key, entry in pending.items()
+                for name, tensor in entry.items()
+            }
+        )
+        path = self._shard_folder / f"{uuid.uuid4().hex}.safetensors"
+        self._shard_folder.mkdir(parents=True, exist_ok=True)
+        with partial_file(path) as partial:
+            partial.write_bytes(payload)
+        try:
+            self._commit(path.name, payload, pending)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     def used_by(self, run: str, *located: Located) -> None:
         """Note that a run reads these entries; not in a cache that can't be written."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from compiler.data.manifest import Manifest, ManifestDamaged
-from compiler.data.sources.remote import DOWNLOADS, FAILED, NOTE, PICTURES
+from compiler.data.sources.remote import DOWNLOADS, FAILED, LATER, NOTE, PICTURES
 from compiler.data.sources.spots import kind_of
 from compiler.files import read_small
 from runtime.data.keep import Use
@@ -112,7 +112,7 @@ def _images(root: Path, uses: Uses) -> Iterator[Copy]:
                 continue
             if (stat := _stat(path)) is None:
                 continue
-            name = path.name.removesuffix(FAILED)
+            name = path.name.removesuffix(FAILED).removesuffix(LATER)
             yield Copy(
                 kind="image",
                 name=name,

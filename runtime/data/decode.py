@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from attrs import frozen
@@ -36,7 +36,7 @@ Decoded = tuple[int, Ready | BrokenPicture]
 
 
 def decoded(
-    rows: Sequence[int],
+    rows: Iterable[int],
     plan: Plan,
     manifest: Manifest,
     keys: Sequence[bytes],

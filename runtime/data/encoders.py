@@ -14,6 +14,7 @@ from compiler.plan import Plan
 from runtime.data.keys import text_parts
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
+from runtime.text_training import tokenizer_of
 
 TOGETHER = 256  # prompts that one encoder takes before the next one's turn
 PhaseOf = Callable[[str], AbstractContextManager[None]]
@@ -29,6 +30,7 @@ class Encoders:
         self._names = family.card.text_encoders
         self._tokenizers = load(plan, family, [n for n in text_parts(plan) if n not in self._names])
         self._encoders: dict[str, Any] = {}
+        self._classes = {each.name: each.class_name for each in plan.model.components}
 
     def __call__(
         self, prompts: Sequence[Prompt], advance: Callable[[float], None]
@@ -61,6 +63,24 @@ class Encoders:
         del encoder, parts, kept
         free(self._plan)
         return found
+
+    def cut(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
+        """How many of `prompts` are longer than what any encoder reads of them, and how many tokens
+        that is. CLIP and T5 are looked at: others write prompts into a template of theirs, and
+        read more than people write."""
+        limits = {}
+        for name in self._names:
+            tokenizer, said = self._tokenizers.get(tokenizer_of(name)), self._classes.get(name, "")
+            if tokenizer is None or not said.startswith(("CLIP", "T5")):
+                return 0, 0
+            of_clip = said.startswith("CLIP")
+            limits[name] = tokenizer.model_max_length if of_clip else self._plan.text.max_length
+        if not limits:
+            return 0, 0
+        name = max(limits, key=lambda each: limits[each])
+        tokenizer, longest = self._tokenizers[tokenizer_of(name)], limits[name]
+        numbers = tokenizer([p.text for p in prompts], truncation=False, verbose=False).input_ids
+        return sum(len(each) > longest for each in numbers), longest
 
     def free(self) -> None:
         """Give their memory back."""

@@ -30,6 +30,8 @@ from runtime.data.cache import Cache, Entry, Located
 from runtime.data.fill import OFFSET, sample_keys
 from runtime.data.keys import text_keys
 from runtime.data.order import BatchRows, Order, Rows
+from runtime.data.packed import Keys
+from runtime.data.pages import trimmed
 from runtime.families.base import Family, Framed
 from runtime.methods.sprint_draws import NEGATIVE, draws
 from runtime.noise_levels import noise_levels, timestep_uniforms
@@ -79,7 +81,7 @@ class Feed:
         self._dropout = [source.captions.dropout for source in plan.sources]
         self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
         keys = text_keys(plan, family, cache)
-        self._captions = cache.locate([keys.key(text) for text in manifest.captions])
+        self._captions = cache.locate(Keys.of(keys.key(text) for text in manifest.texts))
         self._embedding = lru_cache(EMBEDDINGS)(partial(cache.read, self._captions))
         if rank == 0:
             cache.used_by(plan.run_folder, self._latents, self._captions)
@@ -87,6 +89,7 @@ class Feed:
         unconditional = [keys.key("", negative=True)] if wanted else []
         self._unconditional = [cache.get(key) for key in unconditional]
         self._tokenizers = tokenizers(plan, family)
+        trimmed()
 
     def windows(self, start: int) -> Iterator[Window]:
         """Windows from step `start` (updates done) to the last; closing it ends its thread."""
@@ -225,7 +228,7 @@ class Feed:
         """Of the captions of these numbers; None where no text encoder is trained."""
         if self._tokenizers is None:
             return None
-        prompts = ["" if number is None else self._manifest.captions[number] for number in which]
+        prompts = ["" if number is None else self._manifest.texts[number] for number in which]
         dropped = [number is None for number in which]
         return self._tokenizers.batch(prompts, dropped).to(self._device)
 
@@ -238,7 +241,7 @@ class Feed:
         which = 0
         if len(numbers) > 1:
             which = int(rng.uniform(self._plan.seed, "caption", step, slot) * len(numbers))
-        return int(numbers[which])
+        return numbers[which]
 
 
 def frames(manifest: Manifest, rows: Rows, cache: Cache, latents: Located) -> list[Framed]:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import compress, islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Item, Manifest
-from compiler.data.prompts import Prompt, prompts_of
+from compiler.data.prompts import every_prompt
 from compiler.data.scan import ALONE, shown
 from compiler.home import default_cache
 from compiler.plan import Plan
@@ -32,6 +35,7 @@ from runtime.data.encoders import TOGETHER, Encoders, PhaseOf, free, load
 from runtime.data.focus import require_opencv
 from runtime.data.hashes import item_hashes
 from runtime.data.keys import latent_keys, mask_names, text_keys
+from runtime.data.packed import Keys, Rows, reading_order, spans
 from runtime.data.pixels import BrokenPicture
 from runtime.data.sharing import ALONE as ALL
 from runtime.data.sharing import Team
@@ -48,9 +52,10 @@ _NAMED = 20  # files named in one message
 NOTHING_SHOWN = "its mask shows nothing of what is cut out"
 _MEND = (
     "headers and endings looked right, so the plan counts them, and its steps can't change any "
-    "more. They are noted now: run the recipe again and the plan will name them, or leave them out "
-    'with broken = "skip"; all others are cached'
+    "more. They are noted now: run the recipe again and the plan will {leaves}; all others are "
+    "cached"
 )
+_NAMES, _LEAVES = 'name them, or leave them out with broken = "skip"', "leave them out"
 _MEND_MASKS = (
     "mend the masks or remove these pictures; a `floor` above 0 learns something of each; all "
     "others are cached"
@@ -58,9 +63,10 @@ _MEND_MASKS = (
 
 
 class BrokenData(RunFailed):
-    """Pictures whose pixels or masks can't be used. `files` are (path, why)."""
+    """Pictures whose pixels or masks can't be used. `files` are (path, why); all of them are
+    `skipped` by the next plan where their sources' recipes say so."""
 
-    def __init__(self, files: Sequence[tuple[str, BrokenPicture]]) -> None:
+    def __init__(self, files: Sequence[tuple[str, BrokenPicture]], *, skipped: bool) -> None:
         lines = [f"  {shown(path)}: {why}" for path, why in files[:_NAMED]]
         if len(files) > _NAMED:
             lines.append(f"  and {len(files) - _NAMED} more")
@@ -68,7 +74,7 @@ class BrokenData(RunFailed):
         masked = all(isinstance(why, masks.BrokenMask) for _, why in files)
         super().__init__(
             f"{count} can't be {'used' if masked else 'decoded'}:\n" + "\n".join(lines),
-            help=_MEND_MASKS if masked else _MEND,
+            help=_MEND_MASKS if masked else _MEND.format(leaves=_LEAVES if skipped else _NAMES),
         )
         self.files = tuple(files)
 
@@ -88,45 +94,56 @@ def fill_text(
     The encoders are on the device one after the other, each inside `phase(its name)`. Raises
     CacheNotWritable.
     """
-    wanted = prompts_of(plan, manifest)
     keys = team.first(lambda: text_keys(plan, family, cache))
-    every = {keys.key(p.text, negative=p.negative): p for p in wanted}
-    missing = cache.missing(every)
+    every = Keys.of(keys.key(p.text, negative=p.negative) for p in every_prompt(plan, manifest))
+    wanted = every.firsts(np.arange(len(every)))
+    missing = wanted[cache.lacks(every)[wanted]]
+    cached = len(wanted) - len(missing)
     events.phase("text", len(wanted), "prompts")
-    events.advance(len(wanted) - len(missing))
-    todo = {
-        key: prompt
-        for key, prompt in every.items()
-        if key in missing and team.takes(key, len(every), WORTH_LOADING)
-    }
-    if todo:
-        _encode(plan, family, cache, todo, phase, events, len(wanted) - len(missing), team)
+    events.advance(cached)
+    mine = [team.takes(every[n], len(wanted), WORTH_LOADING) for n in missing.tolist()]
+    if any(mine):
+        todo = np.zeros(len(every), bool)
+        todo[missing[mine]] = True
+        _encode(plan, manifest, family, cache, every, todo, phase, events, cached, team)
     team.meet()
 
 
 def _encode(
     plan: Plan,
+    manifest: Manifest,
     family: Family,
     cache: Cache,
-    todo: Mapping[bytes, Prompt],
+    keys: Keys,
+    todo: NDArray[np.bool_],
     phase: PhaseOf,
     events: Events,
     cached: int,
     team: Team,
 ) -> None:
-    """Cache the embeddings of `todo`; `cached` prompts were there before."""
-    encoders = Encoders(plan, family, phase, waiting=len(todo) > TOGETHER)
-    done = cached
+    """Cache the embeddings of those prompts that are `todo`; `cached` prompts were there before."""
+    encoders = Encoders(plan, family, phase, waiting=int(todo.sum()) > TOGETHER)
+    done, encoded, cut, longest = cached, 0, 0, 0
+    chosen = compress(enumerate(every_prompt(plan, manifest)), todo)
     try:
-        for start in range(0, len(todo), TOGETHER):
-            batch = dict(list(todo.items())[start : start + TOGETHER])
+        while batch := list(islice(chosen, TOGETHER)):
             advance = partial(_advance, events, done)
-            for key, embedding in zip(batch, encoders(list(batch.values()), advance), strict=True):
-                cache.put(key, _stored(embedding, plan))
-            done = cached + team.tally(start + len(batch), len(batch))
+            made = encoders([prompt for _, prompt in batch], advance)
+            for (number, _), embedding in zip(batch, made, strict=True):
+                cache.put(keys[number], _stored(embedding, plan))
+            longer, longest = encoders.cut([prompt for _, prompt in batch])
+            cut += longer
+            encoded += len(batch)
+            done = cached + team.tally(encoded, len(batch))
     finally:
         encoders.free()
         cache.flush()
+    if cut:
+        events.message(
+            f"{cut} of {encoded} prompts are longer than the {longest} tokens that are read of "
+            "them: their ends are not seen",
+            "warning",
+        )
 
 
 def _advance(events: Events, done: int, more: float) -> None:
@@ -148,22 +165,24 @@ def fill_latents(
     MachineUnfit where nothing here can find the faces that the plan cuts around.
     """
     keys = team.first(lambda: sample_keys(plan, manifest, family, cache))
-    missing = cache.missing(keys)
-    todo = _once(_by_bucket(manifest), keys, {key for key in missing if team.takes(key, len(keys))})
-    total, cached = len(set(keys)), len(set(keys)) - len(missing)
-    events.phase("latents", total, "pictures")
+    every = keys.firsts(_by_bucket(manifest))
+    missing = every[cache.lacks(keys)[every]]
+    cached = len(every) - len(missing)
+    todo = missing[[team.takes(keys[row], len(keys)) for row in missing.tolist()]]
+    events.phase("latents", len(every), "pictures")
     events.advance(cached)
     broken: dict[bytes, BrokenPicture] = {}
-    if todo:
+    if len(todo):
         broken = _encode_pictures(plan, manifest, family, cache, events, keys, todo, cached, team)
-    rows = [(row, broken[key]) for row, key in enumerate(keys) if key in broken]
+    rows = [(r, broken[key]) for r, key in enumerate(keys) if key in broken] if broken else []
     _condemn([(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)])
     mine = [[row, str(why), isinstance(why, masks.BrokenMask)] for row, why in rows]
     found = [each for word in team.meet(json.dumps(mine)) for each in json.loads(word)]
     if found:
         kinds = (BrokenPicture, masks.BrokenMask)
         raise BrokenData(
-            [(_called(manifest, row), kinds[masked](why)) for row, why, masked in sorted(found)]
+            [(_called(manifest, row), kinds[masked](why)) for row, why, masked in sorted(found)],
+            skipped=all(plan.sources[manifest.source(r)].broken == "skip" for r, *_ in found),
         )
 
 
@@ -174,19 +193,19 @@ def _encode_pictures(
     cache: Cache,
     events: Events,
     keys: Sequence[bytes],
-    todo: Sequence[int],
+    todo: Rows,
     cached: int,
     team: Team,
 ) -> dict[bytes, BrokenPicture]:
     """Cache the latents of the rows `todo`; those that can't be, by key. `cached` were there."""
-    if any(manifest.placement(row).focus for row in todo):
+    if any(manifest.placement(int(row)).focus for row in todo):
         require_opencv()
     parts = load(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
     broken: dict[bytes, BrokenPicture] = {}
     done = 0
     try:
-        for row, ready in decoded(todo, plan, manifest, keys, latents):
+        for row, ready in decoded(map(int, todo), plan, manifest, keys, latents):
             if isinstance(ready, BrokenPicture):
                 broken[keys[row]] = ready
                 continue
@@ -218,16 +237,17 @@ def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
     return entry
 
 
-def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> list[bytes]:
+def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> Keys:
     """The cache key of each row's latents. Raises FileGone."""
-    keys = latent_keys(plan, family, cache)
-    items = [manifest.item(row) for row in range(len(manifest))]
-    contents = item_hashes(cache, items, plan.workers)
-    names = mask_names(plan, manifest, cache)
-    return [
-        keys.key(content, manifest.placement(row), names[row])
-        for row, content in enumerate(contents)
-    ]
+    keys, found = latent_keys(plan, family, cache), Keys(len(manifest))
+    order = reading_order(manifest)
+    for span in spans(len(order)):
+        rows = order[span].tolist()
+        contents = item_hashes(cache, [manifest.item(row) for row in rows], plan.workers)
+        names = mask_names(plan, manifest, cache, rows)
+        for row, content, name in zip(rows, contents, names, strict=True):
+            found[row] = keys.key(content, manifest.placement(row), name)
+    return found
 
 
 def prompt_embeddings(
@@ -244,26 +264,14 @@ def _stored(entry: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     return {n: t.to("cpu", dtype) if t.is_floating_point() else t.cpu() for n, t in entry.items()}
 
 
-def _by_bucket(manifest: Manifest) -> Iterator[int]:
+def _by_bucket(manifest: Manifest) -> Rows:
+    """All rows, bucket by bucket; containers are read from front to back."""
+    found = [np.empty(0, np.int64)]
     for members in manifest.buckets:
-        if manifest.folders[members.source].kind == "folder":
-            yield from members.samples
-        else:  # containers are read from front to back
-            yield from sorted(members.samples, key=lambda row: _position(manifest.item(row)))
-
-
-def _position(item: Item) -> tuple[str, int]:
-    return item.file, item.at
-
-
-def _once(rows: Iterable[int], keys: Sequence[bytes], missing: set[bytes]) -> list[int]:
-    """The first row of each missing key: equal pictures are encoded once."""
-    left, chosen = set(missing), []
-    for row in rows:
-        if keys[row] in left:
-            left.remove(keys[row])
-            chosen.append(row)
-    return chosen
+        rows = np.frombuffer(members.samples, np.uint32).astype(np.int64)
+        alone = manifest.folders[members.source].kind == "folder"
+        found.append(rows if alone else reading_order(manifest, rows))
+    return np.concatenate(found)
 
 
 def _called(manifest: Manifest, row: int) -> str:

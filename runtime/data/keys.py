@@ -86,22 +86,23 @@ def mask_kind(plan: Plan, source: int) -> str:
     return "" if rules is None else ALPHA if rules.kind == "alpha" else WHOLE
 
 
-def mask_names(plan: Plan, manifest: Manifest, cache: Cache) -> list[str]:
-    """What stands for each row's mask in its key: "", ALPHA, WHOLE, or the hash of its file.
+def mask_names(plan: Plan, manifest: Manifest, cache: Cache, rows: Sequence[int]) -> list[str]:
+    """What stands for the mask of each of `rows` in its key: "", ALPHA, WHOLE, or the hash of its
+    file.
 
     Raises FileGone.
     """
-    files = _mask_files(plan, manifest, len(manifest))
+    files = _mask_files(plan, manifest, rows)
     found = iter(file_hashes(cache, [path for path in files if path], plan.workers))
     return [
         next(found).hex() if path else mask_kind(plan, manifest.source(row))
-        for row, path in enumerate(files)
+        for row, path in zip(rows, files, strict=True)
     ]
 
 
 def known_mask_names(plan: Plan, manifest: Manifest, store: Store, count: int) -> list[str | None]:
     """As `mask_names` of the first `count` rows, None where a hash is not remembered."""
-    files = _mask_files(plan, manifest, count)
+    files = _mask_files(plan, manifest, range(count))
     found = iter(known_hashes(store, [Item(file=path) for path in files if path]))
     return [
         (None if (digest := next(found)) is None else digest.hex())
@@ -111,10 +112,10 @@ def known_mask_names(plan: Plan, manifest: Manifest, store: Store, count: int) -
     ]
 
 
-def _mask_files(plan: Plan, manifest: Manifest, count: int) -> list[str]:
+def _mask_files(plan: Plan, manifest: Manifest, rows: Sequence[int]) -> list[str]:
     if not any(source.mask for source in plan.sources):
-        return [""] * count
-    return [mask_path(plan, manifest, row) for row in range(count)]
+        return [""] * len(rows)
+    return [mask_path(plan, manifest, row) for row in rows]
 
 
 def text_parts(plan: Plan) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ one per step, the last of an epoch perhaps short. Nothing is dropped and nothing
 Where sources come and go, an epoch is made of the buckets of those that are there; steps and epochs
 go on counting.
 
-An epoch's order is computed once, in time and memory proportional to its samples (8 bytes each;
-about 0.2 s for a million), and kept: any step of any epoch costs the same, whatever came before.
+An epoch's order is computed once, in time and memory proportional to its samples (about 0.2 s for a
+million, and 16 bytes each while it is made), and kept (4 bytes each): any step of any epoch costs
+the same, whatever came before.
 Shuffles sort by raw Philox output, which, unlike numpy's own permutations, is the same in all
 versions of numpy.
 """
@@ -20,7 +21,7 @@ versions of numpy.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from attrs import frozen
@@ -32,13 +33,18 @@ from compiler.plan import Plan
 from runtime import rng
 
 Rows = NDArray[np.int64]
+Held = NDArray[np.uint32]
+"""Rows as they are kept."""
+_NONE: Held = np.empty(0, np.uint32)
+_WORTH = 1 << 16  # samples
+_SHARES = 16  # of a pass that are sorted one after the other, so that it takes less memory
 
 
 @frozen(kw_only=True)
 class Group:
     """One bucket: its manifest rows, the samples of an epoch, and the batch size."""
 
-    rows: Rows
+    rows: Rows | Held
     samples: int
     batch_size: int
 
@@ -66,9 +72,9 @@ class Part:
 
 @frozen
 class _Epoch:
-    rows: Mapping[int, Rows]  # by bucket, in order
-    bucket: NDArray[np.int32]  # per batch, in order
-    start: Rows  # per batch: where it starts in its bucket's rows
+    rows: Mapping[int, Held]  # by bucket, in order
+    bucket: Held  # per batch, in order
+    start: Held  # per batch: where it starts in its bucket's rows
 
 
 class Order:
@@ -87,20 +93,22 @@ class Order:
         self.groups = tuple(groups)
         self._seed = seed
         self._window = window
-        self._cycles = [
-            _shuffled(len(group.rows), seed, "cycle", number) for number, group in enumerate(groups)
-        ]
+        self._cycles = {
+            number: _shuffled(len(group.rows), seed, "cycle", number)
+            for number, group in enumerate(groups)
+            if group.samples % len(group.rows)
+        }
         self.parts = self._parts(starts or [(0, range(len(groups)))])
         self._first_steps = [part.first_step for part in self.parts]
         self._epoch_number = -1
-        self._epoch = _Epoch({}, np.empty(0, np.int32), np.empty(0, np.int64))
+        self._epoch = _Epoch({}, _NONE, _NONE)
 
     @classmethod
     def of_plan(cls, plan: Plan, manifest: Manifest) -> Order:
         """The order of a plan's run. The manifest must be the plan's."""
         groups = [
             Group(
-                rows=np.frombuffer(members.samples, np.uint64).astype(np.int64),
+                rows=np.frombuffer(members.samples, np.uint32),
                 samples=bucket.samples,
                 batch_size=bucket.batch_size,
             )
@@ -162,6 +170,7 @@ class Order:
         """The batches of `step` (from 0), at least one."""
         part, number, place = self._place(step)
         if number != self._epoch_number:
+            self._epoch = _Epoch({}, _NONE, _NONE)  # two at once would take twice the memory
             self._epoch = self._ordered(number, part.groups)
             self._epoch_number = number
         first = place * self._window
@@ -169,7 +178,8 @@ class Order:
         slot = 0
         for batch in range(first, min(first + self._window, part.batches)):
             bucket, start = int(self._epoch.bucket[batch]), int(self._epoch.start[batch])
-            rows = self._epoch.rows[bucket][start : start + self.groups[bucket].batch_size]
+            kept = self._epoch.rows[bucket][start : start + self.groups[bucket].batch_size]
+            rows = kept.astype(np.int64)
             found.append(BatchRows(bucket=bucket, rows=rows, first_slot=slot))
             slot += len(rows)
         return found
@@ -177,21 +187,24 @@ class Order:
     def _ordered(self, epoch: int, numbers: Sequence[int]) -> _Epoch:
         rows = {number: self._bucket_rows(number, epoch) for number in numbers}
         groups = [self.groups[number] for number in numbers]
-        starts = [np.arange(0, g.samples, g.batch_size, dtype=np.int64) for g in groups]
-        buckets = np.repeat(np.array(numbers, np.int32), [len(s) for s in starts])
+        starts = [np.arange(0, g.samples, g.batch_size, dtype=np.uint32) for g in groups]
+        buckets = np.repeat(np.array(numbers, np.uint32), [len(s) for s in starts])
         shuffle = _shuffled(len(buckets), self._seed, "batches", epoch)
         return _Epoch(rows, buckets[shuffle], np.concatenate(starts)[shuffle])
 
-    def _bucket_rows(self, number: int, epoch: int) -> Rows:
+    def _bucket_rows(self, number: int, epoch: int) -> Held:
         """One epoch's rows of one bucket in order, pass by pass."""
-        group, cycle = self.groups[number], self._cycles[number]
+        group = self.groups[number]
         images = len(group.rows)
-        whole, rest = divmod(group.samples, images)
-        places = (epoch * rest + np.arange(rest, dtype=np.int64)) % images
-        taken = np.concatenate([np.tile(np.arange(images), whole), cycle[places]])
-        passes = np.repeat(np.arange(whole + 1), [images] * whole + [rest])
+        rest = group.samples % images
         noise = _bits(group.samples, self._seed, "order", epoch, number)
-        ordered: Rows = group.rows[taken[np.lexsort((noise, passes))]]
+        ordered = np.empty(group.samples, np.uint32)
+        for start in range(0, group.samples, images):
+            cycle = self._cycles[number] if start + images > group.samples else None
+            for order in _sorted(noise[start : start + images]):
+                taken = order if cycle is None else cycle[(epoch * rest + order) % images]
+                ordered[start : start + len(order)] = group.rows[taken]
+                start += len(order)
         return ordered
 
 
@@ -202,7 +215,19 @@ def _bits(count: int, seed: int, purpose: str, *numbers: int) -> NDArray[np.uint
     return bits
 
 
-def _shuffled(count: int, seed: int, purpose: str, *numbers: int) -> Rows:
+def _shuffled(count: int, seed: int, purpose: str, *numbers: int) -> Held:
     """A permutation of `count` numbers."""
-    order: Rows = np.argsort(_bits(count, seed, purpose, *numbers), kind="stable")
-    return order
+    shuffled, at = np.empty(count, np.uint32), 0
+    for order in _sorted(_bits(count, seed, purpose, *numbers)):
+        shuffled[at : at + len(order)] = order
+        at += len(order)
+    return shuffled
+
+
+def _sorted(bits: NDArray[np.uint64]) -> Iterator[Rows]:
+    """Where the numbers stand that come next in ascending order, equal ones as they stand."""
+    shares = _SHARES if len(bits) >= _WORTH else 1
+    width = 2**64 // shares
+    for least in range(0, 2**64, width):
+        where = np.flatnonzero((bits >= np.uint64(least)) & (bits <= np.uint64(least + width - 1)))
+        yield where[np.argsort(bits[where], kind="stable")]

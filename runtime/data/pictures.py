@@ -1,13 +1,16 @@
 """Copies of single pictures on the web, which rows of tables name.
 
 A picture that a server refuses is noted as such, and the plan names it like a broken one; deleting
-the note tries again. What a server says of a picture's state is kept in one SQLite file, so that a
+the note tries again. Where a server is silent or busy (5xx, 429) it refuses nothing: whoever needs
+the picture asks again, and only one that had none to give for an hour counts as one that refuses.
+What a server says of a picture's state is kept in one SQLite file, so that a
 run can ask whether it has changed. Deleting that file costs only time.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
 import urllib.error
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +22,7 @@ from typing import Any
 from attrs import frozen
 
 from compiler.data.scan import shown
-from compiler.data.sources.remote import FAILED, picture_path
+from compiler.data.sources.remote import FAILED, LATER, picture_path
 from runtime.data import web
 from runtime.errors import RunFailed
 from runtime.files import write_whole
@@ -29,6 +32,11 @@ MAX_PICTURE = 1 << 30
 STATES = "urls.sqlite"
 """The file of their states, in the folder of copies."""
 _TRIES = 2
+_BUSY = (408, 425, 429)  # answers that say: later
+_PAUSE = 0.5  # seconds before the next try, where the server says nothing of it
+_LONGEST = 10.0  # seconds that are waited because a server says so
+_PATIENCE = 3600.0  # seconds after the first try from which on a busy server refuses,
+_FORGOTTEN = 86400.0  # and those after which it is no longer the first
 _WORKERS = 16  # connections at once
 
 
@@ -37,25 +45,46 @@ class _Got:
     """What came of one picture."""
 
     why: str = ""  # why it can't be had
-    answered: bool = True  # whether anybody did
+    reached: bool = True  # whether anybody answered
+    answered: bool = True  # and that for good
     mark: str = ""  # its state
 
 
 def copy_pictures(urls: Iterable[str], downloads: Path, say: Callable[[str], None]) -> None:
-    """Copy single pictures. Raises RunFailed where none can be had: then it is the connection."""
+    """Copy single pictures. Raises RunFailed where nobody answers: then it is the connection."""
     todo = list(dict.fromkeys(urls))
     say(f"copying {len(todo):,} images from the web into {downloads}")
     found = _fetched(todo, downloads)
     failed = {url: got.why for url, got in found.items() if got.why}
-    if failed and not any(got.answered for got in found.values()):
-        url, why = next(iter(failed.items()))
+    new = [url for url in failed if not _later(url, downloads).exists()]
+    if new and not any(got.reached for got in found.values()):
+        url, why = new[0], failed[new[0]]
         raise RunFailed(
             f"none of {len(todo):,} images can be downloaded: {shown(url)}: {why}",
             help="is there a connection? What was copied before is kept",
         )
-    for url, why in failed.items():
-        path = picture_path(downloads, url)
-        write_whole(path.with_name(path.name + FAILED), why)
+    later = [url for url, why in failed.items() if not _refused(url, why, found[url], downloads)]
+    if later:
+        url = later[0]
+        say(
+            f"{len(later):,} of {len(todo):,} images can't be had now and are asked for again: "
+            f"{shown(url)}: {failed[url]}"
+        )
+
+
+def _refused(url: str, why: str, got: _Got, downloads: Path) -> bool:
+    """Note why a picture can't be had; whether that is for good."""
+    path = picture_path(downloads, url)
+    first = _later(url, downloads)
+    if not got.answered:
+        waited = time.time() - first.stat().st_mtime if first.exists() else _FORGOTTEN
+        if waited >= _FORGOTTEN:
+            write_whole(first, why)
+        if not _PATIENCE <= waited < _FORGOTTEN:
+            return False
+    write_whole(path.with_name(path.name + FAILED), why)
+    first.unlink(missing_ok=True)
+    return True
 
 
 def renew_pictures(
@@ -112,21 +141,37 @@ def _fetched(urls: Sequence[str], downloads: Path) -> dict[str, _Got]:
 
 def _picture(url: str, path: Path) -> _Got:
     path.parent.mkdir(parents=True, exist_ok=True)
-    why = ""
+    got, pause = _Got(), 0.0
     for _ in range(_TRIES):
+        time.sleep(pause)
+        pause = _PAUSE
         try:
             with web.opened(url) as answer, web.partial(path) as file:
                 web.copy(answer, file, MAX_PICTURE)
+            path.with_name(path.name + LATER).unlink(missing_ok=True)
             return _Got(mark=_mark(answer))
         except urllib.error.HTTPError as error:
-            why = web.why(error)
-            if error.code < 500:
-                return _Got(why=why)
-        except urllib.error.URLError as error:
-            why = web.why(error)
-        except (HTTPException, TimeoutError, ConnectionError, ValueError) as error:
-            why = web.why(error)
-    return _Got(why=why, answered=False)
+            busy = error.code >= 500 or error.code in _BUSY
+            got, pause = _Got(why=web.why(error), answered=not busy), _pause(error)
+            if not busy:
+                return got
+        except (urllib.error.URLError, TimeoutError, ConnectionResetError) as error:
+            got = _Got(why=web.why(error), reached=False, answered=False)
+        except (HTTPException, ConnectionError, ValueError) as error:
+            got = _Got(why=web.why(error))
+    return got
+
+
+def _later(url: str, downloads: Path) -> Path:
+    """The note that a picture could not be had at first."""
+    path = picture_path(downloads, url)
+    return path.with_name(path.name + LATER)
+
+
+def _pause(error: urllib.error.HTTPError) -> float:
+    """Seconds to wait, as a busy server says it."""
+    said = str(error.headers.get("Retry-After", ""))
+    return min(float(said), _LONGEST) if said.isdigit() else _PAUSE
 
 
 def _asked(url: str) -> _Got:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -90,18 +91,19 @@ class Store:
                 raise
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turns what a disk that is full or closed to us raises inside into CacheNotWritable."""
+    def explained(self, wanted: str = "") -> Iterator[None]:
+        """Turns what a disk that is full or closed to us raises inside into CacheNotWritable;
+        `wanted` says what was to be written, and its size."""
         try:
             with self._explained():
                 yield
         except RunFailed:
             raise
         except sqlite3.OperationalError as error:
-            raise self._not_writable(str(error), "full" in str(error)) from error
+            raise self._not_writable(str(error), "full" in str(error), wanted) from error
         except OSError as error:
             reason = error.strerror or str(error)
-            raise self._not_writable(reason, error.errno in _FULL) from error
+            raise self._not_writable(reason, error.errno in _FULL, wanted) from error
 
     def close(self) -> None:
         """Let go of the file."""
@@ -172,10 +174,17 @@ class Store:
                 help=f"delete the folder {self.path.parent}: that costs only the time to fill it",
             ) from error
 
-    def _not_writable(self, reason: str, full: bool) -> CacheNotWritable:
+    def _not_writable(self, reason: str, full: bool, wanted: str) -> CacheNotWritable:
+        folder = self.path.parent
+        message = f"the cache {folder} can't be written: {reason}"
+        if not full:
+            help = "put the cache where it can be written: [cache] path"
+            return CacheNotWritable(message, help=help)
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free there"
+            message += f"; {free}, to write {wanted}" if wanted else f"; {free}"
         return CacheNotWritable(
-            f"the cache {self.path.parent} can't be written: {reason}",
-            help="free some space, or put the cache elsewhere: [cache] path"
-            if full
-            else "put the cache where it can be written: [cache] path",
+            message,
+            help="free some space, or put the cache elsewhere ([cache] path), and run again: what "
+            "was saved before is kept",
         )

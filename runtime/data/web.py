@@ -20,6 +20,7 @@ PATIENCE = 30.0
 FAILURES = (OSError, ValueError, HTTPException)
 """What a request that fails raises."""
 BLOCK = 1 << 20
+_OURS = ("builtins", "compiler", "runtime", "tuner")
 
 
 def opened(url: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Any:
@@ -89,11 +90,19 @@ def told(url: str) -> Iterator[None]:
         yield
     except RunFailed:
         raise
-    except (*FAILURES, RuntimeError) as error:
+    except Exception as error:
+        if not (isinstance(error, (*FAILURES, RuntimeError)) or _of_library(error)):
+            raise
         raise RunFailed(
             f"`{shown(url)}` can't be copied: {why(error)}",
             help="what was copied before is kept: run it again when it can be reached",
         ) from error
+
+
+def _of_library(error: Exception) -> bool:
+    """Whether a library made the class, as those of stores do for what they meet outside: no keys,
+    nobody there. One that the language has is a bug."""
+    return type(error).__module__.partition(".")[0] not in _OURS
 
 
 def why(error: BaseException) -> str:

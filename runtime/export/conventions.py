@@ -143,6 +143,18 @@ OF_KIND: Mapping[AdapterKind, tuple[Format, ...]] = {
     "textual-inversion": ("diffusers",),
 }
 """What an adapter of each kind can be written as; the first is what its result is."""
+_TURNED = (
+    "peft's turns a layer's inputs, as it was trained, and that of LyCORIS, whose keys ComfyUI and "
+    "sd-scripts read, its outputs"
+)
+OTHERWISE: Mapping[AdapterKind, str] = {
+    "oft": _TURNED,
+    "boft": _TURNED,
+    "ia3": "ComfyUI reads none, and LyCORIS' leaves a layer's bias as it is",
+}
+"""Why kinds that other programs know by the same name are not what they read. peft, tuners/oft and
+tuners/boft; LyCORIS, modules/diag_oft.py, modules/boft.py and modules/ia3.py; ComfyUI,
+comfy/weight_adapter."""
 
 
 FUSED: Mapping[Format, frozenset[str]] = {
@@ -150,17 +162,18 @@ FUSED: Mapping[Format, frozenset[str]] = {
     "comfyui": frozenset({"flux2", "flux2_dev", "lumina2"}),
 }
 """Where several layers are one under a format's names, for which DoRA's lengths of rows and the
-updates of LyCORIS' kinds have no form."""
+updates of LyCORIS' kinds have no form; whole matrices lie one upon the other."""
 
 
 def refusal(format: Format, family: str, kind: AdapterKind) -> str:
     """Why an adapter of this kind for `family` can't be written in `format`; "" if it can."""
     if format not in OF_KIND[kind]:
         can = " or ".join(f"`--format {name}`" for name in OF_KIND[kind])
-        return f"there are no {format} keys for {ADAPTERS[kind].title}; there is {can}"
+        why = f": {OTHERWISE[kind]}" if kind in OTHERWISE else ""
+        return f"there are no {format} keys for {ADAPTERS[kind].title}{why}; there is {can}"
     if ADAPTERS[kind].file == LYCORIS_FILE and format == "kohya":
         title = ADAPTERS[kind].title
-        if family in LORA[format].keys() - FUSED[format]:
+        if family in LORA[format] and (kind == "full" or family not in FUSED[format]):
             return ""
         why = NO_KEYS[format].get(family, "query, key and value are one layer there")
         return f"there are no kohya keys for {title} of {family}: {why}"

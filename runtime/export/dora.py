@@ -36,18 +36,19 @@ def with_lengths(
 
 
 def of_the_base(
-    layers: Mapping[str, Layer], lengths: Mapping[str, Tensor], base: Tensors
+    updates: Mapping[str, Tensor], lengths: Mapping[str, Tensor], base: Tensors
 ) -> dict[str, Tensor]:
-    """The lengths m |W| / |W + s B A| by which ComfyUI gives the rows the lengths m."""
+    """The lengths m |W| / |W + D| by which ComfyUI gives the rows the lengths m; `updates` are D by
+    module, (outputs, inputs) float32 each."""
     return {
-        module: _rescaled(base[f"{module}.weight"], layer, lengths[module])
-        for module, layer in layers.items()
+        module: _rescaled(base[f"{module}.weight"], update, lengths[module])
+        for module, update in updates.items()
     }
 
 
-def _rescaled(weight: Lazy, layer: Layer, lengths: Tensor) -> Tensor:
+def _rescaled(weight: Lazy, update: Tensor, lengths: Tensor) -> Tensor:
     before = weight.read().float().flatten(1)
-    after = before + layer.update()
+    after = before + update
     share = torch.linalg.vector_norm(before, dim=1) / torch.linalg.vector_norm(after, dim=1)
-    found: Tensor = (lengths.float().flatten() * share).to(lengths.dtype)
+    found: Tensor = (lengths.float().flatten() * share).to(lengths.dtype).view(lengths.shape)
     return found

@@ -14,7 +14,7 @@ from torch import nn
 from compiler.data.prompts import Prompt
 from compiler.plan import Device, Layout, Plan, Sprint
 from runtime import files
-from runtime.build import build, load_state
+from runtime.build import build, load_state, without_starts
 from runtime.context import device_of
 from runtime.data.encoders import Encoders
 from runtime.errors import RunFailed
@@ -127,6 +127,7 @@ def _model(
     precision = plan.precision
     if precision.trained == "float32":  # masters round to the same copies: none are needed
         precision = evolve(precision, trained=precision.compute)
+    plan = without_starts(plan)
     built = build(
         plan.model,
         plan.adapter,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from compiler.plan import Plan, TextTraining
+from compiler.families import FAMILIES
+from compiler.plan import Plan
 from runtime.errors import RunFailed
 from runtime.export import lora_keys
 from runtime.export.base import component_tensors
@@ -17,35 +18,27 @@ from runtime.export.weights import merged
 from runtime.methods.adapter_files import OUTER
 from runtime.methods.text_files import in_file, inner, of_encoder
 
-KOHYA: Mapping[str, Mapping[str, str]] = {
-    "sd": {"text_encoder": "lora_te"},
-    "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    "flux": {"text_encoder": "lora_te1"},
-    "sdxl_refiner": {"text_encoder_2": "lora_te"},  # ComfyUI's, of the larger CLIP alone
-}
-"""What sd-scripts call the encoders (networks/lora.py, lora_sd3.py, lora_flux.py). ComfyUI reads
-these and Diffusers' names (comfy/lora.py, model_lora_keys_clip)."""
 
-
-def kohya(family: str, layers: Mapping[str, Layer], facts: TextTraining) -> dict[str, Tensor]:
-    """The encoders' layers under sd-scripts' names."""
+def kohya(family: str, layers: Mapping[str, Layer], names: Sequence[str]) -> dict[str, Tensor]:
+    """The layers of the encoders `names` under sd-scripts' names."""
     found: dict[str, Tensor] = {}
-    for encoder in facts.encoders:
+    for encoder in names:
         own = {in_file(name): layer for name, layer in of_encoder(layers, encoder).items()}
-        found |= lora_keys.kohya_plain(own, KOHYA[family][encoder])
+        found |= lora_keys.kohya_plain(own, FAMILIES[family].kohya_encoders[encoder])
     return found
 
 
 def diffusers(
-    layers: Mapping[str, Layer], facts: TextTraining, *, folded: bool
+    layers: Mapping[str, Layer], names: Sequence[str], *, folded: bool
 ) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    """The encoders' layers under Diffusers' names, and the metadata that tell their strength; with
-    the strength in them (`folded`) there are none."""
+    """The layers of the encoders `names` under Diffusers' names, and the metadata that tell their
+    strength; with the strength in them (`folded`) there are none."""
     found: dict[str, Tensor] = {}
     told: list[dict[str, str]] = []
-    for encoder in facts.encoders:
+    for encoder in names:
         own = of_encoder(layers, encoder)
+        if not own:
+            continue
         named = {in_file(name): layer for name, layer in own.items()}
         if folded:
             found |= lora_keys.folded(named, encoder)

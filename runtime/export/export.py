@@ -11,16 +11,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compiler.adapters import INVERSION
+from compiler.adapters import INVERSION, scale_of
 from compiler.families import FAMILIES
+from compiler.plan import Adapter, Plan
 from runtime import files
 from runtime.errors import RunFailed
 from runtime.export import dora, encoders, lora_keys
 from runtime.export.base import STEM, base_tensors
-from runtime.export.conventions import Config
-from runtime.export.lazy import Tensors, held, write
+from runtime.export.conventions import FUSED, Config
+from runtime.export.foreign import PLACES
+from runtime.export.lazy import Lazy, Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.metadata import described
+from runtime.export.mmdit import Place, in_rows
 from runtime.export.request import Request, config_of
 from runtime.export.svd import resized
 from runtime.export.weights import layers_of, merged, trained_weights
@@ -28,9 +31,11 @@ from runtime.export.whole import laid_out
 from runtime.families.common import DTYPES, base_folder, copy_component
 from runtime.families.sana_sprint import few_steps
 from runtime.methods import adapter_files, embedding_files, text_files
+from runtime.methods.decomposed import PART
 from runtime.methods.kinds import NAME, parts_of
 from runtime.methods.lora import PEFT_FILES
 from runtime.methods.student import OF_LOSS, settings_of
+from runtime.methods.updates import product
 from runtime.new_tokens import FOLDER, is_rows
 
 Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
@@ -96,6 +101,14 @@ def _embeddings(request: Request, place: Path) -> None:
         embedding_files.write(rows, plan.embeddings, card, folder, _dtype(request))
 
 
+def _bundled(request: Request, trained: Tensors) -> dict[str, Tensor]:
+    """The vectors of new tokens under the keys that a LoRA's file has for them."""
+    plan = request.weights.plan
+    assert plan.embeddings is not None
+    rows = {name: lazy.read() for name, lazy in trained.items() if is_rows(name)}
+    return embedding_files.bundled(rows, plan.embeddings, FAMILIES[plan.model.family])
+
+
 def _lora(request: Request) -> None:
     plan = request.weights.plan
     adapter, component = plan.adapter, plan.model.trained_component
@@ -111,8 +124,12 @@ def _lora(request: Request) -> None:
         return
     metadata = described(request)
     text = plan.text_training
+    words = _bundled(request, every_tensor) if request.bundle else {}
     if adapter.kind == "dora" and request.format != "diffusers":
         found = held(_dora(request, trained))
+        if request.format == "comfyui":
+            metadata |= {adapter_files.COMFYUI_LENGTHS: "true"}
+        found = {**found, **held(words)}
         dtype = _dtype(request)
         kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
         write(request.out, kept, metadata)
@@ -134,17 +151,19 @@ def _lora(request: Request) -> None:
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
     if plan.model.family in foreign:
         tensors = _renamed(foreign[plan.model.family], layers, request)
-        tensors |= encoders.kohya(plan.model.family, every, text) if text else {}
+        tensors |= encoders.kohya(plan.model.family, every, text.encoders) if text else {}
     elif request.format == "comfyui":
         tensors = lora_keys.folded(layers, component)
-        tensors |= encoders.diffusers(every, text, folded=True)[0] if text else {}
+        tensors |= encoders.diffusers(every, text.encoders, folded=True)[0] if text else {}
     else:
-        more, told = encoders.diffusers(every, text, folded=False) if text else ({}, [])
+        names = text.encoders if text else ()
+        more, told = encoders.diffusers(every, names, folded=False)
         tensors = lora_keys.diffusers(layers, component) | more
         metadata |= encoders.joined([lora_keys.settings(layers, component), *told])
     dtype = _dtype(request)
     found = held(tensors)
     # Alpha is a number, not a weight: it keeps its digits.
+    found = {**found, **held(words)}
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     write(request.out, kept, metadata)
 
@@ -158,7 +177,8 @@ def _dora(request: Request, trained: Tensors) -> dict[str, Tensor]:
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}[request.format]
     family = plan.model.family
     if request.format == "comfyui":
-        lengths = dora.of_the_base(layers, lengths, base_tensors(plan.model, plan.seed))
+        updates = {module: layer.update() for module, layer in layers.items()}
+        lengths = dora.of_the_base(updates, lengths, base_tensors(plan.model, plan.seed))
     if family in foreign:
         return dora.with_lengths(
             layers, lengths, lambda one: _renamed(foreign[family], one, request)
@@ -168,16 +188,18 @@ def _dora(request: Request, trained: Tensors) -> dict[str, Tensor]:
 
 def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
     """LyCORIS' file of `values`, or peft's folder."""
-    adapter, dtype = request.weights.plan.adapter, _dtype(request)
+    plan, adapter, dtype = request.weights.plan, request.weights.plan.adapter, _dtype(request)
     assert adapter is not None
+    metadata = described(request)
+    if adapter.weight_decompose and request.format == "comfyui":
+        values = _for_comfyui(plan, adapter, values)
+        metadata |= {adapter_files.COMFYUI_LENGTHS: "true"}
     found = held(adapter_files.laid_out(values, adapter))
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     if request.format == "kohya":
-        plan = request.weights.plan
-        names = kohya_names(plan.model.family, list(parts_of(list(values))), config_of(plan))
-        kept = {named(key, names): tensor for key, tensor in kept.items()}
+        kept = in_kohya(plan.model.family, kept, list(parts_of(list(values))), config_of(plan))
     if request.format in ("comfyui", "kohya"):
-        write(request.out, kept, described(request))
+        write(request.out, kept, metadata)
         return
     settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}
     with files.partial_folder(request.out) as folder:
@@ -187,27 +209,49 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
         (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
 
 
-def kohya_names(family: str, modules: Sequence[str], config: Config) -> dict[str, str]:
-    """From what LyCORIS calls each module to what sd-scripts call it there. Raises RunFailed for a
-    module that they don't have."""
-    none = Layer(a=torch.zeros(1, 1), b=torch.zeros(1, 1), scale=1.0)
-    found = {}
-    for module in modules:
-        try:
-            key = next(iter(KOHYA[family]({module: none}, config)))
-        except KeyError as error:
-            raise RunFailed(
-                f"the kohya layout has no place for {error}", help="use `--format comfyui`"
-            ) from error
-        start = adapter_files.LYCORIS_PREFIX + module.replace(".", "_")
-        found[start] = key.partition(".")[0]
+def _for_comfyui(plan: Plan, adapter: Adapter, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the lengths of rows that ComfyUI multiplies by."""
+    updates, lengths, found = {}, {}, dict(values)
+    for module, parts in parts_of(list(values)).items():
+        if PART in parts:
+            held_parts = {part: values[name].float() for part, name in parts.items()}
+            updates[module] = scale_of(adapter, module) * product(held_parts)
+            lengths[module] = values[parts[PART]]
+    base = base_tensors(plan.model, plan.seed)
+    for module, own in dora.of_the_base(updates, lengths, base).items():
+        found[f"{module}.{PART}.{NAME}"] = own
     return found
 
 
-def named(key: str, names: Mapping[str, str]) -> str:
-    """A file's key with another name of its module."""
-    module, _, part = key.partition(".")
-    return f"{names[module]}.{part}"
+def in_kohya(
+    family: str, tensors: Tensors, modules: Sequence[str], config: Config
+) -> dict[str, Lazy]:
+    """LyCORIS' file under sd-scripts' names; where they have several `modules` in one layer, their
+    rows one upon the other, and zeros for modules that are no targets. Raises RunFailed for a
+    module that they don't have."""
+    try:
+        places = {module: _place(family, module, config) for module in modules}
+    except KeyError as error:
+        raise RunFailed(
+            f"the kohya layout has no place for {error}", help="use `--format comfyui`"
+        ) from error
+    starts = {adapter_files.LYCORIS_PREFIX + m.replace(".", "_"): m for m in modules}
+    shared: dict[tuple[str, str], list[tuple[Place, Lazy]]] = {}
+    for key, lazy in tensors.items():
+        start, _, part = key.partition(".")
+        there = places[starts[start]]
+        name = "lora_unet_" + there.module.replace(".", "_")
+        shared.setdefault((name, part), []).append((there, lazy))
+    return {f"{name}.{part}": in_rows(found) for (name, part), found in shared.items()}
+
+
+def _place(family: str, module: str, config: Config) -> Place:
+    """Raises KeyError."""
+    if family in FUSED["kohya"]:
+        return PLACES[family](module, config)
+    none = Layer(a=torch.zeros(1, 1), b=torch.zeros(1, 1), scale=1.0)
+    key = next(iter(KOHYA[family]({module: none}, config)))
+    return Place(key.partition(".")[0].removeprefix("lora_unet_"))
 
 
 def in_training(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

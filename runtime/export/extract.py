@@ -1,31 +1,34 @@
-"""A LoRA from the difference of two models: `tuner export --extract BASE TUNED`."""
+"""A LoRA from the difference of two models: `tuner export BASE --extract TUNED`."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
 from attrs import frozen
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from compiler.families import FAMILIES
-from compiler.families.card import FamilyCard
+from compiler.adapters import CLIP_TARGETS
+from compiler.plan import Dtype
 from runtime.errors import RunFailed
-from runtime.export import lora_keys
-from runtime.export.base import weight_files
+from runtime.export import encoders, lora_keys
 from runtime.export.conventions import Format, refusal
 from runtime.export.export import COMFYUI, KOHYA
-from runtime.export.lazy import Tensors, held, in_files, write
+from runtime.export.lazy import Lazy, Tensors, held, write
+from runtime.export.lora_keys import Layer
+from runtime.export.opened import Opened, opened
 from runtime.export.request import PRECISIONS, Refused
 from runtime.export.size import Size
 from runtime.export.svd import extracted
 from runtime.families.common import DTYPES
-from runtime.methods.lora import is_dense
+from runtime.methods.text_files import inner
+
+IN_ENCODERS = re.compile("|".join(CLIP_TARGETS["all-linear"]))
+"""Layers of a CLIP that readers of LoRA files know."""
+NUMBERS = "position_ids"  # of a CLIP: counted up, and only in files of older versions
 
 
 @frozen(kw_only=True)
@@ -34,7 +37,9 @@ class Extracted:
 
     out: Path
     layers: int
-    left: tuple[str, ...]  # tensors that differ and are in no LoRA: biases, norms, embeddings
+    left: tuple[str, ...]
+    """Tensors that differ and are in no LoRA: biases, norms, embeddings; and text encoders that
+    have none at all."""
 
 
 def extract(
@@ -42,105 +47,113 @@ def extract(
 ) -> Extracted:
     """Write the LoRA of `size` that makes of `base` what is nearest to `tuned`.
 
-    Both are folders of pipelines, or of their transformer or unet. Raises Refused for models that
-    are not alike, or do not differ, and RunFailed if the place can't be written.
+    Both are folders of pipelines, or of their transformer or unet, or whole models in one file.
+    Text encoders are compared where both have them. Raises Refused for models that are not alike,
+    or do not differ, and RunFailed if the place can't be written.
     """
-    one, other = _opened(base), _opened(tuned)
-    if one.config != other.config or one.tensors.keys() != other.tensors.keys():
+    one, other = opened(base, tuned)
+    component = one.card.trained_component
+    alike = one.card is other.card and one.config == other.config
+    if not alike or one.tensors[component].keys() != other.tensors[component].keys():
         raise Refused(f"`{base}` and `{tuned}` are not of one shape", help="take models alike")
     if why := refusal(format, one.card.name, "lora"):
         raise Refused(why, help="use another `--format`")
-    layers: dict[str, lora_keys.Layer] = {}
-    left = []
-    for name in sorted(one.tensors):
-        difference = other.tensors[name].read().float() - one.tensors[name].read().float()
-        if not difference.any():
+    dense = one.dense()
+    layers, left = _difference(one.tensors[component], other.tensors[component], dense, size)
+    text: dict[str, Layer] = {}
+    for name in one.card.text_encoders:
+        if name not in one.tensors or name not in other.tensors:
             continue
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in one.dense:
-            layers[module] = extracted(difference, size)
-        else:
-            left.append(name)
-    if not layers:
+        theirs, rest = _of_encoder(one, other, name, size)
+        text |= {f"{name}.{module}": layer for module, layer in theirs.items()}
+        left += rest
+    if not layers and not text:
         raise Refused(f"`{tuned}` has no layer that differs from `{base}`", help="name two models")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(layers, one, format, PRECISIONS.get(precision), out)
+        _write(layers, text, one, format, PRECISIONS.get(precision), out)
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"`{out}` can't be written: {error}") from error
-    return Extracted(out=out, layers=len(layers), left=tuple(left))
+    return Extracted(out=out, layers=len(layers) + len(text), left=tuple(left))
 
 
-@frozen(kw_only=True)
-class _Model:
-    card: FamilyCard
-    config: Mapping[str, Any]
-    tensors: Tensors
-    dense: frozenset[str]  # names of its linear layers and convolutions
+def _difference(
+    one: Tensors, other: Tensors, dense: frozenset[str], size: Size
+) -> tuple[dict[str, Layer], list[str]]:
+    """The layers of a LoRA, and what else differs. `dense` are the modules that can have one."""
+    layers: dict[str, Layer] = {}
+    left = []
+    for name in sorted(one.keys() | other.keys()):
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            left.append(name)
+            continue
+        difference = other[name].read().float() - one[name].read().float()
+        if not difference.any():
+            continue
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in dense:
+            layers[module] = extracted(difference, size)
+        else:
+            left.append(name)
+    return layers, left
 
 
-def _opened(folder: Path) -> _Model:
-    """Raises Refused if `folder` holds no model that a family here trains."""
-    for card in FAMILIES.values():
-        for place in (folder / card.trained_component, folder):
-            found = _config(place)
-            if found.get("_class_name") == card.components[card.trained_component]:
-                if not _is_of(card, folder, place):
-                    continue
-                tensors = in_files(weight_files(place))
-                if not tensors:
-                    raise Refused(f"`{place}` holds no weights", help="name a Diffusers folder")
-                plain = {k: v for k, v in found.items() if not k.startswith("_")}
-                return _Model(card=card, config=plain, tensors=tensors, dense=_dense(found))
-    known = ", ".join(FAMILIES)
-    raise Refused(
-        f"`{folder}` is no model in the Diffusers layout of a family known here",
-        help=f"name the folder of a pipeline; families: {known}",
-    )
+def _of_encoder(
+    one: Opened, other: Opened, name: str, size: Size
+) -> tuple[dict[str, Layer], list[str]]:
+    """The same of a text encoder; of one that has no LoRA, the encoder itself if it differs."""
+    if {p.resolve() for p in one.files[name]} == {p.resolve() for p in other.files[name]}:
+        return {}, []
+    first, second = (_plain(each.tensors[name]) for each in (one, other))
+    if name not in one.card.trainable_encoders:
+        return {}, [] if _equal(first, second) else [name]
+    modules = {key.removesuffix(".weight") for key in first if key.endswith(".weight")}
+    known = frozenset(module for module in modules if IN_ENCODERS.fullmatch(module))
+    layers, left = _difference(first, second, known, size)
+    return layers, [f"{name}.{key}" for key in left]
 
 
-def _is_of(card: FamilyCard, folder: Path, place: Path) -> bool:
-    """Several families share a class of models: the pipeline tells, where there is one."""
-    index = {} if place == folder else _json(folder / "model_index.json")
-    return bool(index.get("_class_name", card.pipeline) == card.pipeline)
+def _plain(tensors: Tensors) -> Tensors:
+    """A text encoder's, by names that do not depend on the version of transformers."""
+    return {k: lazy for k, lazy in inner(tensors).items() if not k.endswith(NUMBERS)}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return _json(folder / "config.json")
+def _equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _dense(config: Mapping[str, Any]) -> frozenset[str]:
-    with torch.device("meta"):
-        shell: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-    return frozenset(name for name, module in shell.named_modules() if is_dense(module))
+def _same(one: Lazy, other: Lazy) -> bool:
+    return one.shape == other.shape and torch.equal(one.read().float(), other.read().float())
 
 
 def _write(
-    layers: Mapping[str, lora_keys.Layer], model: _Model, format: Format, dtype: Any, out: Path
+    layers: Mapping[str, Layer],
+    text: Mapping[str, Layer],
+    model: Opened,
+    format: Format,
+    dtype: Dtype | None,
+    out: Path,
 ) -> None:
-    component, metadata = model.card.trained_component, {}
+    card, metadata = model.card, {}
+    component, trained = card.trained_component, card.trainable_encoders
     tensors: dict[str, Tensor]
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(format, {})
-    if model.card.name in foreign:
+    if card.name in foreign:
         try:
-            tensors = foreign[model.card.name](layers, model.config)
+            tensors = foreign[card.name](layers, model.config)
         except KeyError as error:
             raise RunFailed(
                 f"the {format} layout has no place for {error}", help="use `--format diffusers`"
             ) from error
+        tensors |= encoders.kohya(card.name, text, trained)
     elif format == "comfyui":
         tensors = lora_keys.folded(layers, component)
+        tensors |= encoders.diffusers(text, trained, folded=True)[0]
     else:
-        tensors = lora_keys.diffusers(layers, component)
-        metadata = lora_keys.settings(layers, component)
+        more, told = encoders.diffusers(text, trained, folded=False)
+        tensors = lora_keys.diffusers(layers, component) | more
+        own = [lora_keys.settings(layers, component)] if layers else []
+        metadata = encoders.joined([*own, *told])
     wanted = DTYPES[dtype] if dtype else None
     found = held({k: v.contiguous() for k, v in tensors.items()})
     kept = {k: v if k.endswith(".alpha") else v.to(wanted) for k, v in found.items()}

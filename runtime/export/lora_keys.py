@@ -202,7 +202,7 @@ def _stacked(found: Mapping[int, Layer], rows: Sequence[int] = ()) -> dict[str, 
     return {
         "lora_down.weight": down,
         "lora_up.weight": up,
-        "alpha": torch.tensor(alpha, dtype=down.dtype),
+        "alpha": torch.tensor(alpha, dtype=torch.float32),  # bfloat16 has no digits for it
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 
+from compiler.data.geometry import edge_of
 from compiler.plan import Plan
 from runtime.export.conventions import ARCHITECTURES, NETWORK_MODULES, SINGLE_FILE
 from runtime.export.lazy import UNKNOWN
@@ -37,19 +38,19 @@ def _modelspec(request: Request, *, lora: bool) -> dict[str, str]:
     weights, plan = request.weights, request.weights.plan
     family = plan.model.family
     foreign = request.single_file or (request.format == "kohya" and family not in KEPT)
-    largest = max(plan.buckets, key=lambda bucket: bucket.width * bucket.height)
+    edge = max(round(edge_of(s.geometry)) for s in plan.sources if not s.regularisation)
     triggers = dict.fromkeys(s.captions.trigger for s in plan.sources if s.captions.trigger)
     found = {
         "sai_model_spec": "1.0.1",
         "architecture": ARCHITECTURES[family](config_of(plan)) + ("/lora" if lora else ""),
         "implementation": PUBLISHED.get(family, "diffusers") if foreign else "diffusers",
         "title": plan.name,
-        "resolution": f"{largest.width}x{largest.height}",
-        "description": f"{plan.model.origin}, trained for {weights.step} steps",
+        "resolution": f"{edge}x{edge}",
+        "description": f"{plan.model.shared_origin}, trained for {weights.step} steps",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hash_sha256": f"0x{UNKNOWN}",  # the writer fills it in
         "trigger_phrase": ", ".join(triggers),
-        "merged_from": plan.model.origin if request.merge else "",
+        "merged_from": plan.model.shared_origin if request.merge else "",
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}
 
@@ -58,7 +59,7 @@ def _training(request: Request) -> dict[str, str]:
     weights, plan = request.weights, request.weights.plan
     found = {
         "output_name": plan.name,
-        "sd_model_name": plan.model.origin,
+        "sd_model_name": plan.model.shared_origin,
         "base_model_version": ARCHITECTURES[plan.model.family](config_of(plan)),
         "steps": weights.step,
         "max_train_steps": plan.steps.total,

@@ -102,6 +102,22 @@ def arranged(tensors: Tensors, target: Callable[[str], tuple[str, Place]]) -> Te
     return {name: _joined([parts[i] for i in sorted(parts)]) for name, parts in rows.items()}
 
 
+def in_rows(parts: Sequence[tuple[Place, Lazy]]) -> Lazy:
+    """Parts of one layer, by their places in it; zeros in the rows of those that are missing."""
+    first, like = parts[0]
+    found = {there.part: _swapped(lazy) if there.swapped else lazy for there, lazy in parts}
+    if first.parts == 1:
+        return found[first.part]
+    rows = first.rows or (like.shape[0],) * first.parts
+    return _joined([found.get(part, _zeros(rows[part], like)) for part in range(first.parts)])
+
+
+def _zeros(rows: int, like: Lazy) -> Lazy:
+    shape = (rows, *like.shape[1:])
+    dtype = like.dtype
+    return Lazy(shape=shape, dtype=dtype, read=lambda: torch.zeros(shape, dtype=dtype))
+
+
 def halves_swapped(tensor: Tensor) -> Tensor:
     """The second half of the rows before the first."""
     return torch.cat(tensor.chunk(2, dim=0)[::-1])

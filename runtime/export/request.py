@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from compiler import lock
 from compiler.adapters import INVERSION, result_name
@@ -16,6 +16,7 @@ from runtime import saved
 from runtime.errors import RunFailed
 from runtime.export.conventions import FORMATS, OF_KIND, SINGLE_FILE, Format, refusal
 from runtime.export.size import Size, parsed
+from runtime.result_step import result_step
 
 PRECISIONS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -52,6 +53,7 @@ class Request:
     out: Path
     size: Size | None = None  # of a LoRA: else as trained
     everything: bool = False  # in one file also components that published ones leave out
+    bundle: bool = False  # vectors of new tokens in the LoRA's own file too
 
 
 def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) -> Weights:
@@ -65,7 +67,7 @@ def chosen(folder: Path, *, step: int | None = None, ema: bool | None = None) ->
         raise Refused(f"{folder} keeps no moving average", help="leave out `--ema`")
     averaged = _result_is_average(plan) if ema is None else ema
     checkpoint = _checkpoint(folder, plan, step, averaged)
-    done = plan.steps.total if checkpoint is None else saved.read_state(checkpoint)["step"]
+    done = result_step(folder, plan) if checkpoint is None else saved.step_of(checkpoint)
     return Weights(plan=plan, folder=folder, checkpoint=checkpoint, step=done, averaged=averaged)
 
 
@@ -104,7 +106,8 @@ def _checkpoint(folder: Path, plan: Plan, step: int | None, averaged: bool) -> P
             help="`tuner status` says how far the run is",
         )
     if step is None:
-        return there[-1]
+        beside = saved.folder_of(root, result_step(folder, plan))  # the result's other weights
+        return beside if beside in there else there[-1]
     if saved.folder_of(root, step) not in there:
         steps = ", ".join(str(saved.read_state(path)["step"]) for path in there)
         raise Refused(f"{folder} holds no checkpoint of step {step}", help=f"it holds: {steps}")
@@ -120,6 +123,7 @@ def requested(
     everything: bool = False,
     precision: str = "",
     resize: str = "",
+    bundle: bool = False,
     out: Path | None = None,
 ) -> Request:
     """The request in these words. Raises Refused if there is no such layout, or if `out` is taken.
@@ -143,24 +147,28 @@ def requested(
             help="add `--single-file`, or leave out `--everything`",
         )
     _check_words(plan, format, merge=merge, single_file=single_file)
+    if bundle:
+        _check_bundle(plan, format, whole=whole)
     if single_file and not everything:
         _check_encoders(plan)
     size = size_of(resize) if resize else None
     if size and (whole or plan.adapter is None or plan.adapter.kind != "lora"):
         raise Refused("only a LoRA can be resized", help="leave out `--resize`")
-    place = out or _place(weights, format, whole=whole, single_file=single_file)
-    if place.exists() or place.is_symlink():
-        raise Refused(f"`{place}` is there already", help="name another place with `--out`")
-    return Request(
+    request = Request(
         weights=weights,
         format=format,
         merge=merge,
         single_file=single_file,
         everything=everything,
         dtype=PRECISIONS[precision] if precision else None,
-        out=place,
+        out=out or Path(),
         size=size,
+        bundle=bundle,
     )
+    place = out or _place(request, precision)
+    if place.exists() or place.is_symlink():
+        raise Refused(f"`{place}` is there already", help="name another place with `--out`")
+    return evolve(request, out=place)
 
 
 def extraction(
@@ -207,10 +215,11 @@ def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -
             f"there is no published single-file layout that a model of {family} can be written in",
             help="leave out `--single-file` for a Diffusers folder",
         )
-    if (merge or plan.adapter is None) and format != "diffusers" and not single_file:
+    if (merge or plan.adapter is None) and format != "diffusers":
+        other = "" if single_file else "use `--single-file` for what other programs read, or "
         raise Refused(
             f"`--format {format}` names the keys of a LoRA; this is a whole model",
-            help="use `--single-file` for what other programs read, or leave out `--format`",
+            help=f"{other}leave out `--format`",
         )
     if (
         plan.adapter is not None
@@ -238,6 +247,19 @@ def _check_words(plan: Plan, format: Format, *, merge: bool, single_file: bool) 
         )
 
 
+def _check_bundle(plan: Plan, format: Format, *, whole: bool) -> None:
+    """Raise Refused for vectors of new tokens that can't lie in the file of a LoRA."""
+    if plan.embeddings is None:
+        raise Refused("the run learned no new tokens to bundle", help="leave out `--bundle`")
+    if whole or plan.adapter is None or plan.adapter.kind not in ("lora", "dora"):
+        raise Refused("`--bundle` puts new tokens into a LoRA's file", help="leave it out")
+    if format != "kohya":
+        raise Refused(
+            f"new tokens lie in a LoRA's file in kohya's keys alone, not in {format} ones",
+            help="add `--format kohya`, or leave out `--bundle`",
+        )
+
+
 def _check_dora(plan: Plan, format: Format) -> None:
     """Raise Refused where text encoders have a DoRA, and the format is for the model's alone."""
     kind = plan.adapter.kind if plan.adapter else ""
@@ -260,14 +282,24 @@ def _check_encoders(plan: Plan) -> None:
     )
 
 
-def _place(weights: Weights, format: Format, *, whole: bool, single_file: bool) -> Path:
-    """`export/NAME-step-000400[-FORMAT][.safetensors]` in the run folder."""
-    name = f"{weights.plan.name}-step-{weights.step:06d}"
-    if not whole:
-        name += "" if format == "diffusers" else f"-{format}"
+def _place(request: Request, precision: str) -> Path:
+    """`export/NAME-step-000400[-WISH...][.safetensors]` in the run folder: all that makes another
+    file of the same step is in its name."""
+    weights, whole = request.weights, request.merge or request.weights.plan.adapter is None
+    wishes = (
+        "ema" if weights.averaged else "",
+        "merged" if request.merge else "",
+        "" if whole or request.format == "diffusers" else request.format,
+        f"rank-{request.size.rank}" if request.size and not request.size.energy else "",
+        f"energy-{request.size.energy:g}" if request.size and request.size.energy else "",
+        "bundle" if request.bundle else "",
+        "everything" if request.everything else "",
+        precision,
+    )
+    name = "-".join(filter(None, (f"{weights.plan.name}-step-{weights.step:06d}", *wishes)))
     adapter = weights.plan.adapter
-    a_folder = format == "peft" or (adapter is not None and adapter.kind == INVERSION)
-    ending = ".safetensors" if single_file or not (whole or a_folder) else ""
+    a_folder = request.format == "peft" or (adapter is not None and adapter.kind == INVERSION)
+    ending = ".safetensors" if request.single_file or not (whole or a_folder) else ""
     return weights.folder / "export" / (name + ending)
 
 

@@ -14,7 +14,7 @@ from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Adapter, Layout, Plan
 from runtime import checkpoints
-from runtime.build import build
+from runtime.build import build, without_starts
 from runtime.errors import RunFailed
 from runtime.export.base import base_tensors
 from runtime.export.lazy import Lazy, Tensors, held, in_files
@@ -119,6 +119,7 @@ def _kept(plan: Plan, snapshot: checkpoints.Snapshot) -> Mapping[str, Tensor]:
 def _in_order(plan: Plan) -> list[str]:
     """Names of what is trained, as the optimizer counts them: files don't keep the order."""
     family, nowhere = family_of(plan.model.family), torch.device("meta")
+    plan = without_starts(plan)
     given = (plan.model, plan.adapter, plan.precision, Layout(), family, nowhere)
     built = build(
         *given,
@@ -170,7 +171,7 @@ def merged(base: Tensors, trained: Tensors, adapter: Adapter) -> Tensors:
         read = partial(_adapted, base[name], held_parts, adapter, module)
         found[name] = Lazy(shape=base[name].shape, dtype=base[name].dtype, read=read)
         bias = f"{module}.bias"
-        if adapter.kind == "ia3" and bias in base:
+        if (adapter.kind == "ia3" or "norm_b" in parts) and bias in base:
             read = partial(_scaled, base[bias], held_parts)
             found[bias] = Lazy(shape=base[bias].shape, dtype=base[bias].dtype, read=read)
     return found

@@ -48,19 +48,23 @@ def translated(
         TypeError,
         ValueError,
     ) as error:
-        raise _unreadable(file, cls, str(error)) from error
+        raise _unreadable(file, card, name, cls, str(error)) from error
     missing = [key for key, value in loaded.state_dict().items() if value.is_meta]
     if missing:
-        raise _unreadable(file, cls, f"it lacks {len(missing)} tensors, such as `{missing[0]}`")
+        why = f"it lacks {len(missing)} tensors, such as `{missing[0]}`"
+        raise _unreadable(file, card, name, cls, why)
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         tensor.data = tensor.data.clone()  # off the file, whose tensors no kernel finds aligned
     return loaded
 
 
-def _unreadable(file: Path, cls: Any, why: str) -> RunFailed:
+def _unreadable(file: Path, card: FamilyCard, name: str, cls: Any, why: str) -> RunFailed:
+    """`file` may be all of the base, or the recipe's own for the trained component."""
+    own = f", or a file in Diffusers' names: [model.{name}] file"
     return RunFailed(
         f"{file} can't be read as a {cls.__name__}: {why}",
-        help="give a file in Diffusers' names, or leave out `file`",
+        help="name a base that is a folder in the Diffusers layout"
+        + own * (name == card.trained_component),
     )
 
 

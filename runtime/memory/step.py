@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -246,7 +247,9 @@ def _rivals(candidate: Candidate, built: Built, tracker: Tracker) -> torch.optim
 
 
 def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
-    with device:  # peft would make its layers on the CPU first
+    # For what is made on the CPU first.
+    more = candidate.sprint or candidate.text_training or candidate.embeddings
+    with device if more else nullcontext():
         return build(
             candidate.model,
             candidate.adapter,
@@ -256,7 +259,11 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             device,
             empty=True,
             seed=0,
-            speed=plan.Speed(attention=candidate.attention, channels_last=candidate.channels_last),
+            speed=plan.Speed(
+                attention=candidate.attention,
+                channels_last=candidate.channels_last,
+                fused_projections=candidate.fused_projections,
+            ),
             sprint=candidate.sprint,
             text_training=candidate.text_training,
             embeddings=candidate.embeddings,

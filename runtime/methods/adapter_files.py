@@ -10,25 +10,32 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compiler.adapters import ADAPTERS, LYCORIS_FILE, scale_of
+from compiler.adapters import ADAPTERS, LYCORIS_FILE, rank_of, scale_of
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter
 from compiler.safetensors import header_of
+from compiler.words import BUNDLE
 from runtime.methods.kinds import NAME, exactly, parts_of
 
 PEFT_ROOT = "base_model.model"  # what peft's own files put before a module's name
 LYCORIS_PREFIX = "lycoris_"
 Taken = Mapping[str, tuple[Tensor, Tensor]]  # module -> (B, A) that the base lacks in training
 LORAS = ("lora", "dora")
+LENGTHS = "lora_magnitude_vector"  # of DoRA's rows; under a weight's name for a text encoder
 OUTER = "text_model."  # a module of CLIP's that not all versions of transformers have
+COMFYUI_LENGTHS = "tuner_lengths_for_comfyui"
+"""Metadata of a DoRA whose lengths are such as ComfyUI multiplies by, see `runtime.export.dora`."""
+DIGITS = 2**-22  # of an alpha, which files hold as float32
 T = TypeVar("T")
 
 
@@ -84,7 +91,7 @@ def _lycoris(
 ) -> Sequence[tuple[str, Tensor]]:
     """With the strength in the first factor and alpha = rank: readers scale by alpha / rank where
     a factor is two matrices, and don't where none is."""
-    if adapter.kind == "full":
+    if adapter.kind == "full" or "norm_w" in parts:
         return [(_lycoris_name(part), tensor) for part, tensor in parts.items()]
     scale, folded = scale_of(adapter, module), dict(parts)
     if adapter.kind == "glora":  # which is always scaled
@@ -100,7 +107,7 @@ def _lycoris(
 def _lycoris_name(part: str) -> str:
     """LyCORIS' own name of a part in training."""
     kind, _, rest = part.partition("_")
-    return {"glora": f"{rest}.weight", "full": rest}.get(kind, part)
+    return {"glora": f"{rest}.weight", "full": rest, "norm": f"{rest}_norm"}.get(kind, part)
 
 
 def peft_settings(values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Any]:
@@ -154,15 +161,90 @@ def lora_sizes(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[st
 
 
 def read_start(
-    adapter: Adapter, names: Sequence[str], *, encoder: str = "", beside: Sequence[str] = ()
+    adapter: Adapter,
+    like: Mapping[str, Tensor],
+    family: str,
+    config: Mapping[str, Any],
+    *,
+    encoder: str = "",
+    beside: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """The file `adapter.start` under the names in training, at the strength that it has.
+    """The file `adapter.start` under the names in training, at the strength that it has; in our
+    keys or in those of other programs.
 
-    `names` are those of what is trained. Raises ValueError if the file has others, and OSError.
+    `like` is what is trained, of a component of this `config`. Raises ValueError if the file has
+    other layers or sizes, and OSError.
     """
-    short = {name.removeprefix(OUTER) if encoder else name: name for name in names}
-    found = read_result(adapter, Path(adapter.start), list(short), encoder=encoder, beside=beside)
-    return {short[name]: tensor for name, tensor in found.items()}
+    path = Path(adapter.start)
+    short = {name.removeprefix(OUTER) if encoder else name: name for name in like}
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` can't be read: {error}") from error
+    if is_lycoris(adapter) or adapter.kind in LORAS:
+        from runtime.export.foreign import in_own_names
+
+        if header_metadata(path).get(COMFYUI_LENGTHS):
+            raise ValueError(
+                f"`{path}` has the lengths of rows that ComfyUI multiplies by, not the DoRA's own: "
+                "export it with `--format diffusers` or `--format kohya`"
+            )
+        modules = parts_of(list(short))
+        ranks = {module: rank_of(adapter, module) for module in modules}
+        given = (stored, ranks, family, config)
+        lycoris = is_lycoris(adapter)
+        try:
+            stored = in_own_names(*given, encoder=encoder, beside=beside, lycoris=lycoris)
+        except ValueError as error:
+            raise ValueError(f"`{path}` does not fit: {error}") from error
+    found = _read(stored, adapter, path, list(short), encoder, beside)
+    return {short[name]: _as(like[short[name]], t, name, path) for name, t in found.items()}
+
+
+def check_start(
+    adapter: Adapter,
+    names: Sequence[str],
+    family: str,
+    config: Mapping[str, Any],
+    *,
+    encoder: str = "",
+) -> None:
+    """Raise ValueError if the file `adapter.start`, by its header alone, has other layers than
+    `names` are of. What only tensors tell is left to `read_start`."""
+    header = header_of(Path(adapter.start))
+    if header is None or not (is_lycoris(adapter) or adapter.kind in LORAS):
+        return
+    from runtime.export.foreign import known
+
+    short = [name.removeprefix(OUTER) if encoder else name for name in names]
+    modules = list(parts_of(short))
+    found, strange = known(header.shapes, modules, family, config, encoder=encoder)
+    missing = [module for module in modules if module not in found]
+    if missing:
+        raise ValueError(
+            f"`{adapter.start}` holds nothing of `{missing[0]}` and {len(missing) - 1} more of the "
+            f"{len(modules)} layers that are targets"
+            if len(missing) > 1
+            else f"`{adapter.start}` holds nothing of `{missing[0]}`, which is a target"
+        )
+    others = ("text_encoder", "lora_te", f"{BUNDLE}.")
+    left = [k for k in strange if not k.startswith(others) and not k.endswith(".alpha")]
+    if left and not encoder:
+        raise ValueError(
+            f"`{adapter.start}` holds {len(left)} tensors of layers that are not targets, such as "
+            f"`{min(left)}`"
+        )
+
+
+def _as(like: Tensor, tensor: Tensor, name: str, path: Path) -> Tensor:
+    """`tensor` with as many edges of length 1 as `like`; programs differ in them."""
+    one, other = ([edge for edge in each.shape if edge != 1] for each in (like, tensor))
+    if one != other:
+        raise ValueError(
+            f"`{path}` holds `{name}` of shape {tuple(tensor.shape)}, here it is "
+            f"{tuple(like.shape)}: another rank, or another base"
+        )
+    return tensor.reshape(like.shape)
 
 
 def read_result(
@@ -179,15 +261,32 @@ def read_result(
     Of the trained component, or of a text `encoder`; what the file holds of the encoders `beside`
     is passed over.
     """
-    stored = _of(load_file(path), encoder, beside)
+    return _read(load_file(path), adapter, path, names, encoder, beside)
+
+
+def _read(
+    every: Mapping[str, Tensor],
+    adapter: Adapter,
+    path: Path,
+    names: Sequence[str],
+    encoder: str,
+    beside: Sequence[str],
+) -> dict[str, Tensor]:
+    """See `read_result`; `every` is what the file holds, in our keys."""
+    stored = _of(every, encoder, beside)
     told = _of(_lora_metadata(path), encoder, beside)
     found: dict[str, Tensor] = {}
-    for module, parts in parts_of(names).items():
+    wanted = parts_of(names)
+    for module, parts in wanted.items():
         held = _stored(stored, adapter, path, module, list(parts))
         found |= {parts[p]: t for p, t in _at_scale(held, adapter, module, told).items()}
-    strange = sum(1 for key in stored if not key.endswith(".alpha")) - len(found)
+    known = {key for module, parts in wanted.items() for key in _keys(adapter, module, parts)}
+    strange = [key for key in stored if key not in known and not key.endswith(".alpha")]
     if strange:
-        raise ValueError(f"`{path}` holds {strange} tensors of layers that are not targets")
+        raise ValueError(
+            f"`{path}` holds {len(strange)} tensors of layers that are not targets, such as "
+            f"`{min(strange)}`"
+        )
     return found
 
 
@@ -195,7 +294,8 @@ def _of(tree: Mapping[str, T], encoder: str, beside: Sequence[str]) -> dict[str,
     """The entries of one component, by names without what stands for it."""
     if encoder:
         start = re.compile(rf"{encoder}\.(text_model\.)?")
-        return {start.sub("", k, count=1): v for k, v in tree.items() if start.match(k)}
+        own = {start.sub("", k, count=1): v for k, v in tree.items() if start.match(k)}
+        return {re.sub(rf"\.{LENGTHS}\.weight$", f".{LENGTHS}", k): v for k, v in own.items()}
     others = tuple(f"{name}." for name in beside)
     return {_plain(key): each for key, each in tree.items() if not key.startswith(others)}
 
@@ -209,15 +309,19 @@ def _stored(
     stored: Mapping[str, Tensor], adapter: Adapter, path: Path, module: str, parts: Sequence[str]
 ) -> dict[str, Tensor]:
     """The parts of one module, and its alpha if the file has one."""
-    if is_lycoris(adapter):
-        prefix = LYCORIS_PREFIX + module.replace(".", "_")
-        keys = {part: f"{prefix}.{_lycoris_name(part)}" for part in (*parts, "alpha")}
-    else:
-        keys = {part: f"{module}.{leaf(part)}" for part in parts}
+    keys = dict(zip((*parts, "alpha"), _keys(adapter, module, [*parts, "alpha"]), strict=True))
     missing = [key for part, key in keys.items() if key not in stored and part != "alpha"]
     if missing:
         raise ValueError(f"`{path}` holds no `{missing[0]}`: other targets or sizes")
     return {part: stored[key] for part, key in keys.items() if key in stored}
+
+
+def _keys(adapter: Adapter, module: str, parts: Iterable[str]) -> list[str]:
+    """What the file calls `parts` of a module, without what stands before all names."""
+    if is_lycoris(adapter):
+        prefix = LYCORIS_PREFIX + module.replace(".", "_")
+        return [f"{prefix}.{_lycoris_name(part)}" for part in parts]
+    return [f"{module}.{leaf(part)}" for part in parts]
 
 
 def _at_scale(
@@ -225,7 +329,7 @@ def _at_scale(
 ) -> dict[str, Tensor]:
     """The second factor, times the file's scale over the plan's: the same update."""
     found = {part: tensor for part, tensor in held.items() if part != "alpha"}
-    if not ADAPTERS[adapter.kind].ranked:
+    if not ADAPTERS[adapter.kind].ranked or "norm_w" in found:
         return found
     if adapter.kind == "glora":
         rank = held["glora_a2"].shape[0]
@@ -236,14 +340,16 @@ def _at_scale(
         rank, second = held["lora_A"].shape[0], "lora_B"
         theirs = _of_module(metadata, "alpha_pattern", module, metadata.get("lora_alpha", rank))
         scale = theirs / (rank**0.5 if metadata.get("use_rslora") else rank)
+        if "alpha" in held:  # as other programs tell it, beside each layer
+            scale = float(held["alpha"]) / rank
     else:
         second = next(p for p in ("lokr_w1", "lokr_w1_a", "hada_w1_a") if p in held)
         inner = next((p for p in ("lokr_w2_b", "lokr_w1_b", "hada_w1_b") if p in held), None)
         rank = adapter.rank if inner is None else held[inner].shape[0]
         scale = float(held["alpha"]) / rank if inner and "alpha" in held else 1.0
     share = scale / scale_of(adapter, module)
-    if share != 1:  # else it keeps its number format too
-        found[second] = found[second].float() * share
+    if not isclose(share, 1, rel_tol=DIGITS):  # else it keeps its number format too
+        found[second] = (found[second].double() * share).float()
     return found
 
 
@@ -260,8 +366,11 @@ def _lora_metadata(path: Path) -> dict[str, Any]:
     if beside.is_file():
         found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
         return found
-    header = header_of(path)
-    told: dict[str, Any] = json.loads(
-        header.metadata.get("lora_adapter_metadata", "{}") if header else "{}"
-    )
+    told: dict[str, Any] = json.loads(header_metadata(path).get("lora_adapter_metadata", "{}"))
     return told
+
+
+def header_metadata(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself."""
+    header = header_of(path)
+    return header.metadata if header else {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compiler.families.card import FamilyCard
 from compiler.plan import Embeddings
+from compiler.words import bundled_key
 from runtime.new_tokens import file_of, is_rows
 
 
@@ -53,6 +54,18 @@ def read(
         )
         for encoder in facts.encoders
     }
+
+
+def bundled(values: Mapping[str, Tensor], facts: Embeddings, card: FamilyCard) -> dict[str, Tensor]:
+    """The vectors under the keys that they have in a LoRA's own file, see `compiler.words`."""
+    found: dict[str, Tensor] = {}
+    for encoder in facts.encoders:
+        rows, start = values[_named(values, encoder)], 0
+        for token in facts.tokens:
+            key = bundled_key(card.embedding_keys[encoder], token.token)
+            found[key] = rows[start : start + token.vectors].cpu().contiguous()
+            start += token.vectors
+    return found
 
 
 def _named(values: Mapping[str, object], encoder: str) -> str:

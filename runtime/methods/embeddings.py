@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compiler.plan import Embeddings, NewToken, Precision
+from compiler.words import vector_keys
 from runtime import rng
 from runtime.errors import RunFailed
 from runtime.families.common import DTYPES
@@ -41,11 +43,13 @@ def extend(
     tokenizer: Any | None,
     precision: Precision,
     seed: int,
+    key: str = "",
 ) -> dict[str, nn.Parameter]:
     """Put room for the new tokens into a text encoder; returns what to train, by its name there.
 
-    `tokenizer` is that of the encoder as it is published; without one (`empty`) the vectors are
-    unset. Raises RunFailed, see `add_tokens`.
+    `key` is what files call the vectors of this encoder, as in the family's card. `tokenizer` is
+    that of the encoder as it is published; without one (`empty`) the vectors are unset. Raises
+    RunFailed, see `add_tokens`.
     """
     encoder: Any = module
     table: nn.Embedding = encoder.get_input_embeddings()
@@ -55,7 +59,7 @@ def extend(
     first = weight.shape[0]
     start = torch.empty(shape, dtype=DTYPES[precision.trained], device=weight.device)
     if tokenizer is not None:
-        vectors = [_start(weight, tokenizer, token, seed) for token in facts.tokens]
+        vectors = [_start(weight, tokenizer, token, seed, key) for token in facts.tokens]
         start = torch.cat(vectors).to(start)
         first = add_tokens(tokenizer, facts.tokens)
     extended = Extended(table, start.to(DTYPES[precision.compute]), first)
@@ -65,9 +69,11 @@ def extend(
     return {f"{place}.{ROWS}": owned}
 
 
-def _start(weight: Tensor, tokenizer: Any, token: NewToken, seed: int) -> Tensor:
-    """The vectors of a new word (vectors, channels), float32: those of the tokens of a text in
-    turn, or normal numbers of the table's own deviation."""
+def _start(weight: Tensor, tokenizer: Any, token: NewToken, seed: int, key: str) -> Tensor:
+    """The vectors of a new word (vectors, channels), float32: those of a file, of the tokens of a
+    text in turn, or normal numbers of the table's own deviation."""
+    if token.start:
+        return _of_file(token, key, weight)
     if token.initial:
         found = tokenizer(token.initial, add_special_tokens=False).input_ids
         if not found:
@@ -80,3 +86,17 @@ def _start(weight: Tensor, tokenizer: Any, token: NewToken, seed: int) -> Tensor
     shape = (token.vectors, weight.shape[1])
     drawn = rng.normal(shape, seed, f"embedding {token.token}")
     return drawn.to(weight.device) * weight.detach().float().std()
+
+
+def _of_file(token: NewToken, key: str, weight: Tensor) -> Tensor:
+    """What the plan found in the file to start from. Raises RunFailed if it is no longer so."""
+    held = load_file(token.start)
+    found = next((held[k] for k in vector_keys(key, token.token) if k in held), None)
+    shape = (token.vectors, weight.shape[1])
+    if found is None or found.numel() != shape[0] * shape[1]:
+        what = "nothing" if found is None else f"vectors of shape {tuple(found.shape)}"
+        raise RunFailed(
+            f"{token.start} holds {what} of `{token.token}` for an encoder of {shape[1]} channels",
+            help="name the file of vectors that were learned on such a base",
+        )
+    return found.to(weight.device).float().view(shape)

@@ -48,8 +48,9 @@ def with_encoders(
             if text.adapter is None:
                 one = full.prepare(module, precision)
             else:
+                own = seed_of(seed, name)
                 one = lora.prepare(
-                    module, text.adapter, precision, seed_of(seed, name), encoder=name
+                    module, text.adapter, precision, own, encoder=name, family=model.family
                 )
             trainable |= {f"{name}.{part}": parameter for part, parameter in one.trainable.items()}
             taken |= {f"{name}.{part}": pair for part, pair in one.taken.items()}
@@ -58,7 +59,8 @@ def with_encoders(
             words = tokenizer_of(name)
             host = torch.device("cpu")
             tokenizer = None if empty else family.load(model, words, torch.float32, host)
-            rows = extend(module, embeddings, tokenizer, precision, seed_of(seed, name))
+            key = family.card.embedding_keys[name]
+            rows = extend(module, embeddings, tokenizer, precision, seed_of(seed, name), key)
             trainable |= {f"{name}.{part}": parameter for part, parameter in rows.items()}
         encoders[name] = module.train()
     found = TrainedText(

@@ -8,20 +8,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from compiler.adapters import OF_THE_BASE, alpha_of, rank_of, scale_of
+from compiler.adapters import OF_THE_BASE, alpha_of, rank_of, rule_of, scale_of
 from compiler.plan import Adapter
 from runtime import rng
+from runtime.quantise.layers import unread
 
 NAME = "default"  # peft's and Diffusers' own name for an adapter
-PART = re.compile(rf"(.+)\.((?:lora|lokr|hada|glora|ia3|full|oft|boft)_\w+)\.{NAME}(?:\.weight)?")
+KIND = "lora|lokr|hada|dora|glora|ia3|full|norm|oft|boft"  # how names of parts begin
+PART = re.compile(rf"(.+)\.((?:{KIND})_\w+)\.{NAME}(?:\.weight)?")
 WHOLE = 2**30  # a rank that no layer has
 OVERSAMPLED = 10  # columns besides those that are wanted
+FEW = 3  # patterns that a message may name
 ITERATIONS = 4  # PiSSA's paper finds no gain from more
 
 
@@ -38,7 +42,8 @@ def parts_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
 def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
     """Put an adapter on the modules called `targets`.
 
-    Raises ValueError for blocks that a module's inputs can't be cut into.
+    Raises ValueError for blocks that a module's inputs can't be cut into, and for a rank that one
+    has not, where the start is taken from its weights.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         # Layers that are left out by chance would be missing in the simulated step.
@@ -46,6 +51,8 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
     if adapter.block_size:
         for name in targets:
             _check_blocks(name, model.get_submodule(name), adapter)
+    if adapter.init in OF_THE_BASE:
+        _check_ranks(model, adapter, targets)
     if adapter.kind == "boft":
         from runtime.methods.boft import insert_boft
 
@@ -58,8 +65,14 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
         return
     from peft import inject_adapter_in_model
 
-    # Not every class of Diffusers has `add_adapter`.
-    inject_adapter_in_model(_config(adapter, targets), model, NAME)
+    # Of DoRA, peft takes the base's magnitudes at once; else it asks where weights are.
+    with nullcontext() if adapter.kind == "dora" else unread():
+        # Not every class of Diffusers has `add_adapter`.
+        inject_adapter_in_model(_config(adapter, targets), model, NAME)
+    if adapter.weight_decompose:
+        from runtime.methods.decomposed import decompose
+
+        decompose(model, targets)
 
 
 def _check_blocks(name: str, layer: nn.Module, adapter: Adapter) -> None:
@@ -76,6 +89,37 @@ def _check_blocks(name: str, layer: nn.Module, adapter: Adapter) -> None:
             f"the {inputs} inputs of `{name}` are not enough for blocks of {size} in {factors} "
             "butterfly factors: give smaller blocks or fewer factors"
         )
+
+
+def _check_ranks(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
+    """Names the least rank of all layers that `ranks` treats alike, and which layers have too small
+    ones if a few patterns say that."""
+    sizes = {name: _rank_of_layer(model.get_submodule(name)) for name in targets}
+    small = [name for name, size in sizes.items() if rank_of(adapter, name) > size]
+    if not small:
+        return
+    ruled = [rule_of(adapter, name) for name in small]
+    alike = [name for name, rule in zip(small, ruled, strict=True) if rule == ruled[0]]
+    worst = min(alike, key=lambda name: sizes[name])
+    patterns = list(dict.fromkeys(map(_numberless, alike)))
+    told = {name for name in targets if any(re.fullmatch(p, name) for p in patterns)}
+    few = len(patterns) <= FEW and told == set(alike)
+    raise ValueError(
+        f"`{worst}` has {sizes[worst]} singular values for `{adapter.init}` to start from, not "
+        f"{rank_of(adapter, worst)}: rank may be at most {sizes[worst]}"
+        + (" in " + ", ".join(f"`{pattern}`" for pattern in patterns))
+        * few
+    )
+
+
+def _rank_of_layer(layer: nn.Module) -> int:
+    weight: Any = layer.weight
+    return int(min(weight.flatten(1).shape))
+
+
+def _numberless(name: str) -> str:
+    """The pattern of a layer in any block."""
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
 
 
 def inputs_of(layer: nn.Module) -> int:
@@ -152,6 +196,7 @@ def initialise(
     *,
     encoder: str = "",
     beside: Sequence[str] = (),
+    family: str = "",
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Set the start of `trainable`; returns what was taken over from the base, by module.
 
@@ -159,10 +204,15 @@ def initialise(
     `encoder` and `beside` are as in `read_result`. Raises ValueError for a file to start from that
     is of another adapter, and OSError.
     """
-    if adapter.start and not any(tensor.is_meta for tensor in trainable.values()):
-        from runtime.methods.adapter_files import read_start
+    if adapter.start:
+        from runtime.methods.adapter_files import check_start, read_start
 
-        found = read_start(adapter, list(trainable), encoder=encoder, beside=beside)
+        config: Any = {} if encoder else getattr(model, "config", {})
+        if any(tensor.is_meta for tensor in trainable.values()):
+            check_start(adapter, list(trainable), family, config, encoder=encoder)
+            return {}
+        given = (adapter, trainable, family, config)
+        found = read_start(*given, encoder=encoder, beside=beside)
         for name, tensor in found.items():
             trainable[name].copy_(tensor)
         return {}
@@ -238,6 +288,8 @@ ZERO = (
     "glora_a2",
     "glora_b2",
     "full_diff",
+    "norm_w",
+    "norm_b",
     "oft_R",
     "boft_R",
 )
@@ -253,7 +305,7 @@ def _start(tensor: Tensor, part: str, name: str, adapter: Adapter, seed: int) ->
     if part == "ia3_l":
         tensor.fill_(1)
         return
-    if part in ("lora_magnitude_vector", "boft_s"):
+    if part in ("lora_magnitude_vector", "dora_scale", "boft_s"):
         return  # lengths of the base's rows, and ones
     shape = tuple(tensor.shape)
     generator = rng.generator(seed, f"lora {name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from runtime.methods import adapter_files, embedding_files, text_files
 from runtime.methods.adapter_files import PEFT_ROOT
 from runtime.methods.base import Built, check_names, masters, state
 from runtime.methods.kinds import PART, initialise, insert, parts_of
+from runtime.methods.norms import insert_norms, norms_of
 from runtime.methods.updates import adapted_bias, adapted_weight
 from runtime.new_tokens import FOLDER
 from runtime.quantise.layers import num_weights, quantised_layers
@@ -39,13 +41,14 @@ def prepare(
     *,
     encoder: str = "",
     beside: Sequence[str] = (),
+    family: str = "",
 ) -> Built:
     """Freeze `model` and put the adapter on the modules that its patterns match.
 
     The start is a function of (seed, module name, shape) and of the base's weights, or is the file
     that the adapter names: what there is of the trained component, or of a text `encoder`, without
-    the encoders `beside`. Raises ValueError if a pattern matches nothing, for sizes that don't fit,
-    and for a file of another adapter; OSError.
+    the encoders `beside`; `family` tells how other programs call its layers. Raises ValueError if
+    a pattern matches nothing, for sizes that don't fit, and for a file of another adapter; OSError.
     """
     count = num_weights(model)
     if adapter.kind == INVERSION:
@@ -55,18 +58,24 @@ def prepare(
         )
     targets = targets_of(model, adapter)
     model.requires_grad_(False)
-    insert(model, adapter, targets)
+    norms = norms_of(model) if adapter.train_norm else []
+    device = next(model.parameters()).device
+    with device if device.type == "meta" else nullcontext():  # layers are made on the CPU first
+        insert(model, adapter, targets)
+    insert_norms(model, norms)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(DTYPES[precision.compute])
     trained = DTYPES[precision.trained]
     start = {n: p.detach().to(trained) for n, p in model.named_parameters() if p.requires_grad}
     trainable = masters(model, start)
-    taken = initialise(model, trainable, adapter, seed, encoder=encoder, beside=beside)
+    taken = initialise(
+        model, trainable, adapter, seed, encoder=encoder, beside=beside, family=family
+    )
     return Built(
         model=model,
         trainable=trainable,
         parameters=count,
-        adapted_modules=len(targets),
+        adapted_modules=len(targets) + len(norms),
         adapter=adapter,
         taken=taken,
     )
@@ -82,13 +91,15 @@ def targets_of(model: nn.Module, adapter: Adapter) -> list[str]:
     for pattern in adapter.exclude:
         left = [name for name in found if not re.fullmatch(pattern, name)]
         if len(left) == len(found):
-            raise ValueError(f"`{pattern}` of `exclude` matches none of the targets")
+            near = _near(pattern, found)
+            raise ValueError(f"`{pattern}` of `exclude` matches none of the targets{near}")
         found = left
     if not found:
         raise ValueError("`exclude` leaves nothing to adapt")
     for pattern in (*(r.pattern for r in adapter.ranks), *(a.pattern for a in adapter.alphas)):
         if not any(re.fullmatch(pattern, name) for name in found):
-            raise ValueError(f"`{pattern}` matches none of the {len(found)} adapted layers")
+            near = _near(pattern, found)
+            raise ValueError(f"`{pattern}` matches none of the {len(found)} adapted layers{near}")
     return found
 
 
@@ -103,9 +114,21 @@ def matching(model: nn.Module, patterns: tuple[str, ...], *, kernels: bool = Fal
     for pattern in patterns:
         hits = {name for name in layers if re.fullmatch(pattern, name)}
         if not hits:
-            raise ValueError(f"`{pattern}` matches none of the {len(layers)} linear layers")
+            near = _near(pattern, layers)
+            raise ValueError(f"`{pattern}` matches none of the {len(layers)} linear layers{near}")
         found |= hits
     return [name for name in layers if name in found]
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """In words, which pattern would match whole `names` of which this one matches a part; ""."""
+    part = f"({pattern})" if "|" in pattern else pattern
+    part = re.escape(pattern) if re.fullmatch(r"[\w.]+", pattern) else part
+    for whole in (rf"{part}\..*", rf".*\.{part}", rf".*\.{part}\..*", f".*{part}.*"):
+        count = sum(1 for name in names if re.fullmatch(whole, name))
+        if count:
+            return f"; `{whole}` matches {count}"
+    return ""
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compiler.plan import TextTraining
 from runtime.methods import adapter_files
-from runtime.methods.adapter_files import OUTER
+from runtime.methods.adapter_files import LENGTHS, OUTER
 from runtime.new_tokens import is_rows
 
 T = TypeVar("T")
@@ -58,8 +58,14 @@ def of_encoders(
         tensors = adapter_files.laid_out(own, facts.adapter)
         # Names without the outer module match with and without it: peft compares ends.
         settings = adapter_files.peft_settings(own, facts.adapter)
-        found[encoder] = {in_file(name): each for name, each in tensors.items()}, settings
+        found[encoder] = {_in_diffusers(name): each for name, each in tensors.items()}, settings
     return found
+
+
+def _in_diffusers(name: str) -> str:
+    """The name of an adapter's tensor in files: transformers looks for DoRA's lengths under the
+    name of a weight, and Diffusers' own models without."""
+    return in_file(name) + (".weight" if name.endswith(f".{LENGTHS}") else "")
 
 
 def inner(values: Mapping[str, T]) -> dict[str, T]:

@@ -24,8 +24,10 @@ def adapted_weight(
 
     `parts` are the adapter's tensors of this module: "lora_A" and so on.
     """
-    matrix = weight.float().flatten(1)
     held = {part: tensor.float() for part, tensor in parts.items()}
+    if "norm_w" in held:
+        return weight.float() + held["norm_w"]
+    matrix = weight.float().flatten(1)
     if adapter.kind == "oft":
         found = _rotated(matrix, cayley_neumann(held["oft_R"], adapter.block_size))
     elif adapter.kind == "ia3":
@@ -39,8 +41,9 @@ def adapted_weight(
         found = turned * held["boft_s"].view(-1, 1)
     else:
         found = matrix + scale_of(adapter, module) * product(held)
-        if adapter.kind == "dora":
-            lengths = held["lora_magnitude_vector"].view(-1, 1)
+        lengths = held.get("lora_magnitude_vector", held.get("dora_scale"))
+        if lengths is not None:
+            lengths = lengths.view(-1, 1)
             found = lengths * found / found.norm(dim=1, keepdim=True)
     return found.view(weight.shape)
 
@@ -53,6 +56,8 @@ def _generalised(matrix: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
 
 def adapted_bias(bias: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """What takes the place of an adapted layer's bias."""
+    if "norm_b" in parts:
+        return bias.float() + parts["norm_b"].float()
     if "ia3_l" not in parts:
         return bias
     return parts["ia3_l"].float().flatten() * bias.float()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from urllib.parse import quote
 
 from compiler.adapters import ADAPTERS, INVERSION, LYCORIS_FILE, PEFT_FILE, described
 from compiler.families import FAMILIES
 from compiler.plan import Embeddings, Plan
+from compiler.secrets import without_webhook
 from runtime.new_tokens import FOLDER, file_of
 
 TORCH = {"float32": "torch.float32", "bfloat16": "torch.bfloat16", "float16": "torch.float16"}
@@ -35,13 +35,12 @@ def card(
 ) -> str:
     """`README.md` of the repository `plan.publish.hub`.
 
-    `samples` are (path in the repository, prompt). The webhook's address is not shown: who knows
-    it can write to it. A base in a local folder is called by the folder's name.
+    `samples` are (path in the repository, prompt), `step` is that of the result. The webhook's
+    address is not shown: who knows it can write to it. A base in a local folder is called by the
+    folder's name.
     """
     assert plan.publish is not None
-    shown = recipe
-    if plan.publish.webhook:
-        shown = shown.replace(plan.publish.webhook, "https://...")
+    shown = without_webhook(recipe, plan.publish.webhook)
     parts = [
         _front(plan, licence, samples),
         f"# {plan.name}\n\n{_sentence(plan, step)}",
@@ -56,17 +55,15 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def base_name(plan: Plan) -> str:
-    """The base's id, or its folder's name."""
-    return Path(plan.model.base).name if plan.model.local else plan.model.base
-
-
 def _front(plan: Plan, licence: Mapping[str, str], samples: Sequence[tuple[str, str]]) -> str:
     """The fields that the hub reads (YAML; JSON strings are YAML strings)."""
     lines = [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
     if not plan.model.local:
         relation = "adapter" if plan.adapter else "finetune"
-        lines += [f"base_model: {json.dumps(base_name(plan))}", f"base_model_relation: {relation}"]
+        lines += [
+            f"base_model: {json.dumps(plan.model.called)}",
+            f"base_model_relation: {relation}",
+        ]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
     tags = ["text-to-image", "diffusers", plan.model.family, "tuner"]
     lines += [f"- {tag}" for tag in (*tags, *([plan.adapter.kind] if plan.adapter else ()))]
@@ -87,11 +84,11 @@ def _sentence(plan: Plan, step: int) -> str:
         method = f"A {described(plan.adapter)} for"
     elif plan.sprint is not None:
         method = "A student of one to four steps, distilled from"
-    link = base_name(plan)
+    link = plan.model.called
     if not plan.model.local:
         link = f"[{link}](https://huggingface.co/{link})"
     is_average = plan.ema is not None and plan.ema.save == "average"
-    averaged = ", averaged over the run's last steps (EMA)" if is_average else ""
+    averaged = ", averaged over the last of them (EMA)" if is_average else ""
     return f"{method} {link}, trained for {step:,} steps{averaged}."
 
 
@@ -138,7 +135,7 @@ def _usage(plan: Plan) -> str:
     if family.guidance_argument == "true_cfg_scale":
         more += ', negative_prompt=" "'
     dtype = TORCH[plan.precision.compute]
-    base, hub = json.dumps(base_name(plan)), json.dumps(plan.publish.hub)
+    base, hub = json.dumps(plan.model.called), json.dumps(plan.publish.hub)
     prompt = plan.validation.prompts[0].text if plan.validation.prompts else "..."
     load = [f"pipeline = {pipeline}.from_pretrained({hub}, torch_dtype={dtype})"]
     imports = ["import torch", f"from diffusers import {pipeline}"]
@@ -187,7 +184,7 @@ def _table(plan: Plan, step: int) -> str:
     rows = [
         ("images", f"{sum(s.images for s in plan.sources):,}"),
         ("sizes", f"{len(sizes)} buckets" if len(sizes) > 6 else ", ".join(sizes)),
-        ("steps", f"{step:,} ({steps.epochs:,} epochs)"),
+        ("steps", _steps(plan, step)),
         ("batch", f"{', '.join(map(str, batches))} x {steps.accumulate} x {steps.ranks}"),
         ("optimizer", f"{optimizer.name}, learning rate {optimizer.lr:g}"),
         ("schedule", f"{plan.schedule.name}, {plan.schedule.warmup:,} steps of warm-up"),
@@ -197,6 +194,14 @@ def _table(plan: Plan, step: int) -> str:
         ("plan", f"`{plan.digest}`"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _steps(plan: Plan, step: int) -> str:
+    """The steps behind the result, which are not all where it is the best checkpoint."""
+    total = plan.steps.total
+    if step != total:
+        return f"{step:,}, the best of {total:,} by {plan.checkpoints.best}"
+    return f"{total:,} ({plan.steps.epochs:,} epochs)"
 
 
 def _shift(plan: Plan) -> str:

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import urllib.request
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from compiler.keeping import WAITING
 from compiler.plan import Plan, Publish
 from runtime import checkpoints, files
 from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.publish.background import PAUSES, Hopeless, Jobs
 from runtime.publish.card import card, licence_in
+from runtime.publish.webhook import post
 from runtime.track.base import OFFLINE
 
 PUBLISHED = "published.json"
+TELL = "tell the webhook"
 STAGE = ".publishing"  # in the run folder: links to what is being uploaded
 MOST_SAMPLES = 12
-WEBHOOK_SECONDS = 10.0
+SPARE = WAITING - 2  # deleted checkpoints that may wait when another one comes to wait
 CLOSING_SECONDS = 20.0  # how long a run that did not finish waits for what is left
+PATIENCE_SECONDS = 60.0  # the same of a finished one, and besides
+SLOWEST = 250_000  # bytes a second: the time that what is left would take at this speed
+SILENT_SECONDS = 1.0  # before it is said what is waited for
+ANSWER_SECONDS = 30.0  # without a byte from the hub, or to it, until a request has failed
 REFUSED = (401, 403, 404)  # answers of the hub that do not change by asking again
 
 
@@ -46,10 +53,17 @@ class Publisher:
         self._offline = os.environ.get(OFFLINE, "") not in ("", "0")
         self._jobs = Jobs(events, pauses)
         self._made = False
+        self._staged: dict[int, Path] = {}  # by step: where a checkpoint lay that is to be uploaded
+        self._lock = threading.Lock()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be published or told to anyone."""
+        return bool(self._rules.hub or self._rules.webhook)
 
     def check(self) -> None:
         """Say what will not be published; raise MachineUnfit where a token is missing."""
-        if not (self._rules.hub or self._rules.webhook):
+        if not self.wanted:
             return
         if self._offline:
             self._events.message(
@@ -79,58 +93,100 @@ class Publisher:
             "text": words,  # what Slack and its like show
             "content": words,  # what Discord shows
         }
-        self._jobs.add("tell the webhook", lambda: _post(self._rules.webhook, content))
+        webhook = self._rules.webhook
+        self._jobs.add(TELL, lambda: post(webhook, content), target=TELL)
 
     def checkpoint(self, folder: Path, step: int) -> None:
-        """Upload a checkpoint. It may be deleted here meanwhile: what is uploaded is linked to."""
+        """Upload a checkpoint. It may be deleted here meanwhile: what is uploaded is linked to. Of
+        those that are deleted a few wait at most, so that a hub that is away fills no disk."""
         if not (self._rules.hub and self._rules.checkpoints) or self._offline:
             return
-        if step in published(self._folder)["checkpoints"]:
-            return
+        with self._lock:
+            if step in self._staged or step in self._known["checkpoints"]:
+                return
+            self._staged[step] = folder
+        self._drop_spare()
         place = self._folder / STAGE / folder.name
         try:
             _link(folder, place)
         except OSError as error:
             self._events.message(f"checkpoint {folder.name} is not uploaded: {error}", "warning")
+            self._unstage(place, step)
             return
-        name = f"upload checkpoint {folder.name}"
-        self._add(name, lambda: self._upload_checkpoint(place, folder.name, step))
+        self._jobs.add(
+            f"upload checkpoint {folder.name}",
+            lambda: self._upload_checkpoint(place, folder.name, step),
+            target=self._rules.hub,
+            over=lambda: self._unstage(place, step),
+            bytes=_size(place),
+        )
 
     def result(self, result: Path, recipe: str, step: int) -> None:
-        """Upload the result with its model card, unless the hub has it."""
+        """Upload the result, which is that of `step`, with its model card, unless the hub has
+        it."""
         if not self._rules.hub or self._offline:
             return
-        if published(self._folder)["result"] == self._plan.digest:
+        if self._known["result"] == self._plan.digest:
             return
-        name = f"publish to {self._rules.hub}"
-        self._add(name, lambda: self._upload_result(result, recipe, step))
+        self._jobs.add(
+            f"publish to {self._rules.hub}",
+            lambda: self._upload_result(result, recipe, step),
+            target=self._rules.hub,
+            over=lambda: shutil.rmtree(self._folder / STAGE / "result", ignore_errors=True),
+            bytes=_size(result),
+        )
 
     def close(self, *, finished: bool) -> None:
-        """Wait for what is left: for a finished run until it is done or given up."""
-        self._jobs.close(None if finished else CLOSING_SECONDS)
+        """Wait for what is left, of a finished run for as long as a slow line needs. Ctrl-C ends
+        the waiting, not the run."""
+        with suppress(KeyboardInterrupt):
+            if finished and not self._jobs.wait(SILENT_SECONDS):
+                self._say_what_is_left()
+            left = sum(entry.bytes for entry in self._jobs.left)
+            self._jobs.wait(PATIENCE_SECONDS + left / SLOWEST if finished else CLOSING_SECONDS)
+        self._jobs.give_up()
         with suppress(OSError):
             files.remove_folder(self._folder / STAGE)
-        if finished and self._jobs.failed:
+        undone = [name for name in dict.fromkeys(self._jobs.failed) if name != TELL]
+        if finished and undone:
             self._events.message(
-                f"not done: {', '.join(self._jobs.failed)}; run it again to try again", "warning"
+                f"not done: {', '.join(undone)}; run it again to try again", "warning"
             )
 
-    def _add(self, name: str, job: Any) -> None:
-        if not self._made:
-            self._made = True
-            self._jobs.add(f"make {self._rules.hub}", self._make)
-        self._jobs.add(name, lambda: _judged(job))
+    def _say_what_is_left(self) -> None:
+        self._events.phase("publish", 0, "")
+        names = ", ".join(dict.fromkeys(entry.name for entry in self._jobs.left))
+        if names:
+            self._events.message(f"finished; waiting to {names} (Ctrl-C ends the waiting)")
+
+    @property
+    def _known(self) -> dict[str, Any]:
+        return published(self._folder, self._rules.hub)
+
+    def _drop_spare(self) -> None:
+        """Take out the oldest of what waits and is deleted here, beyond `SPARE`."""
+        with self._lock:
+            gone = [(step, f) for step, f in sorted(self._staged.items()) if not f.exists()]
+        for _, folder in gone[: len(gone) - SPARE]:
+            if self._jobs.withdraw(f"upload checkpoint {folder.name}"):
+                words = f"the hub does not keep up: checkpoint {folder.name} is not uploaded"
+                self._events.message(words, "warning")
+
+    def _unstage(self, place: Path, step: int) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        with self._lock:
+            self._staged.pop(step, None)
 
     def _make(self) -> None:
-        hub, private = self._rules.hub, self._rules.private
-        _judged(lambda: _api().create_repo(hub, private=private, exist_ok=True))
+        """Make the repository, unless that was done: nothing is uploaded without."""
+        if not self._made:
+            hub, private = self._rules.hub, self._rules.private
+            _api().create_repo(hub, private=private, exist_ok=True)
+            self._made = True
 
     def _upload_checkpoint(self, place: Path, name: str, step: int) -> None:
         self._upload(place, f"checkpoints/{name}", f"Checkpoint after {step} steps")
-        state = published(self._folder)
-        state["checkpoints"] = sorted({*state["checkpoints"], step})
-        _write(self._folder, state)
-        shutil.rmtree(place, ignore_errors=True)
+        self._note(checkpoints=sorted({*self._known["checkpoints"], step}))
 
     def _upload_result(self, result: Path, recipe: str, step: int) -> None:
         place = self._folder / STAGE / "result"
@@ -138,29 +194,36 @@ class Publisher:
         average = result.with_name(f"{result.name}_ema")
         if average.is_dir():  # beside an adapter's trained weights
             _link(average, place / average.name)
-        samples = self._samples(place)
+        samples = self._samples(place, step)
         licence = self._licence()
         text = card(self._plan, recipe=recipe, licence=licence, samples=samples, step=step)
         (place / "README.md").unlink(missing_ok=True)  # a link to the base's own
         (place / "README.md").write_text(text, encoding="utf-8")
         self._upload(place, None, f"{self._plan.name} after {step} steps")
-        _write(self._folder, published(self._folder) | {"result": self._plan.digest})
+        self._note(result=self._plan.digest)
         self._events.message(f"published: https://huggingface.co/{self._rules.hub}")
 
-    def _upload(self, folder: Path, where: str | None, message: str) -> None:
-        _api().upload_folder(
-            repo_id=self._rules.hub,
-            folder_path=str(folder),
-            path_in_repo=where,
-            commit_message=message,
-        )
+    def _note(self, **changes: Any) -> None:
+        """Note what the hub has got; of other repositories that is noted too."""
+        state = {**_published(self._folder), self._rules.hub: {**self._known, **changes}}
+        files.write_whole(self._folder / PUBLISHED, json.dumps(state, indent=2) + "\n")
 
-    def _samples(self, place: Path) -> list[tuple[str, str]]:
-        """The last pictures, linked below `place`: (path in the repository, prompt)."""
+    def _upload(self, folder: Path, where: str | None, message: str) -> None:
+        with _judged():
+            self._make()
+            _api().upload_folder(
+                repo_id=self._rules.hub,
+                folder_path=str(folder),
+                path_in_repo=where,
+                commit_message=message,
+            )
+
+    def _samples(self, place: Path, step: int) -> list[tuple[str, str]]:
+        """The pictures of `step`, linked below `place`: (path in the repository, prompt)."""
         from runtime.validate import folder_of, pictures
 
         found: list[tuple[str, str]] = []
-        last = folder_of(self._folder, self._plan.steps.total)
+        last = folder_of(self._folder, step)
         for picture in pictures(self._plan.validation)[:MOST_SAMPLES]:
             if (last / picture.file).exists():
                 (place / "samples").mkdir(exist_ok=True)
@@ -183,16 +246,26 @@ class Publisher:
         return {}
 
 
-def published(run_folder: Path) -> dict[str, Any]:
-    """What the hub has of a run: "result" (a plan's digest) and "checkpoints" (steps)."""
+def published(run_folder: Path, hub: str) -> dict[str, Any]:
+    """What the repository `hub` has of a run: "result" (a plan's digest) and "checkpoints"
+    (steps)."""
     try:
-        found = json.loads((run_folder / PUBLISHED).read_text(encoding="utf-8"))
+        found = _published(run_folder)[hub]
         return {
             "result": str(found["result"]),
             "checkpoints": [int(n) for n in found["checkpoints"]],
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {"result": "", "checkpoints": []}
+
+
+def _published(run_folder: Path) -> dict[str, Any]:
+    """What each repository has, by its name."""
+    try:
+        found = json.loads((run_folder / PUBLISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def catch_up(publisher: Publisher, run_folder: Path) -> None:
@@ -201,13 +274,12 @@ def catch_up(publisher: Publisher, run_folder: Path) -> None:
         publisher.checkpoint(folder, int(checkpoints.read_state(folder)["step"]))
 
 
-def _write(run_folder: Path, state: Mapping[str, Any]) -> None:
-    files.write_whole(run_folder / PUBLISHED, json.dumps(state, indent=2) + "\n")
-
-
 def _api() -> Any:
+    """The library's own, with requests that don't wait for ever: it sets no limit itself."""
     import huggingface_hub
 
+    with suppress(AttributeError):  # which its releases before 1.0 do not know
+        huggingface_hub.get_session().timeout = ANSWER_SECONDS
     return huggingface_hub.HfApi()
 
 
@@ -217,10 +289,11 @@ def _token() -> bool:
     return bool(huggingface_hub.get_token())
 
 
-def _judged(job: Any) -> None:
-    """Run a job that asks the hub. Raises Hopeless where it will always be refused."""
+@contextmanager
+def _judged() -> Iterator[None]:
+    """Inside, the hub is asked. Raises Hopeless where it will always refuse."""
     try:
-        job()
+        yield
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in REFUSED:
@@ -230,15 +303,9 @@ def _judged(job: Any) -> None:
         raise
 
 
-def _post(address: str, content: Mapping[str, Any]) -> None:
-    """Raises OSError. The address, which is a secret, stands in no message."""
-    request = urllib.request.Request(
-        address,
-        data=json.dumps(content).encode(),
-        headers={"Content-Type": "application/json", "User-Agent": "tuner"},
-    )
-    with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):
-        pass
+def _size(folder: Path) -> int:
+    """Bytes of all files in `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _link(folder: Path, place: Path) -> None:

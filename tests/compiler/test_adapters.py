@@ -144,6 +144,7 @@ def stored(path: Path, tensors: dict[str, list[int]], **metadata: str) -> None:
 
 
 TO_Q = "transformer_blocks.0.attn1.to_q"
+TO_K = "transformer_blocks.0.attn1.to_k"
 LORA = {f"transformer.{TO_Q}.lora_A.weight": [16, 4], f"transformer.{TO_Q}.lora_B.weight": [4, 16]}
 
 
@@ -181,6 +182,36 @@ def test_a_file_of_another_adapter(
     assert words in result.diagnostics[0].message
 
 
+KOHYA = {
+    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": [48, 4],
+    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": [12, 48],
+    "lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight": [16, 4],
+    "lora_unet_joint_blocks_0_x_block_attn_proj.lora_up.weight": [4, 16],
+}
+
+
+@pytest.mark.parametrize("root", ["lora_te1", "lora_te2"])
+def test_a_file_of_sd_scripts_is_looked_into(tmp_path: Path, root: str) -> None:
+    """Layers that several modules share have a multiple of the rank; text encoders are known."""
+    table = '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\n'
+    path = project(tmp_path, RECIPE.replace("sana", "sd3") + table, "sd3")
+    file = path.parent / "a.safetensors"
+    stored(file, KOHYA)
+    found = [one for one in compiled(path).diagnostics if one.code == "bad-adapter"]
+    assert not found
+    stored(file, {k: [24 if n == 48 else n for n in shape] for k, shape in KOHYA.items()})
+    (fault,) = [one for one in compiled(path).diagnostics if one.code == "bad-adapter"]
+    assert "is of rank 24, the recipe's is 16" in fault.message
+    theirs = f"{root}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
+    stored(file, {**KOHYA, theirs: [16, 4]})
+    (fault,) = [one for one in compiled(path).diagnostics if one.code == "bad-adapter"]
+    words = "text encoder 2" if root == "lora_te2" else "text encoder"
+    assert f"adapter of the {words}, which is not trained" in fault.message
+    stored(file, {**KOHYA, "lora_unet_x.dora_scale": [4, 1]})
+    (fault,) = [one for one in compiled(path).diagnostics if one.code == "bad-adapter"]
+    assert "it is a DoRA" in fault.message
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a header", b"\xff" * 64])
 def test_a_file_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     path = project(tmp_path, RECIPE + '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\n')
@@ -197,8 +228,45 @@ def test_a_start_besides_the_file_s_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "meant"), [("dylora", "lora"), ("locon", "lora"), ("diff", "full")]
+    ("kind", "meant"), [("dylora", "lora"), ("tlora", "lora"), ("locon", "lora"), ("diff", "full")]
 )
 def test_kinds_of_other_trainers_are_known_by_name(tmp_path: Path, kind: str, meant: str) -> None:
     _, help = refused(tmp_path, f'[adapter]\nkind = "{kind}"\n', "unknown-value")
     assert f"`{meant}`" in help
+
+
+@pytest.mark.parametrize(
+    ("more", "tensors", "help"),
+    [
+        ("rank = 8", LORA, "rank = 16"),
+        (
+            'rank = 8\ninit = "pissa"',
+            LORA,
+            "rank = 16, and leave `init` out: what starts as pissa leaves twice its rank",
+        ),
+        ('rank = 8\ninit = "kaiming"', LORA, "rank = 16, and leave `init` out"),
+        ('ranks = { ".*to_q" = 4 }', LORA, "rank = 16, without `ranks`"),
+        (
+            'rank = 2\nranks = { ".*to_q" = 8 }\ninit = "olora"',
+            {**LORA, f"transformer.{TO_K}.lora_A.weight": [4, 4]},
+            "twice the `rank` and twice each of `ranks`, and leave `init` out: "
+            "what starts as olora leaves twice its rank",
+        ),
+        ("rank = 8", {**LORA, f"transformer.{TO_K}.lora_A.weight": [4, 4]}, ""),
+        ("", {**LORA, "x.lora_magnitude_vector": [4, 1]}, ""),
+    ],
+)
+def test_a_file_of_another_rank_is_one_mistake_with_the_right_one(
+    tmp_path: Path, more: str, tensors: dict[str, list[int]], help: str
+) -> None:
+    """Also what a start that takes from the base leaves, whose file is of twice the rank."""
+    table = f'[adapter]\nkind = "lora"\nfrom = "a.safetensors"\n{more}\n'
+    path = project(tmp_path, RECIPE + table)
+    stored(path.parent / "a.safetensors", tensors)
+    result = compiled(path)
+    assert [fault.help for fault in result.diagnostics] == [help]
+    assert codes(result) == ["bad-adapter"]
+    if help.startswith("rank = 16"):
+        text = RECIPE + '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\nrank = 16\n'
+        path.write_text(text)
+        assert compiled(path).plan is not None

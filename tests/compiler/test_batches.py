@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from decimal import Decimal
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,48 @@ def test_a_resolution_in_megapixels_counts_as_its_root(two: Path) -> None:
     area = 'data.source[1].resolution_type="area"'
     plan = plan_of(two, area, "data.source[1].resolution=0.016384", table(r64=1, r128=2))
     assert [bucket.batch_size for bucket in plan.buckets] == [1, 2]
+
+
+def dealt(samples: list[int], batch: int, window: int) -> int:
+    """Steps of an epoch of sources of one bucket each, by dealing out one sample after the other;
+    no batch holds two sources' samples."""
+    batches = []
+    for count in samples:
+        for number in range(count):
+            if number % batch == 0:
+                batches.append(0)
+            batches[-1] += 1
+    assert sum(batches) == sum(samples)
+    steps = 0
+    while batches:
+        del batches[:window]
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("images", "repeats", "batch", "accumulate"),
+    [(3, "0.3", 4, 1), (3, "0.3", 5, 2), (1, "1", 3, 2), (4, "0.9", 5, 2), (2, "1", 5, 1)],
+)
+def test_a_source_smaller_than_a_batch_trains_in_short_ones_beside_a_larger(
+    images: int, repeats: str, batch: int, accumulate: int, tmp_path: Path
+) -> None:
+    path = project(tmp_path)
+    make_pictures(tmp_path / "few", [(64, 64)] * images)
+    more = TWO.replace("1.5", repeats).replace("wide", "few").replace("resolution = 128\n", "")
+    path.write_text(path.read_text().replace("[train]", more + "[train]"))
+    result = compiled(path, f"train.batch_size={batch}", f"train.accumulate={accumulate}")
+    assert codes(result) == ["small-buckets"] and result.plan is not None
+    assert "1 of 2 buckets never fill a batch (64x64 of `few`)" in result.diagnostics[0].message
+    few = ceil(images * Decimal(repeats))
+    assert [bucket.samples for bucket in result.plan.buckets] == [5, few]
+    steps = dealt([5, few], batch, accumulate)
+    assert (result.plan.steps.per_epoch, result.plan.steps.total) == (steps, 2 * steps)
+
+
+def test_a_batch_that_no_source_fills_is_refused(two: Path) -> None:
+    found = refusal(two, "train.batch_size=7")
+    assert found.code == "batch-too-large"
+    assert "larger than every source; the largest is `wide`: 4 images x 1.5 = 6" in found.message
+    assert found.help == "batch_size = 6, or repeats = 2 in [[data.source]] entry 2"
+    assert compiled(two, "train.batch_size=6").plan is not None

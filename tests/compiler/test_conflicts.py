@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,94 @@ class Refusing(FixedMemory):
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`."""
         raise ValueError(self.why)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why", "path"),
+    [
+        (
+            'kind = "lokr", train_norm = true',
+            "`train_norm`: this model has no norm",
+            "adapter.train_norm",
+        ),
+        (
+            'kind = "oft", block_size = 7',
+            "the 9 inputs of `a` can't be cut; block_size may be 3",
+            "adapter.block_size",
+        ),
+        ('kind = "oft"', "the 9 inputs of `a` can't be cut; block_size may be 3", "adapter.kind"),
+    ],
+)
+def test_what_an_adapter_can_not_be_put_on(
+    tmp_path: Path, adapter: str, why: str, path: str
+) -> None:
+    changes = (f"adapter={{ {adapter} }}", 'memory.budget="9 GiB"')
+    result = compiled(project(tmp_path), *changes, memory_model=Refusing(why))
+    (fault,) = result.diagnostics
+    assert (fault.code, fault.path, fault.message) == ("model-refused", path, why)
+    assert path.rpartition(".")[2] in fault.help or "block_size may be 3" in fault.help
+
+
+SMALL = r"`b.0.q` has 16 singular values for `pissa` to start from, not 64: rank may be at most 16"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why", "marked", "help"),
+    [
+        ('init = "pissa"\nrank = 64', SMALL, "64", "rank = 16"),
+        ('init = "pissa"', SMALL, '"pissa"', "rank = 16"),
+        (
+            'init = "pissa"\nrank = 64',
+            SMALL + r" in `b\.\d+\.q`",
+            "64",
+            r'rank = 16, or ranks = { "b\\.\\d+\\.q" = 16 }',
+        ),
+        (
+            'init = "pissa"\nranks = { "x" = 2, "b.*" = 64 }',
+            SMALL + r" in `b\.\d+\.q`",
+            "64",
+            '"b.*" = 16',
+        ),
+        (
+            'ranks = { "b.0" = 2 }',
+            r"`b.0` matches none of the 9 adapted layers; `b\.0\..*` matches 3",
+            '"b.0"',
+            r'"b\\.0\\..*" = 2',
+        ),
+        (
+            'alphas = { "c" = 2.0 }',
+            "`c` matches none of the 9 adapted layers",
+            "c",
+            "patterns are matched with whole names",
+        ),
+        (
+            'exclude = ["b.*", "q"]',
+            r"`q` of `exclude` matches none of the targets; `.*\.q` matches 3",
+            '"q"',
+            r'".*\\.q"',
+        ),
+        (
+            'targets = ["q"]',
+            r"`q` matches none of the 9 linear layers; `.*\.q` matches 3",
+            '"q"',
+            r'".*\\.q"',
+        ),
+        ('targets = "q"', "`q` matches none of the 9 linear layers", '"q"', "named sets"),
+    ],
+)
+def test_a_layer_or_pattern_that_the_model_refuses_is_marked_and_mended(
+    tmp_path: Path, adapter: str, why: str, marked: str, help: str
+) -> None:
+    text = f'{RECIPE}[adapter]\nkind = "lora"\n{adapter}\n'
+    result = compiled(project(tmp_path, text), memory_model=Refusing(why))
+    (fault,) = result.diagnostics
+    assert (fault.code, fault.message) == ("model-refused", why)
+    assert fault.span is not None
+    line = text.splitlines()[fault.span.line - 1]
+    assert line[fault.span.column - 1 : fault.span.end_column - 1].strip('"') == marked.strip('"')
+    assert help in fault.help
+    if " = " in help and help != "rank = 16":
+        tomllib.loads(help.rpartition(", or ")[2])
 
 
 @pytest.mark.parametrize("budget", ["9 GiB", "none"])

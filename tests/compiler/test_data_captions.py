@@ -85,6 +85,32 @@ def test_json_sidecars(tmp_path: Path) -> None:
     assert "001.json: `text` is neither a text nor a list" in fault.notes[0]
 
 
+def test_captions_that_can_not_be_read_are_left_out_with_their_images_if_the_recipe_says(
+    tmp_path: Path,
+) -> None:
+    path = tagged(tmp_path, "{}", tags="a dog")
+    (tmp_path / "pictures" / "001.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "pictures" / "003.txt").write_bytes("a dog".encode("utf-16"))
+    fault = next(d for d in compiled(path).diagnostics if d.severity == "error")
+    assert fault.code == "broken-captions" and 'broken = "skip"' in fault.help
+    for key in ("data.broken", "data.source.0.broken"):
+        result = compiled(path, f'{key}="skip"', 'data.captions.missing="empty"')
+        warning = next(d for d in result.diagnostics if d.code == "broken-captions")
+        assert warning.severity == "warning" and "2 caption files in" in warning.message
+        assert "their images are skipped" in warning.message
+        assert [note.rpartition("/")[2][:7] for note in warning.notes] == ["001.txt", "003.txt"]
+        plan, manifest = made(result)
+        assert (plan.sources[0].images, plan.sources[0].skipped) == (3, 2)
+        assert result.outlook is not None
+        told = [(one.images, one.why) for one in result.outlook.skipped]
+        assert told == [(2, "a caption that can't be read")]
+        assert sorted(manifest[row].key for row in range(3)) == ["000.png", "002.png", "004.png"]
+    for number in range(5):
+        (tmp_path / "pictures" / f"00{number}.txt").write_bytes(b"\xe9")
+    result = compiled(path, 'data.broken="skip"')
+    assert result.plan is None and "no-images" in [d.code for d in result.diagnostics]
+
+
 @pytest.mark.parametrize(
     ("missing", "texts", "images", "fallbacks"),
     [

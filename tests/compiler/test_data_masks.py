@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
@@ -33,6 +34,21 @@ def test_alpha(tmp_path: Path) -> None:
     assert len(manifest) == 5 and all(sample.mask == "" for sample in manifest)
     values = {d.key: d.value for d in plan.decisions}
     assert values["data.source[0].mask.floor"] == "0.25"
+
+
+def test_opaque_pictures_have_no_such_masks(tmp_path: Path) -> None:
+    """One that may be transparent is enough to say nothing; many are looked at in part."""
+    path = masked(tmp_path, 'from = "alpha"')
+    (fault,) = compiled(path).diagnostics
+    assert (fault.code, fault.severity) == ("opaque-images", "warning")
+    assert "no image in `pictures` has transparency (all looked at)" in fault.message
+    Image.new("LA", (64, 64)).save(tmp_path / "pictures" / "002.png")
+    assert compiled(path).diagnostics == ()
+    Image.new("P", (64, 64)).save(tmp_path / "pictures" / "002.png", transparency=3)
+    assert compiled(path).diagnostics == ()
+    make_pictures(tmp_path / "pictures", [(64, 64)] * 130)
+    (fault,) = compiled(path).diagnostics
+    assert fault.code == "opaque-images" and "44 of them looked at" in fault.message
 
 
 def test_a_folder_of_masks(tmp_path: Path) -> None:

@@ -121,3 +121,26 @@ def test_an_inversion_has_no_layers(tmp_path: Path) -> None:
 def test_pipelines_without_a_loader(family: str, tmp_path: Path) -> None:
     (fault,) = compiled(project(tmp_path, recipe(family, LORA + TOKEN), family)).diagnostics
     assert fault.code == "not-in-family" and "Stable Diffusion XL" in fault.help
+
+
+def test_one_word_three_times_that_no_caption_says(tmp_path: Path) -> None:
+    """One message for each that is too many, and one for the captions."""
+    path = project(tmp_path, recipe("sd", LORA + 3 * TOKEN), "sd")
+    result = compiled(path, said("no"))
+    assert sorted(codes(result)) == ["duplicate-id", "duplicate-id", "no-effect"]
+
+
+def test_more_to_start_from_than_there_are_vectors(tmp_path: Path) -> None:
+    words = TOKEN + 'vectors = 2\ninitial = "a white cat"\n'
+    result = compiled(project(tmp_path, recipe("sd", LORA + words), "sd"))
+    (fault,) = result.diagnostics
+    assert (fault.code, fault.severity) == ("no-effect", "warning")
+    assert fault.path == "embeddings.token[0].initial" and fault.help.startswith("vectors = 3")
+
+
+@pytest.mark.parametrize("table", ["embeddings", "train.text_encoders"])
+def test_an_end_behind_the_run_s(pivotal: Path, table: str) -> None:
+    result = compiled(pivotal, f'{table}.until="9999 steps"', memory_model=FixedMemory())
+    (fault,) = [each for each in result.diagnostics if each.path.endswith("until")]
+    assert (fault.code, fault.severity) == ("no-effect", "warning")
+    assert result.plan is not None and "steps, so `until` leaves off nothing" in fault.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def test_the_best_by_a_metric() -> None:
     assert best_of(rows, "evaluation/loss", [2, 6]) == 6
     assert best_of(rows, "evaluation/clip_score", [2, 4, 6]) == 4  # the highest
     assert best_of(rows, "evaluation/loss", [7]) is None
+    for bad in (nan, inf, -inf):
+        rows[2]["evaluation/loss"] = bad
+        assert best_of(rows, "evaluation/loss", [2, 4, 6]) == 6
+        assert best_of(rows, "evaluation/loss", [4]) is None
 
 
 def test_as_many_lie_there_as_a_run_keeps() -> None:

@@ -209,6 +209,30 @@ def test_what_can_not_be(tmp_path: Path, recipe: str, override: str, code: str, 
     assert any(f.code == code and words in f.message for f in found.diagnostics), shown(found)
 
 
+@pytest.mark.parametrize(("budget", "warned"), [("25 GiB", True), ("24 GiB", False)])
+def test_a_budget_above_the_device_s_memory(tmp_path: Path, budget: str, warned: bool) -> None:
+    """Only of the device that is here."""
+    asked = f'memory.budget="{budget}"'
+    found = compiled(project(tmp_path), asked, machine=GPU)
+    said = [f for f in found.diagnostics if f.code == "budget-too-large"]
+    assert found.plan is not None and bool(said) is warned
+    assert all("a card has 24.0 GiB" in f.message and f.severity == "warning" for f in said)
+    away = compiled(tmp_path / "recipe.toml", asked, 'launch.device="cuda"')
+    assert "budget-too-large" not in [f.code for f in away.diagnostics]
+
+
+def test_offloading_where_the_processor_trains(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE + ADAPTER)
+    asked = "memory.offload={activations=true, blocks=2}"
+    said = compiled(path, asked).diagnostics
+    assert [(f.code, f.severity, f.path) for f in said] == [
+        ("no-effect", "warning", f"memory.offload.{key}") for key in ("activations", "blocks")
+    ]
+    for other in ("memory.offload={activations=false, blocks=0}", 'memory.offload="auto"'):
+        assert compiled(path, other).diagnostics == ()
+    assert "no-effect" not in [f.code for f in compiled(path, asked, machine=GPU).diagnostics]
+
+
 def test_without_a_budget_nothing_is_saved(tmp_path: Path) -> None:
     found, model = on_gpu(tmp_path, 1, RECIPE + OPEN, 'memory.budget="none"')
     plan = _plan(found)

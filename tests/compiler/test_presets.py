@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from compiler.inherit import preset_names
 from tests.compiler.recipes import GIB, GPU, FixedMemory, compiled, make_pictures
@@ -33,11 +34,12 @@ def test_a_preset_with_name_data_and_length_compiles(name: str, tmp_path: Path) 
     make_pictures(tmp_path / "pictures", [(1536, 1536)] * 5)
     path = tmp_path / "child.toml"
     path.write_text(CHILD.format(name=name))
-    result = compiled(path, machine=GPU, presets=PRESETS, memory_model=FixedMemory())
+    card = int(name.rpartition("-")[2].removesuffix("g"))
+    machine = evolve(GPU, device_total_bytes=card * GIB, device_free_bytes=card * GIB)
+    result = compiled(path, machine=machine, presets=PRESETS, memory_model=FixedMemory())
     assert result.plan is not None, [fault.message for fault in result.diagnostics]
     warned = {fault.code for fault in result.diagnostics}
     assert warned <= ({"bf16-trained"} if name == "sana-1.6b-full-24g" else set())
-    card = int(name.rpartition("-")[2].removesuffix("g"))
     assert 0.85 * card * GIB < result.plan.memory.budget_bytes < card * GIB
     assert (result.plan.adapter is not None) == ("-lora-" in name)
     given = {d.key: d.source for d in result.plan.decisions}

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
+from compiler.costs import kept
+from compiler.keeping import WAITING
 from compiler.machine import HUB_TOKEN
 from compiler.plan import Guard, Plan, Publish, alters_trajectory
+from compiler.secrets import without_webhook
 from compiler.trackers import TRACKERS
 from tests.compiler.recipes import MACHINE, compiled, project
 
@@ -88,3 +91,74 @@ def test_what_is_wrong(tmp_path: Path, setting: str, code: str, where: str) -> N
 
 def test_a_webhook_here_needs_no_https(tmp_path: Path) -> None:
     assert faults(project(tmp_path), "publish.webhook=http://127.0.0.1:8000/x") == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://hooks.example/s3cret a",
+        "https://hooks.example/s3cret\\n",
+        "https://hooks.example/s3cr\u00e9t",
+        "https://hooks.example:99999/s3cret",
+        "https://hooks.example:0/s3cret",
+        "https://hooks.example:x/s3cret",
+        "https://me:s3cret@hooks.example/",
+        "http://hooks.example/s3cret",
+        "https:///s3cret",
+    ],
+)
+def test_an_address_that_could_not_be_told_is_refused_and_not_shown(
+    tmp_path: Path, address: str
+) -> None:
+    result = compiled(project(tmp_path), f'publish.webhook="{address}"')
+    (fault,) = result.diagnostics
+    assert (fault.code, fault.path) == ("bad-address", "publish.webhook")
+    assert "s3cr" not in fault.message + fault.help
+
+
+@pytest.mark.parametrize(
+    "address", ["https://hooks.example:8443/x%20y?z=1#a", "https://[::1]/x", "https://h"]
+)
+def test_an_address_that_can(tmp_path: Path, address: str) -> None:
+    assert faults(project(tmp_path), f'publish.webhook="{address}"') == []
+
+
+def test_decisions_do_not_tell_the_address(tmp_path: Path) -> None:
+    """They stand in reports, which are shared; the plan itself has it, to tell it."""
+    plan = plan_of(project(tmp_path), "publish.webhook=https://hooks.example/s3cret")
+    (made,) = (one for one in plan.decisions if one.key == "publish.webhook")
+    assert (made.value, made.source) == ("https://hooks.example/...", "--set")
+    assert plan.publish is not None and plan.publish.webhook == "https://hooks.example/s3cret"
+    assert not any("s3cret" in one.value + one.why for one in plan.decisions)
+
+
+@pytest.mark.parametrize(
+    ("stated", "shown"),
+    [
+        ('webhook = "https://h.x/s3cret" # why', 'webhook = "https://h.x/..." # why'),
+        ("  # webhook='https://h.x/s3cret'", "  # webhook='https://h.x/...'"),
+        ('{ webhook = "https://h.x/s3cret", hub = 1 }', '{ webhook = "https://h.x/...", hub = 1 }'),
+        ('"webhook" = """\nhttps://h.x/s3cret"""', '"webhook" = "https://h.x/..."'),
+        ("--set publish.webhook=https://h.x/s3cret -q", "--set publish.webhook=https://h.x/... -q"),
+        ('webhook = "https://[s3cret"', 'webhook = "..."'),
+        ('webhook =\nhub = "a/b"', 'webhook =\nhub = "a/b"'),
+        ('webhook = ""\nmy_webhook_1 = 3', 'webhook = ""\nmy_webhook_1 = 3'),
+    ],
+)
+def test_a_text_without_its_webhook(stated: str, shown: str) -> None:
+    assert without_webhook(stated) == shown
+
+
+def test_an_address_that_stands_elsewhere() -> None:
+    text = "it was told to https://h.x/s3cret, twice"
+    assert without_webhook(text, "https://h.x/s3cret") == "it was told to https://h.x/..., twice"
+
+
+def test_what_waits_for_the_hub_takes_room(tmp_path: Path) -> None:
+    given = ("train.epochs=40", "checkpoints.every=10 steps", "checkpoints.keep=2")
+    path = project(tmp_path)
+    rooms = [
+        kept(plan_of(path, *given, f"publish.checkpoints={value}", "publish.hub=a/b"))
+        for value in ("false", "true")
+    ]
+    assert rooms == [3, 3 + WAITING]

@@ -114,6 +114,17 @@ def test_settings_without_effect_are_refused(full: Path) -> None:
         assert (fault.code, fault.path) == ("no-effect", "launch.reshard_after_forward")
 
 
+def test_a_setting_of_a_strategy_that_was_not_taken_is_warned_of(full: Path) -> None:
+    given = ("launch.devices=2", "launch.reshard_after_forward=false")
+    (fault,) = compiled(full, *given).diagnostics
+    assert (fault.code, fault.severity) == ("no-effect", "warning")
+    assert fault.path == "launch.reshard_after_forward"
+    assert '"auto" came to be "ddp"' in fault.message
+    taken = compiled(full, *given, budget("600 MiB"), machine=GPU, memory_model=Shared())
+    assert taken.plan is not None and taken.plan.sharing == Sharing(strategy="fsdp", reshard=False)
+    assert "no-effect" not in codes(taken)
+
+
 def test_a_sharded_run_is_offered_no_saving_that_it_cant_take(tmp_path: Path) -> None:
     path = project(tmp_path, RECIPE + ADAPTER + '[model.transformer]\nquantize = "auto"\n')
     asked: list[Candidate] = []

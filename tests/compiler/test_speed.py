@@ -64,6 +64,12 @@ def test_what_is_on_is_in_the_plan(tmp_path: Path) -> None:
     )
 
 
+def test_a_family_whose_prompts_have_no_one_length(tmp_path: Path) -> None:
+    given = 'speed.compile="regional"'
+    code, message, _ = refused(tmp_path, given, family="z_image")
+    assert code == "conflict" and "blocks of Z-Image can't be compiled" in message
+
+
 def test_prompts_of_different_lengths_are_padded_for_compiled_blocks(tmp_path: Path) -> None:
     plan = planned(tmp_path, 'speed.compile="regional"', family="sana")
     assert plan.speed.tokens == plan.text.max_length == 300
@@ -164,7 +170,54 @@ def test_float16_on_a_family_that_overflows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fuse_qkv", "fuse_qkv_projections", "fused-qkv"])
-def test_fused_projections_are_left_out_with_the_reason(tmp_path: Path, name: str) -> None:
+def test_fused_projections_have_other_names_elsewhere(tmp_path: Path, name: str) -> None:
     result = compiled(project(tmp_path), f"speed.{name}=true")
     assert codes(result) == ["unknown-key"]
-    assert "make no step faster" in result.diagnostics[0].help
+    assert "`fused_projections`" in result.diagnostics[0].help
+
+
+def test_fused_projections_are_in_the_plan(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "speed.fused_projections=true")
+    assert plan.speed == Speed(fused_projections=True)
+    assert "\n  fused projections\n" in text(plan, recipe="recipe.toml")
+    assert why(plan, "speed.fused_projections")[0] == "true"
+    assert alters_trajectory("speed.fused_projections")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('speed.compile="regional"', "a compiled block knows its layers one by one"),
+        ('model.transformer.quantize="int8"', "weights in int8 are turned back layer by layer"),
+        ("memory.offload={blocks=2}", "weights that wait on the host are moved one by one"),
+        ('adapter={kind="oft"}', "OFT gives each of them another input"),
+    ],
+)
+def test_fused_projections_exclude(tmp_path: Path, given: str, words: str) -> None:
+    code, message, _ = refused(tmp_path, "speed.fused_projections=true", given)
+    assert code == "conflict" and words in message
+
+
+def test_weights_that_are_dealt_out_are_not_fused(tmp_path: Path) -> None:
+    path = project(tmp_path, RECIPE.replace('"sana"', '"sd3"'), "sd3")
+    for strategy in ("fsdp", "deepspeed"):
+        given = ("speed.fused_projections=true", "launch.devices=2")
+        found = compiled(path, *given, f'launch.strategy="{strategy}"', machine=GPU)
+        (fault,) = (f for f in found.diagnostics if f.severity == "error")
+        assert (fault.code, fault.path) == ("not-sharded", "speed.fused_projections")
+    free = compiled(path, *given, machine=GPU, memory_model=FixedMemory()).plan
+    assert free is not None and free.sharing.strategy == "ddp" and free.speed.fused_projections
+
+
+def test_fused_weights_are_neither_quantised_nor_moved_to_fit(tmp_path: Path) -> None:
+    """By the ladder, nor by what is suggested where nothing fits."""
+    path = project(tmp_path, RECIPE.replace('"sana"', '"sd3"'), "sd3")
+    given = (LORA, 'model.transformer.quantize="auto"', 'memory.budget="1 MiB"')
+    for fused in (False, True):
+        model, word = FixedMemory(), str(fused).lower()
+        asked = (*given, f"speed.fused_projections={word}")
+        assert "does-not-fit" in codes(compiled(path, *asked, machine=GPU, memory_model=model))
+        parts = [part for step in model.asked for part in step.model.components]
+        kinds = {part.quantize for part in parts if part.name == "transformer"}
+        assert (kinds == {"none"}) is fused
+        assert (not any(step.layout.offload_blocks for step in model.asked)) is fused

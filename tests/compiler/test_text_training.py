@@ -156,6 +156,46 @@ def test_a_file_to_start_from_fits_the_encoders(
     assert not words or words in result.diagnostics[0].message
 
 
+KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize(
+    ("family", "tensors", "words"),
+    [
+        (
+            "sdxl",
+            {f"unet.{KEY}.lora_A.weight": [8, 768], **CLIP},
+            "as Stable Diffusion 1 and 2 has",
+        ),
+        (
+            "sdxl",
+            {f"lora_unet_{KEY.replace('.', '_')}.lora_down.weight": [8, 1280]},
+            "1280 numbers, as Stable Diffusion XL refiner has them, and this base's have 2048",
+        ),
+        ("sdxl", {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": [8, 4]}, "has a UNet"),
+        (
+            "sdxl",
+            {f"transformer.transformer_{KEY[5:]}.lora_A.weight": [8, 4], **CLIP},
+            "has a UNet",
+        ),
+        ("sdxl", {"transformer.layers.0.attn.to_q.lora_A.weight": [8, 4]}, "has a UNet"),
+        ("sd3", {f"unet.{KEY}.lora_A.weight": [8, 768], **CLIP}, "has a transformer"),
+    ],
+)
+def test_a_file_of_another_family_is_told_as_such(
+    tmp_path: Path, family: str, tensors: dict[str, list[int]], words: str
+) -> None:
+    """Not as one whose encoders are to be trained."""
+    adapter = '\n[adapter]\nkind = "lora"\nrank = 8\nfrom = "a.safetensors"\n'
+    path = project(tmp_path, recipe(family, adapter), family)
+    header(path.parent / "a.safetensors", tensors)
+    result = compiled(path)
+    assert codes(result) == ["bad-adapter"], result.diagnostics
+    assert "is an adapter of another family: " in result.diagnostics[0].message
+    assert words in result.diagnostics[0].message
+    assert "text_encoders" not in (result.diagnostics[0].help or "")
+
+
 def test_encoders_that_are_told_of_padding_are_refused(tmp_path: Path) -> None:
     path = project(tmp_path, recipe("sd"), "sd")
     config = path.parent / "base" / "text_encoder" / "config.json"

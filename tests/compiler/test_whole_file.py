@@ -125,6 +125,7 @@ def header_file(path: Path, *names: str) -> None:
         ("sdxl", "v.safetensors", "", "not-a-pipeline", "says that it predicts v (`v_pred`)"),
         ("sana", "xl.safetensors", "", "not-a-pipeline", "needs a folder"),
         ("sdxl", "gone.safetensors", "", "missing-path", "there is no file"),
+        ("sdxl", "models/a.safetensors", 'rest = "b/c"', "missing-path", "there is no file"),
         ("sdxl", "a/b/c.safetensors", "", "missing-path", "its header is needed"),
         ("sdxl", "xl.safetensors", 'rest = "a/b"', "unknown-model", "no model that sdxl knows"),
         ("sdxl", "xl.safetensors", 'rest = "gone"', "missing-path", "there is no folder"),

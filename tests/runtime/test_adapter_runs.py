@@ -102,6 +102,15 @@ def check_exports(plan: Plan, tmp_path: Path) -> None:
     if plan.adapter.kind in ("lora", "dora"):
         out = export(requested(chosen(run), format="peft", out=tmp_path / "peft"))
         assert apart(output(by_peft(base, out), family), result) < 1e-5
+    if plan.adapter.kind == "full" and family != "sana":
+        own, there = tmp_path / "checkpoint" / file, tmp_path / "kohya.safetensors"
+        export(requested(chosen(run, step=3), format="kohya", out=there))
+        one, other = (load_file(path) for path in (own, there))
+        assert all(key.startswith("lora_unet_") for key in other)
+        squares = [
+            sum(float(t.double().square().sum()) for t in each.values()) for each in (one, other)
+        ]
+        assert squares[0] == pytest.approx(squares[1], rel=1e-12)
     if plan.adapter.kind in ("lokr", "oft"):
         title = ADAPTERS[plan.adapter.kind].title
         with pytest.raises(Refused, match=f"there are no kohya keys for {title}"):

@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 
 from compiler.data.counts import bucket_rows
 from compiler.data.manifest import Manifest
+from compiler.keeping import LOSS
 from compiler.plan import Checkpoints, Evaluation, HeldOut, Plan
-from runtime import checkpoints, rng
+from runtime import checkpoints, evaluate, rng
 from runtime.data.cache import Cache
 from runtime.data.fill import prompt_embeddings, sample_keys
 from runtime.execute import execute
 from runtime.families import family_of
+from runtime.step import forward_losses
 from runtime.track.background import Background
 from runtime.track.base import numbers
 from tests.runtime.plans import LORA, draw_data, tiny_plan
@@ -159,6 +161,36 @@ def test_resumed_it_is_neither_doubled_nor_missing(make: Any) -> None:
     assert list(_losses(parts)) == [0]
     assert execute(parts, manifest, Interrupting(*NEVER)).status == "finished"
     assert _losses(parts) == _losses(whole)
+
+
+@pytest.mark.parametrize("at", [5, None])
+def test_a_loss_that_is_no_number_is_said_and_left_out(
+    make: Any, monkeypatch: pytest.MonkeyPatch, at: int | None
+) -> None:
+    """Of one picture after step 5, or of it whenever it is measured."""
+    plan, manifest = make(checkpoints=Checkpoints(every=2, keep=0, best=LOSS))
+    bad, measured, seen = manifest.held_out.name(1), evaluate.Judge.judge, []
+
+    def judge(self: Any, model: Any, ema: Any, step: int, *rest: Any, **named: Any) -> None:
+        seen.append(step)
+        measured(self, model, ema, step, *rest, **named)
+
+    def losses(*arguments: Any) -> torch.Tensor:
+        found = forward_losses(*arguments)
+        wide = arguments[2].latents.shape[-1] > arguments[2].latents.shape[-2]
+        return found * torch.nan if wide and at in (seen[-1], None) else found
+
+    monkeypatch.setattr(evaluate.Judge, "judge", judge)
+    monkeypatch.setattr(evaluate, "forward_losses", losses)
+    events = Interrupting(*NEVER)
+    assert execute(plan, manifest, events).status == "finished"
+    assert list(_losses(plan)) == ([0, 2, 4] if at else [])
+    said = [text for text in events.texts if "no finite number" in text]
+    steps = [5] if at else [0, 2, 4, 5]
+    assert said == [
+        f"the evaluation loss after step {step} is no finite number for {bad}; it is left out"
+        for step in steps
+    ]
 
 
 def test_the_average_is_judged_if_the_plan_says_so(make: Any) -> None:

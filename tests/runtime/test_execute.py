@@ -18,9 +18,10 @@ from attrs import evolve
 from safetensors import SafetensorError
 
 from compiler import lock
-from compiler.plan import Checkpoints, Layout, Plan, Precision
+from compiler.plan import Checkpoints, Layout, Plan, Precision, lock_path
 from runtime import checkpoints, loop
 from runtime.context import result_folder
+from runtime.data import cache as caching
 from runtime.errors import OutOfMemory, PlanChanged, RunFailed
 from runtime.execute import execute
 from runtime.methods import lora
@@ -138,6 +139,7 @@ def test_a_run_leaves_what_it_says_and_runs_once(make):
         "metrics.jsonl",
         "plan.lock.toml",
         "recipe.toml",
+        "result.json",
         "run.log",
         "samples",
         "tensorboard",
@@ -362,8 +364,64 @@ def test_an_accepted_change_holds_from_the_checkpoint_on(make):
     assert any(not torch.equal(ends[0][k], ends[1][k]) for k in ends[0] if k.startswith("weights"))
 
 
+def test_what_can_not_be_gone_on_with_leaves_the_run_as_it_was(make, monkeypatch):
+    from runtime import folder, resume
+
+    plan, manifest = make()
+    assert run(plan, manifest, Interrupting("step", 3, signal.SIGTERM)) == 130
+    changed = evolve(plan, optimizer=evolve(plan.optimizer, lr=0.2))
+    folder.accept(changed, "")
+
+    def refused(*arguments, **named):
+        raise RunFailed("no part of it fits")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resume, "load", refused)
+        assert run(changed, manifest, Interrupting(*NEVER)) == 1
+    assert lock.read(lock_path(Path(plan.run_folder))).digest == plan.digest
+    assert run(plan, manifest, Interrupting(*NEVER)) == 0
+
+
+def test_a_finished_run_is_given_more_steps(make):
+    """It equals one that had them from the start, and so does its result."""
+    from tuner.run import _accept, _at_its_end
+
+    whole, manifest = make(name="whole")
+    plan, _ = make(name="longer", steps=4, schedule=whole.schedule)
+    assert run(whole, manifest, Interrupting(*NEVER)) == 0
+    assert run(plan, manifest, Interrupting(*NEVER)) == 0
+    for total, why in ((3, "can't go back to 3"), (4, "only be given more steps than 4"), (7, "")):
+        asked = evolve(plan, steps=evolve(whole.steps, total=total))
+        assert why in _at_its_end(asked) and bool(why) == bool(_at_its_end(asked))
+    with pytest.raises(PlanChanged) as caught:
+        execute(asked, manifest, Interrupting(*NEVER))
+    assert _accept(asked, caught.value, ("steps",))
+    events = Interrupting(*NEVER)
+    assert run(asked, manifest, events) == 0
+    assert "going on from step 4 of 7" in events.texts
+    assert_equal(whole, asked)
+    assert lock.read(lock_path(Path(asked.run_folder))).digest == asked.digest
+
+
 def arguments(plan: Plan, decay: float) -> dict[str, object]:
     return {**plan.optimizer.arguments, "weight_decay": decay}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(make, name):
+    whole, manifest = make(name="whole")
+    parts, _ = make(name="parts")
+    assert run(whole, manifest, Interrupting(*NEVER)) == 0
+    assert run(parts, manifest, Interrupting("step", 5, signal.SIGTERM)) == 130
+    root = Path(parts.run_folder) / "checkpoints"
+    newest = root / "step-000005" / name
+    newest.write_bytes(newest.read_bytes()[:-8] + bytes(8))
+    events = Interrupting(*NEVER)
+    assert run(parts, manifest, events) == 0
+    assert any(f"{newest} is damaged" in text for text in events.texts)
+    assert "going on from step 4 of 7" in events.texts
+    assert (root / "damaged-step-000005").is_dir()
+    assert_equal(whole, parts)
 
 
 def test_a_full_disk_loses_nothing_older(make, monkeypatch):
@@ -385,6 +443,28 @@ def test_a_full_disk_loses_nothing_older(make, monkeypatch):
     whole, _ = make(name="whole")
     assert run(whole, manifest, Interrupting(*NEVER)) == 0
     assert_equal(whole, plan)
+
+
+def test_a_disk_that_is_full_while_pictures_are_encoded_is_said(make, monkeypatch, tmp_path):
+    """With what to free and where else the cache may be; the next run goes on from what is kept."""
+    plan, manifest = make(name="no-cache")
+    plan = evolve(plan, cache_folder=str(tmp_path / "cache"))
+    written = caching.Cache._write
+    kept = []
+
+    def full(cache, pending):
+        if kept:
+            raise OSError(28, "No space left on device")
+        kept.append(len(pending))
+        written(cache, pending)
+
+    monkeypatch.setattr(caching.Cache, "_write", full)
+    with pytest.raises(RunFailed, match="No space left on device") as caught:
+        execute(plan, manifest, Interrupting(*NEVER))
+    assert "MiB are free there, to write" in caught.value.message
+    assert "[cache] path" in caught.value.help and "run again" in caught.value.help
+    monkeypatch.undo()
+    assert kept and run(plan, manifest, Interrupting(*NEVER)) == 0
 
 
 def test_a_disk_that_is_full_at_the_result_is_said(make, monkeypatch):

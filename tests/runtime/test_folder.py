@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from attrs import evolve
 from compiler import lock
 from compiler.plan import Checkpoints, lock_path
 from runtime import folder
-from runtime.errors import PlanChanged, RunFailed
+from runtime.errors import InUse, PlanChanged, RunFailed
 from tests.runtime.plans import PICTURES, draw_data, tiny_plan
 from tests.runtime.tiny import make_tiny
 
@@ -120,6 +121,85 @@ def test_space(tmp_path):
     folder.check_space(tmp_path, 1)
     with pytest.raises(RunFailed, match="GiB are free"):
         folder.check_space(tmp_path, 1 << 60)
+
+
+def test_an_accepted_plan_is_the_run_s_only_once_it_is_taken_over(plan):
+    place = Path(plan.run_folder)
+    changed = evolve(plan, max_grad_norm=0.5)
+    with folder.opened(plan, "first\n"):
+        (place / "lora").mkdir()
+        for name in (folder.MEASURED, "result.json"):
+            (place / name).write_text("{}")
+    folder.accept(changed, "second\n")
+    for _ in range(2):  # opened, and ended before a checkpoint was loaded
+        with folder.opened(changed, "second\n"):
+            assert lock.read(lock_path(place)).digest == plan.digest
+            assert (place / "recipe.toml").read_text() == "first\n"
+    with pytest.raises(PlanChanged), folder.opened(evolve(plan, seed=8), ""):
+        pytest.fail("opened")
+    with folder.opened(changed, "second\n"):
+        folder.take_over(place)
+        assert lock.read(lock_path(place)).digest == changed.digest
+        assert (place / "recipe.toml").read_text() == "second\n"
+        left = {path.name for path in place.iterdir()}
+        assert left == {".lock", "plan.lock.toml", "recipe.toml"}
+        folder.take_over(place)  # nothing is waiting any more
+    assert lock.read(lock_path(place)).digest == changed.digest
+
+
+def test_the_run_s_own_plan_drops_one_that_was_accepted(plan):
+    place, changed = Path(plan.run_folder), evolve(plan, max_grad_norm=0.5)
+    with folder.opened(plan, ""):
+        pass
+    folder.accept(changed, "")
+    with folder.opened(plan, ""):
+        assert not folder.is_accepted(place, changed)
+    with pytest.raises(PlanChanged), folder.opened(changed, ""):
+        pytest.fail("opened")
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "matters"),
+    [
+        ("cpu", {}, True),
+        ("cuda", {}, False),
+        ("cuda", {"offload_optimizer": True}, True),
+        ("mps", {}, False),
+    ],
+)
+def test_threads_matter_where_the_processor_computes(plan, device, changes, matters):
+    plan = evolve(plan, device=device, sharing=evolve(plan.sharing, **changes))
+    with folder.opened(plan, ""):
+        pass
+    other = evolve(plan, threads=plan.threads + 3)
+    if not matters:
+        with folder.opened(other, ""):
+            return
+    with pytest.raises(PlanChanged) as caught, folder.opened(other, ""):
+        pytest.fail("opened")
+    assert [key for key, _, _ in caught.value.changes] == ["threads"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "1", "null", '"x"', "{", ""])
+def test_a_damaged_measurement_is_none(tmp_path, content):
+    (tmp_path / folder.MEASURED).write_text(content)
+    assert folder.read_measured(tmp_path) is None
+
+
+def test_one_who_only_asks_is_waited_for(plan):
+    """`is_held` has a shared lock for an instant, in which a run may begin."""
+    fcntl = pytest.importorskip("fcntl")
+    place = Path(plan.run_folder)
+    with folder.opened(plan, ""):
+        pass
+    with (place / folder.LOCK).open("rb") as asking:
+        fcntl.flock(asking.fileno(), fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(asking.fileno(), fcntl.LOCK_UN)).start()
+        with folder.opened(plan, ""):
+            assert folder.is_held(place)
+        fcntl.flock(asking.fileno(), fcntl.LOCK_SH)
+        with pytest.raises(InUse, match="another process"):
+            folder.opened(plan, "").__enter__()
 
 
 def test_whether_it_is_held_is_seen_without_holding_it(plan):

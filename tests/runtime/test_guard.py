@@ -12,8 +12,11 @@ import torch
 from attrs import evolve
 
 from compiler.plan import Guard as Rules
+from runtime import checkpoints, loop
 from runtime import pace as pace_module
 from runtime.errors import RunFailed
+from runtime.events import Silent
+from runtime.execute import execute
 from runtime.guard import LEAST, SPAN, Guard, causes, named
 from runtime.loop import Actions, Ledger, Row, train
 from runtime.pace import Pace
@@ -254,3 +257,33 @@ def test_a_spill_is_said_where_memory_is_full(share, said):
         pace.read(step, 2.5)
     assert len(events.texts) == said
     assert all("99% of the device's memory" in text for text in events.texts)
+
+
+def test_an_update_that_overflows_ends_the_run_with_what_was_good(base, tmp_path, monkeypatch):
+    """After the last step, too: nothing that is no number becomes the result."""
+    plan, manifest = tiny_plan(
+        "sana", base, draw_data(tmp_path / "data"), tmp_path / "run", steps=3, every=1
+    )
+    whole = evolve(plan, run_folder=str(tmp_path / "whole"))
+    assert execute(whole, manifest, Silent()).status == "finished"
+    stock, calls = loop.update, []
+
+    def spoiling(optimizer, norm, most):
+        stock(optimizer, norm, most)
+        calls.append(1)
+        if len(calls) == 3:
+            optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", spoiling)
+        with pytest.raises(RunFailed, match="step 3 left weights that are no numbers"):
+            execute(plan, manifest, Silent())
+    folder = tmp_path / "run"
+    assert checkpoints.latest(folder / "checkpoints").name == "step-000002"
+    assert not (folder / "lora").exists() and not (folder / "model").exists()
+    assert execute(plan, manifest, Silent()).status == "finished"
+    last, expected = (
+        checkpoints.load(checkpoints.latest(place / "checkpoints")).weights
+        for place in (folder, tmp_path / "whole")
+    )
+    assert all(torch.equal(last[name], tensor) for name, tensor in expected.items())

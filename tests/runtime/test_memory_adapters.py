@@ -33,8 +33,27 @@ def test_steps(kind: AdapterKind, checkpointing: int) -> None:
     check(evolve(case, adapter=evolve(case.adapter, kind=kind, **CHANGES[kind])))
 
 
-@pytest.mark.parametrize("kind", LAYERED)
-def test_on_a_quantised_base(kind: AdapterKind) -> None:
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_with_lengths_of_rows_apart(kind: AdapterKind, checkpointing: int) -> None:
+    case = small("sana", rank=4, checkpointing=checkpointing)
+    assert case.adapter is not None
+    changes = {**CHANGES[kind], "weight_decompose": True}
+    check(evolve(case, adapter=evolve(case.adapter, kind=kind, **changes)))
+
+
+@pytest.mark.parametrize("kind", ["glora", "full"])
+def test_with_norms(kind: AdapterKind) -> None:
+    case = small("sd", rank=4)
+    assert case.adapter is not None
+    check(evolve(case, adapter=evolve(case.adapter, kind=kind, train_norm=True, **CHANGES[kind])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [*((kind, {}) for kind in LAYERED), ("lokr", {"weight_decompose": True})],
+)
+def test_on_a_quantised_base(kind: AdapterKind, more: dict[str, Any]) -> None:
     case = small("sd3", rank=4)
     assert case.adapter is not None
 
@@ -42,5 +61,5 @@ def test_on_a_quantised_base(kind: AdapterKind) -> None:
         return evolve(part, quantize="int8") if part.name == "transformer" else part
 
     model = evolve(case.model, components=tuple(map(quantised, case.model.components)))
-    changes = {**CHANGES[kind], "init": "gaussian" if ADAPTERS[kind].inits else ""}
+    changes = {**CHANGES[kind], **more, "init": "gaussian" if ADAPTERS[kind].inits else ""}
     check(evolve(case, model=model, adapter=evolve(case.adapter, kind=kind, **changes)))

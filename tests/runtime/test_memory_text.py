@@ -8,10 +8,9 @@ import pytest
 import torch
 from attrs import evolve
 
-from compiler.adapters import INVERSION
+from compiler.adapters import CLIP_TARGETS, INVERSION
 from compiler.families import FAMILIES
 from compiler.memory import Candidate
-from compiler.passes.text_training import TARGETS
 from compiler.plan import Adapter, Embeddings, NewToken, TextTraining
 from runtime.memory.simulate import RuntimeMemoryModel
 from runtime.memory.step import run_step
@@ -31,7 +30,7 @@ def case(family: str, *, rank: int = 4, share: float = 1.0, **settings: Any) -> 
     pictures, evaluated = ((128, 128),), ((256, 256, 2),)
     given = {"pictures": pictures, "evaluated": evaluated, "rank": rank, "tokens": 77}
     step = small(family, **{**given, **settings})
-    adapter = step.adapter and evolve(step.adapter, targets=TARGETS["all-linear"])
+    adapter = step.adapter and evolve(step.adapter, targets=CLIP_TARGETS["all-linear"])
     facts = TextTraining(
         encoders=FAMILIES[family].trainable_encoders,
         adapter=adapter,
@@ -94,6 +93,6 @@ def test_new_tokens(family: str, alone: bool) -> None:
 def test_deep_models_follow_from_shallow_ones(options: dict[str, Any]) -> None:
     step = deep("sd3", 20, **options)
     encoders = FAMILIES["sd3"].trainable_encoders
-    adapter = step.adapter and evolve(step.adapter, targets=TARGETS["all-linear"])
+    adapter = step.adapter and evolve(step.adapter, targets=CLIP_TARGETS["all-linear"])
     facts = TextTraining(encoders=encoders, adapter=adapter, lr=1e-5, until=3)
     check(evolve(step, text_training=facts))

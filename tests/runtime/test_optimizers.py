@@ -88,6 +88,57 @@ def test_resume_is_bit_exact(name, fused, dtype, tmp_path):
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
 
+def others(value):
+    """Other values of an argument, those at its end among them."""
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value + 10]
+        case float():
+            return [0.0, value / 2 or 0.5]
+        case (first, *rest):
+            return [(0.0, *rest), (first, *(0.0 for _ in rest)), (first / 2, *rest)]
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_state_bears_other_values_of_what_does_not_shape_it(name):
+    """Both ways: what a value leaves out, another one may want."""
+    needs(name)
+    facts = OPTIMIZERS[name]
+    for key, usual in facts.defaults.items():
+        pairs = [pair for to in others(usual) for pair in ((usual, to), (to, usual))]
+        for before, after in pairs if key not in facts.shaping else ():
+            first = weights(torch.float32)
+            try:
+                optimizer = make_optimizer(planned(name, **{key: before}), first.items(), CPU)
+                train(optimizer, first, range(2))
+                chosen = planned(name, **{key: after})
+                restored = make_optimizer(chosen, first.items(), CPU)
+            except (ValueError, ZeroDivisionError):  # no value that a recipe may give
+                continue
+            with own_arguments(restored, chosen):
+                load_state(restored, host_state(optimizer))
+            train(restored, first, range(2, 4))
+
+
+def test_what_shapes_a_state_is_known_by_its_row():
+    for name, (key, value) in {
+        "prodigy": ("slice_p", 11),
+        "optimi-sgd": ("momentum", 0.0),
+        "soap": ("max_precondition_dim", 20),
+    }.items():
+        assert key in OPTIMIZERS[name].shaping
+        needs(name)
+        kept = []
+        for chosen in (planned(name), planned(name, **{key: value})):
+            parameters = weights(torch.float32)
+            optimizer = make_optimizer(chosen, parameters.items(), CPU)
+            train(optimizer, parameters, range(2))
+            kept.append([each.shape for each in state_tensors(optimizer)])
+        assert kept[0] != kept[1]
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw-offload", "adamw-schedulefree"])
 def test_a_changed_argument_holds_from_the_state_on(name):
     """Decoupled weight decay takes lr x decay of the weight, whatever the moments say."""

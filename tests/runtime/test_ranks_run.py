@@ -14,7 +14,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from compiler.plan import Plan
+from compiler.plan import Plan, Speed
 from runtime import loop
 from runtime.context import saved_step
 from runtime.errors import PlanChanged, RunFailed
@@ -139,6 +139,15 @@ def test_ranks_train_as_one_process_does(make, ranks):
     for together, alone, manifest in pairs:
         execute(alone, manifest, Silent())
         assert_close(together, alone, 1e-5)
+
+
+def test_gradients_of_fused_projections_are_summed_one_by_one(make):
+    """They lie in one piece of memory, and each is a part of it."""
+    together, alone, manifest = make("sd3", "full", 2, 1, "fused", optimizer="sgd")
+    fused = evolve(together, speed=Speed(fused_projections=True))
+    assert [wait(pid) for pid in start([(fused, manifest)], 2)] == [0, 0]
+    execute(alone, manifest, Silent())
+    assert_close(fused, alone, 1e-5)
 
 
 def test_copies_of_masters_are_fresh_in_a_rank_that_had_no_batch(make):

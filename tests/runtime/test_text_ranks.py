@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
+from compiler.adapters import CLIP_TARGETS
 from compiler.families import FAMILIES
-from compiler.passes.text_training import TARGETS
 from compiler.plan import TextTraining
 from runtime.events import Silent
 from runtime.execute import execute
@@ -28,7 +28,7 @@ def test_two_ranks_stop_training_the_encoders_together(tmp_path: Path) -> None:
     source = source_of(tmp_path / "dog", repeats="1.5", dropout=0.3)
     facts = TextTraining(
         encoders=FAMILIES["sd3"].trainable_encoders,
-        adapter=evolve(LORA, dropout=0.2, targets=TARGETS["attention"]),
+        adapter=evolve(LORA, dropout=0.2, targets=CLIP_TARGETS["attention"]),
         lr=5e-4,
         until=3,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import pytest
 import torch
 from attrs import evolve
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compiler.adapters import CLIP_TARGETS
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
 from compiler.optimizers import OPTIMIZERS
-from compiler.passes.text_training import TARGETS
 from compiler.plan import Ema, Layout, Plan, Text, TextTraining
 from compiler.plan import Optimizer as plan_optimizer
 from runtime import checkpoints
@@ -28,8 +31,10 @@ from runtime.events import Silent
 from runtime.execute import execute
 from runtime.export.draw import draw
 from runtime.export.export import export
+from runtime.export.extract import extract
 from runtime.export.pictures import pictures
 from runtime.export.request import Refused, chosen, requested
+from runtime.export.size import Size
 from runtime.families import family_of
 from runtime.families.clip import TrainsText
 from runtime.families.common import encode_prompts
@@ -70,10 +75,15 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
             family, folder, root / f"{family}-dog", root / f"{family}-{name}", steps=steps, lr=3e-2
         )
         assert plan.adapter is not None
-        adapter = evolve(plan.adapter, targets=TARGET[card.trained_component], init="kaiming")
+        adapter = evolve(
+            plan.adapter,
+            kind=changes.pop("kind", "lora"),
+            targets=TARGET[card.trained_component],
+            init="kaiming",
+        )
         facts = TextTraining(
             encoders=card.trainable_encoders,
-            adapter=None if whole else evolve(adapter, rank=3, targets=TARGETS["all-linear"]),
+            adapter=None if whole else evolve(adapter, rank=3, targets=CLIP_TARGETS["all-linear"]),
             lr=share * plan.optimizer.lr,
             until=until or steps,
         )
@@ -262,29 +272,54 @@ def pictured(plan: Plan, stock: Any) -> Any:
     return np.asarray(picture)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("family", RUNS)
-def test_a_run_is_resumed_exactly_and_loads_in_diffusers(family: str, planned: Planned) -> None:
-    settings: dict[str, Any] = {"validation": PICTURES, "te": 0.5, "until": 3}
-    whole, manifest = planned(family, "whole", **settings)
+def test_a_run_is_resumed_exactly_and_loads_in_diffusers(
+    family: str, kind: str, planned: Planned
+) -> None:
+    settings: dict[str, Any] = {"validation": PICTURES, "te": 0.5, "until": 3, "kind": kind}
+    whole, manifest = planned(family, f"whole-{kind}", **settings)
     assert execute(whole, manifest, Silent()).status == "finished"
     every = evolve(whole.checkpoints, every=1)
-    halted, manifest = planned(family, "halted", checkpoints=every, **settings)
+    halted, manifest = planned(family, f"halted-{kind}", checkpoints=every, **settings)
     with pytest.raises(Killed):
         execute(halted, manifest, KillAfter(2))
     assert execute(halted, manifest, Silent()).status == "finished"
-    file = "lora/pytorch_lora_weights.safetensors"
+    file = f"{kind}/pytorch_lora_weights.safetensors"
     one, other = (load_file(Path(p.run_folder, file)) for p in (whole, halted))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     for encoder in FAMILIES[family].trainable_encoders:
         start = f"{encoder}.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"
         assert one[start].any(), encoder
+    check_start(whole, Path(whole.run_folder, file))
     stock = stock_of(whole)
     untrained = pictured(whole, stock)
     assert np.array_equal(untrained, drawn(whole, 0))
-    stock.load_lora_weights(whole.run_folder + "/lora")
+    stock.load_lora_weights(f"{whole.run_folder}/{kind}")
     assert np.array_equal(pictured(whole, stock), drawn(whole, STEPS))
     assert not np.array_equal(untrained, drawn(whole, STEPS))
+
+
+def check_start(plan: Plan, file: Path) -> None:
+    """Another run can start from the result, to whichever name of DoRA's lengths it has."""
+    assert plan.adapter is not None and plan.text_training is not None
+    assert plan.text_training.adapter is not None
+    ended = final_weights(plan)
+    short = file.with_name("short.safetensors")
+    lengths = ".lora_magnitude_vector"
+    names = {key: re.sub(rf"{lengths}\.weight$", lengths, key) for key in load_file(file)}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({names[k]: tensor for k, tensor in load_file(file).items()}, short, metadata)
+    for start in (str(file), str(short)):
+        text = evolve(plan.text_training.adapter, start=start)
+        facts = evolve(plan.text_training, adapter=text)
+        adapter = evolve(plan.adapter, start=start)
+        begun = built_of(evolve(plan, adapter=adapter, text_training=facts)).trainable
+        assert begun.keys() == ended.keys()
+        assert all(torch.equal(begun[name].detach(), ended[name]) for name in ended)
+    short.unlink()
 
 
 def states(plan: Plan, manifest: Manifest) -> Iterator[dict[str, Tensor]]:
@@ -396,6 +431,7 @@ def test_exports_draw_the_same_pictures(family: str, planned: Planned, tmp_path:
     export(requested(weights, merge=True, out=merged))
     assert np.abs(pictured(plan, built_stock(plan, merged)).astype(int) - picture).max() <= 1
     assert np.abs(pictured(plan, stock_of(plan)).astype(int) - picture).max() > 1
+    tuned = [merged]
     if family in ("sd", "sdxl"):  # whose published files hold the encoders
         one = export(
             requested(weights, merge=True, single_file=True, out=tmp_path / "1.safetensors")
@@ -406,9 +442,91 @@ def test_exports_draw_the_same_pictures(family: str, planned: Planned, tmp_path:
         read.scheduler = stock_of(plan).scheduler
         read.set_progress_bar_config(disable=True)
         assert np.abs(pictured(plan, read).astype(int) - picture).max() <= 1
+        tuned.append(one)
     else:
         with pytest.raises(Refused, match="leave them out"):
             requested(weights, merge=True, single_file=True, out=tmp_path / "1.safetensors")
+    for number, model in enumerate(tuned):
+        check_extracted(plan, model, tmp_path / f"of-{number}.safetensors")
+
+
+def check_extracted(plan: Plan, tuned: Path, out: Path) -> None:
+    """The LoRA of what `tuned` has more than the base, at full rank, makes its picture."""
+    found = extract(
+        Path(plan.model.base), tuned, Size(), format="diffusers", precision="fp32", out=out
+    )
+    assert not found.left
+    keys = load_file(out)
+    for encoder in FAMILIES[plan.model.family].trainable_encoders:
+        assert any(key.startswith(f"{encoder}.text_model.encoder.") for key in keys)
+    stock = stock_of(plan)
+    stock.load_lora_weights(out)
+    difference = pictured(plan, stock).astype(int) - drawn(plan, STEPS).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_what_a_lora_can_t_hold_of_text_encoders_is_told(planned: Planned, tmp_path: Path) -> None:
+    base, tuned = planned("sd3", "apart")[0].model.base, tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+
+    def change(encoder: str, name: str) -> None:
+        (file,) = (tuned / encoder).glob("*.safetensors")
+        held = load_file(file)
+        (key,) = (key for key in held if key.removeprefix("text_model.") == name)
+        save_file({**held, key: held[key] + 1}, file, {"format": "pt"})
+
+    change("text_encoder", "encoder.layers.0.mlp.fc1.weight")
+    change("text_encoder", "final_layer_norm.bias")
+    change("text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q.weight")
+    for format, start in (
+        ("diffusers", "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_"),
+        ("comfyui", "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_"),
+        ("kohya", "lora_te1_text_model_encoder_layers_0_mlp_fc1."),
+    ):
+        out = tmp_path / f"{format}.safetensors"
+        words: Any = {"format": format, "precision": "", "out": out}
+        found = extract(Path(base), tuned, Size(), **words)
+        assert found.left == ("text_encoder.final_layer_norm.bias", "text_encoder_3")
+        assert found.layers == 1
+        assert all(key.startswith(start) for key in load_file(out))
+
+
+def test_encoders_are_made_smaller_too(planned: Planned, tmp_path: Path) -> None:
+    """Each layer is the nearest of its rank: what is left is the root of the other singular values'
+    squares (Eckart and Young, 1936)."""
+    plan, manifest = planned("sd", "resized", validation=PICTURES)
+    assert execute(plan, manifest, Silent()).status == "finished"
+    weights, found = chosen(Path(plan.run_folder)), {}
+    for name, resize, format in (
+        ("whole", "", "diffusers"),
+        ("same", "3", "diffusers"),
+        ("small", "1", "diffusers"),
+        ("kohya", "1", "kohya"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        export(requested(weights, format=format, resize=resize, out=path))
+        found[name] = load_file(path)
+        if name == "same":
+            stock = stock_of(plan)
+            stock.load_lora_weights(path)
+            difference = pictured(plan, stock).astype(int) - drawn(plan, STEPS).astype(int)
+            assert np.abs(difference).max() <= 1
+    ours = [key.removesuffix(".lora_A.weight") for key in found["whole"] if "lora_A" in key]
+    assert any(module.startswith("text_encoder.") for module in ours)
+    for module in ours:
+        whole, small = (
+            (each[f"{module}.lora_B.weight"] @ each[f"{module}.lora_A.weight"]).double()
+            for each in (found["whole"], found["small"])
+        )
+        assert found["small"][f"{module}.lora_A.weight"].shape[0] == 1
+        values = torch.linalg.svdvals(whole)
+        left = (whole - small).norm()
+        torch.testing.assert_close(left, values[1:].norm(), rtol=1e-3, atol=1e-6)
+        root = module.replace("text_encoder.", "lora_te.").replace("unet.", "lora_unet.")
+        theirs = root.replace(".", "_")
+        for one, other in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+            tensor = found["kohya"][f"{theirs}.{other}.weight"]
+            assert torch.equal(tensor, found["small"][f"{module}.{one}.weight"])
 
 
 def check_keys(plan: Plan, path: Path) -> None:

@@ -179,8 +179,10 @@ def test_quantised_as_the_base_would_be(folders: tuple[Path, Path], tmp_path: Pa
 def test_a_file_of_something_else_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(8)}, tmp_path / "x.safetensors")
     model = with_file(folders[0], tmp_path / "x.safetensors")
-    with pytest.raises(RunFailed, match="can't be read as a SD3Transformer2DModel"):
+    with pytest.raises(RunFailed, match="can't be read as a SD3Transformer2DModel") as caught:
         family_of("sd3").load(model, "transformer", torch.float32, CPU)
+    help = caught.value.help  # a base in one file has no key `file` that could be left out
+    assert "leave out" not in help and "[model.transformer] file" in help and "folder" in help
 
 
 RECIPE = """\

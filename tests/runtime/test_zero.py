@@ -13,7 +13,7 @@ from attrs import evolve
 from safetensors.torch import load_file
 
 from compiler.plan import Sharing
-from runtime import checkpoints, zero
+from runtime import checkpoints, step, zero
 from runtime.errors import MachineUnfit, RunFailed
 from runtime.events import Silent
 from runtime.execute import execute
@@ -137,18 +137,38 @@ def test_it_goes_on_bit_for_bit(shared, family, method, sharing, precision):
 
 @real
 @pytest.mark.slow
-def test_a_gradient_that_is_no_number_changes_nothing(shared):
-    plan, _, manifest = shared("sana", "lora", 2, 1, sharing=stage(2), every=1, keep=5)
+@pytest.mark.parametrize(
+    ("sharing", "spoilt", "precision"),
+    [
+        (stage(1), "loss", None),
+        (stage(2), "gradient", None),
+        (stage(2, offload=True), "loss", MIXED),
+        (stage(3), "loss", MIXED),
+        (stage(3, offload=True), "gradient", None),
+    ],
+)
+def test_a_loss_or_gradient_that_is_no_number_changes_nothing(shared, sharing, spoilt, precision):
+    """In one rank; the loss is infinite while its gradients are finite."""
+    changes = {"precision": precision} if precision else {}
+    plan, _, manifest = shared("sana", "lora", 2, 1, sharing=sharing, every=1, keep=5, **changes)
     plan = evolve(plan, guard=evolve(plan.guard, skip=1))
 
     def spoil(rank: int) -> None:
-        stock, calls = zero.Zero._backward, []
+        stock, losses, calls = zero.Zero._backward, step.forward_losses, []
 
         def backward(self, loss):
             calls.append(1)
             stock(self, loss * float("nan") if rank == 1 and len(calls) == 2 else loss)
 
-        zero.Zero._backward = backward
+        def infinite(*arguments):
+            calls.append(1)
+            found = losses(*arguments)
+            return found + float("inf") if rank == 1 and len(calls) == 2 else found
+
+        if spoilt == "gradient":
+            zero.Zero._backward = backward
+        else:
+            step.forward_losses = infinite
 
     assert [wait(pid) for pid in start([(plan, manifest)], 2, spoil)] == [0, 0]
     assert [row["step"] for row in metrics_of(plan) if "grad_norm" not in row] == [2]

@@ -15,9 +15,9 @@ def test_one_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (
         "batch-too-large: a batch larger than the data\n"
         "\n"
-        "No batch of this size can be filled from the source, so the run would not do\n"
-        "what the recipe says. Repeats count: 10 images with `repeats = 5` are 50\n"
-        "samples.\n"
+        "No source can fill a batch of this size, so the run would not do what the recipe\n"
+        "says. Repeats count: 10 images with `repeats = 5` are 50 samples. A small source\n"
+        "beside one that fills batches is trained in short ones.\n"
         "\n"
         "wrong:\n"
         "    [train]\n"

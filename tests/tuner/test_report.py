@@ -15,7 +15,7 @@ from compiler.plan import Prompt
 from tests.runtime.plans import manifest_of, source_of
 from tests.tuner.examples import fake_run, quickstart
 from tuner.charts import COLOURS, MAX_POINTS, chart, envelope, moving_average, thinned, ticks
-from tuner.exits import DONE, REFUSED
+from tuner.exits import DONE, FAILED, REFUSED
 from tuner.report import rewrite_report, write_report
 from tuner.report_compare import compare, titles
 from tuner.report_pictures import MAX_STEPS, chosen, embedded
@@ -288,6 +288,21 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rewrite_report(tmp_path / "nothing") == REFUSED
     assert rewrite_report(tmp_path) == REFUSED
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_a_report_that_can_not_be_written_is_said_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fake_run(tmp_path / "run")
+
+    def full(path: Path, content: bytes) -> None:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert rewrite_report(folder) == FAILED
+    assert "the report can't be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert not list(folder.glob(".partial-*"))
 
 
 def test_large_pictures_are_embedded_small(tmp_path: Path) -> None:

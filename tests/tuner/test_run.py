@@ -1,6 +1,10 @@
 """`tuner run` around the runtime: exit codes, what is said, what is kept in the run folder."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +14,14 @@ from attrs import evolve
 
 from compiler import lock
 from compiler.data.manifest import Folder, Manifest
+from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Plan, Rung, lock_path
-from runtime.errors import MachineUnfit, OutOfMemory, PlanChanged, RunFailed
+from runtime import folder, saved
+from runtime.errors import InUse, MachineUnfit, OutOfMemory, PlanChanged, RunFailed
 from tests.tuner.examples import quickstart
 from tuner import next_rung, run
 from tuner.exits import DONE, FAILED, REFUSED, STOPPED, UNFIT
+from tuner.plan_view import summary
 from tuner.run import Job, below
 
 
@@ -195,7 +202,90 @@ def test_an_accepted_change_goes_on_with_the_new_plan(
     seen = ends(monkeypatch, changed("optimizer.lr", "schedule.warmup"), outcome(job, "finished"))
     assert run._run(job, ("train.optimizer.lr", "schedule")) == DONE
     assert len(seen) == 2
-    assert lock.read(lock_path(Path(job.plan.run_folder))).digest == job.plan.digest
+    place = Path(job.plan.run_folder)
+    assert folder.is_accepted(place, job.plan)  # the runtime takes it over, once it has loaded
+    assert (place / folder.ACCEPTED / "recipe.toml").read_text() == job.recipe
+
+
+def test_how_a_step_is_computed_may_change(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint's shape rests on it."""
+    ends(monkeypatch, changed("speed.fused_projections"), outcome(job, "finished"))
+    assert run._run(job, ("speed",)) == DONE
+
+
+def begun(job: Job, step: int, *, finished: bool) -> None:
+    """The run's folder after `step` steps."""
+    place = saved.folder_of(Path(job.plan.run_folder) / "checkpoints", step)
+    place.mkdir(parents=True)
+    (place / "state.json").write_text(json.dumps({"step": step, "files": {}}))
+    if finished:
+        (Path(job.plan.run_folder) / folder.MEASURED).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("done", "finished", "why"),
+    [
+        (6, True, ""),
+        (9, False, ""),
+        (9, True, "it can only be given more steps than 9"),
+        (12, False, "12 steps are done, and it can't go back to 9"),
+    ],
+)
+def test_an_end_that_lies_behind_is_no_way_on(
+    done: int, finished: bool, why: str, job: Job, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    job = evolve(job, plan=evolve(job.plan, steps=evolve(job.plan.steps, total=9)))
+    begun(job, done, finished=finished)
+    ends(monkeypatch, changed("steps.total"), changed("steps.total"), outcome(job, "finished"))
+    assert run._run(job, ()) == REFUSED  # what helps is said, and nothing else
+    said = capsys.readouterr().err
+    assert why in said and ("--accept-change steps.total" in said) == (not why)
+    assert run._run(job, ("steps.total",)) == (REFUSED if why else DONE)
+    assert folder.is_accepted(Path(job.plan.run_folder), job.plan) == (not why)
+
+
+def test_a_finished_run_without_a_checkpoint_is_at_its_end(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(job, 9, finished=True)
+    shutil.rmtree(Path(job.plan.run_folder) / "checkpoints")
+    ends(monkeypatch, changed("steps.total"))
+    assert run._run(job, ("steps.total",)) == REFUSED
+    assert "no checkpoint left to go on from" in capsys.readouterr().err
+
+
+def test_arguments_that_shape_the_state_are_never_accepted(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = dict(OPTIMIZERS["prodigy"].defaults)
+    prodigy = evolve(job.plan.optimizer, name="prodigy", arguments=arguments)
+    job = evolve(job, plan=evolve(job.plan, optimizer=prodigy))
+    ends(
+        monkeypatch,
+        changed("optimizer.arguments.slice_p"),
+        changed("optimizer.arguments.d_coef"),
+        outcome(job, "finished"),
+    )
+    assert run._run(job, ("optimizer.arguments",)) == REFUSED
+    assert "--accept-change" not in capsys.readouterr().err
+    assert run._run(job, ("optimizer.arguments",)) == DONE
+
+
+def test_other_threads_are_accepted_and_their_key_is_named(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends(monkeypatch, changed("threads"), changed("threads"), outcome(job, "finished"))
+    assert run._run(job, ()) == REFUSED
+    said = capsys.readouterr().err
+    assert "--accept-change threads" in said and "`--set launch.threads=1`" in said
+    assert run._run(job, ("threads",)) == DONE
+
+
+def test_a_folder_in_use_gets_no_report(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends(monkeypatch, InUse("another process is running it"))
+    assert run._run(job, ()) == FAILED
+    assert list(Path(job.plan.run_folder).iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["adapter.rank", "seed"])
@@ -221,6 +311,46 @@ def test_a_saved_plan_runs_with_its_list_of_samples(
     seen = ends(monkeypatch, outcome(job, "finished"))
     assert run.run_recipe(path, (), accepted=(), strict=False) == DONE
     assert seen == [job.plan]
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = Path(job.plan.run_folder), tmp_path / "moved"
+    first.mkdir(parents=True)
+    (first / ".lock").touch()
+    lock_path(first).write_text(lock.dumps(job.plan))
+    job.manifest.save(first / run.MANIFEST)
+    seen = ends(monkeypatch, *[outcome(job, "finished")] * 2)
+    assert run.run_recipe(lock_path(first), (), accepted=(), strict=False) == DONE
+    assert "begun in" not in capsys.readouterr().err and seen == [job.plan]
+    shutil.rmtree(tmp_path / "moved", ignore_errors=True)
+    first.rename(other)
+    assert run.run_recipe(lock_path(other), (), accepted=(), strict=False) == DONE
+    assert f"was begun in {first}; it goes on in {other}" in capsys.readouterr().err
+    assert seen[1] == evolve(job.plan, run_folder=str(other)) and not first.exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_process_runs_in_is_left_alone_and_nothing_else_is_said(
+    job: Job, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.lock.toml"
+    path.write_text(lock.dumps(job.plan))
+    job.manifest.save(tmp_path / run.MANIFEST)
+    with folder.opened(job.plan, ""):
+        there = {each: each.stat().st_mtime_ns for each in Path(job.plan.run_folder).rglob("*")}
+        done = subprocess.run(
+            [sys.executable, "-m", "tuner", "run", str(path)], capture_output=True, text=True
+        )
+        after = {each: each.stat().st_mtime_ns for each in Path(job.plan.run_folder).rglob("*")}
+    assert done.returncode == FAILED and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        *summary(job.plan).splitlines(),
+        f"error: another process is running {job.plan.run_folder}",
+        "help: wait for it, or stop it first",
+    ]
+    assert after == there
 
 
 @pytest.mark.parametrize("fault", ["no manifest", "other manifest", "no plan", "override"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,21 @@ def test_notes_are_rare_and_gone_at_the_end(run: Path) -> None:
     assert (run / NOTE).exists()
 
 
+def test_a_note_that_a_full_disk_has_no_room_for_leaves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *arguments: object, **named: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with Path(os.devnull).open("w") as nowhere:
+        events = Noted(progress(quickstart(), nowhere), run)
+        monkeypatch.setattr(Path, "write_text", full)
+        events.phase("latents", 10, "pictures")
+        events.close()
+    assert not list(run.glob("*phase.json"))
+
+
 def test_no_torch_on_the_way(run: Path) -> None:
     code = (
         "import sys\nfrom tuner.cli import run_command\n"
@@ -210,7 +226,23 @@ def test_what_was_judged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the best of those kept is that of step 50" in capsys.readouterr().out
 
 
+def test_numbers_that_are_none_are_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(run, 50)
+    judged(run, {0: 0.9, 20: nan, 40: inf, 50: 0.4})
+    judged(run, {0: nan}, "evaluation/clip_score")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 51, "loss": NaN, "grad_norm": Infinity}\n')
+    found = told(run)
+    assert found.evaluation_losses == [(0, 0.9), (50, 0.4)] and found.clip_scores == []
+    assert found.loss is None and found.grad_norm is None
+    for as_json in (False, True):
+        assert show_status(run, as_json=as_json) == DONE
+    assert "NaN" not in capsys.readouterr().out
+
+
 def test_a_line_of_blocks() -> None:
+    assert sparkline([0.0, nan, 1.0, inf]) == "\u2581 \u2588 "
+    assert sparkline([nan]) == " "
     assert sparkline([0.0, 1.0]) == "\u2581\u2588"
     assert sparkline([2.0, 2.0, 2.0]) == "\u2584" * 3
     assert len(sparkline([float(n) for n in range(100)], 10)) == 10

@@ -30,6 +30,9 @@ PICTURES = "urls"
 """The folder in it of single pictures."""
 NOTE = ".json"
 FAILED = ".failed"
+"""Ends the name of a note that a picture can't be had."""
+LATER = ".later"
+"""Ends the name of a note that it could not be had at first; its time is that of the first try."""
 HUB = "hub:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _WEB = re.compile(r"https?://", re.IGNORECASE)

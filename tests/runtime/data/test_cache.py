@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import sqlite3
@@ -266,6 +267,7 @@ def test_full_disk_is_named_and_tears_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert isinstance(caught.value, OSError) and "free some space" in caught.value.help
+    assert re.search(r"; [\d,.]+ MiB are free there, to write 1 entry of", caught.value.message)
     assert len(list((tmp_path / "shards-1").iterdir())) == 1
     assert cache.missing([key(1), key(2)]) == {key(2)}
     cache.put(key(2), entry(2))
@@ -286,7 +288,7 @@ def test_full_disk_at_the_commit_leaves_no_orphan(
     cache.put(key(2), entry(2))
     with monkeypatch.context() as patch:
         patch.setattr(caching, "_layout_number", full)
-        with pytest.raises(CacheNotWritable, match="disk is full"):
+        with pytest.raises(CacheNotWritable, match=r"disk is full; .* MiB are free there"):
             cache.flush()
     assert len(list((tmp_path / "shards-1").iterdir())) == 1
     assert Cache(tmp_path).missing([key(1), key(2)]) == {key(2)}

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,15 @@ from typing import ClassVar
 
 import pytest
 
-from compiler.data.sources.remote import FAILED, Remote, copied, hub_parts, is_remote, picture_path
+from compiler.data.sources.remote import (
+    FAILED,
+    LATER,
+    Remote,
+    copied,
+    hub_parts,
+    is_remote,
+    picture_path,
+)
 from compiler.plan import lock_path
 from runtime.data import downloads, pictures, stores
 from runtime.data.downloads import changed_sources, copy_sources
@@ -37,6 +46,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     pages: ClassVar[dict[str, bytes | int]] = {}
     asked: ClassVar[list[str]] = []
     states: ClassVar[bool] = False  # whether it says in which state a page is
+    slow: ClassVar[set[str]] = set()  # pages that it does not answer in time
+    retry_after: ClassVar[dict[str, str]] = {}
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
@@ -47,8 +58,13 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def answer(self, *, body: bool) -> None:
         page = self.pages.get(self.path, 404)
+        if self.path in self.slow:
+            time.sleep(0.5)
         if isinstance(page, int):
-            self.send_error(page)
+            self.send_response(page)
+            if self.path in self.retry_after:
+                self.send_header("Retry-After", self.retry_after[self.path])
+            self.end_headers()
             return
         self.send_response(200)
         cut = self.path.startswith("/cut")
@@ -66,7 +82,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def web() -> Iterator[str]:
     Server.pages = {f"/{name}": data for name, (data, _) in TOLD.items()}
-    Server.asked, Server.states = [], False
+    Server.asked, Server.states, Server.slow, Server.retry_after = [], False, set(), {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -126,7 +142,9 @@ def test_pictures_that_do_not_come_whole(
     for url in urls:
         path = picture_path(tmp_path, url)
         assert not path.exists()
-        reasons.append(path.with_name(path.name + FAILED).read_text())
+        ending = LATER if url.endswith("down.jpg") else FAILED
+        reasons.append(path.with_name(path.name + ending).read_text())
+        assert not path.with_name(path.name + {LATER: FAILED, FAILED: LATER}[ending]).exists()
     assert "of 11 bytes" in reasons[0] or "IncompleteRead" in reasons[0]
     assert "this is no picture" in reasons[1]
     assert reasons[2:] == [
@@ -134,6 +152,66 @@ def test_pictures_that_do_not_come_whole(
         "the server says 404 Not Found",
     ]
     assert Server.asked.count("/down.jpg") == 2 and Server.asked.count("/none.jpg") == 1
+
+
+@pytest.mark.parametrize("busy", [429, 500, 503, "silent"])
+def test_a_busy_server_is_asked_again(
+    tmp_path: Path,
+    web: str,
+    project: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    busy: int | str,
+) -> None:
+    """What it could not give is not broken: every run asks for it until it is there."""
+    monkeypatch.setattr("tuner.compiling.compile_here", lambda path, more: compiled(path, *more))
+    monkeypatch.setattr(pictures, "_PAUSE", 0.0)
+    monkeypatch.setattr("runtime.data.web.PATIENCE", 0.2)
+    name, whole = "/dog/3.jpg", Server.pages["/dog/3.jpg"]
+    Server.pages |= {name: busy, "/gone.jpg": 410} if busy != "silent" else {"/gone.jpg": 410}
+    Server.slow = {name} if busy == "silent" else set()
+    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
+    rows.append({"url": f"{web}/gone.jpg", "text": "x"})
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    path = project('id = "web"\npath = "t.jsonl"\nbroken = "skip"')
+    refused = compile_copied(path, [], offline=False)
+    assert codes(refused) == ["not-downloaded"] and refused.plan is None
+    assert "1 image of `t.jsonl`" in refused.diagnostics[0].message
+    assert codes(compiled(path)) == ["not-downloaded"]  # and a plan says so, too
+    Server.pages[name], Server.slow, Server.asked[:] = whole, set(), []
+    made = compile_copied(path, [], offline=False)
+    assert codes(made) == ["broken-images"] and made.manifest is not None
+    assert len(made.manifest) == 5 and Server.asked == [name]  # what is gone is not asked again
+    assert list((tmp_path / "cache").rglob(f"*{LATER}")) == []
+
+
+def test_a_server_that_is_busy_for_an_hour_refuses(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "_PAUSE", 0.0)
+    Server.pages["/down.jpg"] = 503
+    urls, said = [f"{web}/down.jpg", f"{web}/dog/0.jpg"], list[str]()
+    path = picture_path(tmp_path, urls[0])
+    later, failed = path.with_name(path.name + LATER), path.with_name(path.name + FAILED)
+    for ago, given_up in ((0, False), (600, False), (90_000, False), (4000, True)):
+        if ago:
+            os.utime(later, (time.time() - ago,) * 2)
+        copy_pictures(urls, tmp_path, said.append)
+        assert failed.exists() == given_up and later.exists() != given_up
+    assert time.time() - failed.stat().st_mtime < 60
+    asked_again = "1 of 2 images can't be had now and are asked for again"
+    assert sum(line.startswith(asked_again) for line in said) == 3
+
+
+def test_a_server_says_how_long_to_wait(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(pictures.time, "sleep", waited.append)
+    Server.pages |= {"/down.jpg": 429, "/dog/9.jpg": 503}
+    Server.retry_after = {"/down.jpg": "7", "/dog/9.jpg": "Fri, 31 Dec 1999 23:59:59 GMT"}
+    for name in ("down.jpg", "dog/9.jpg"):
+        copy_pictures([f"{web}/{name}"], tmp_path, quiet)
+    assert waited == [0.0, 7.0, 0.0, 0.5]
 
 
 def test_without_a_connection_nothing_is_noted(tmp_path: Path) -> None:

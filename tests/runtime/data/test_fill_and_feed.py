@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -179,9 +179,12 @@ def test_filling_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert family.pictures == 12 and events.done[0] == 7
 
 
-def test_broken_bodies_are_all_named_and_condemned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", ["error", "skip"])
+def test_broken_bodies_are_all_named_and_condemned(
+    tmp_path: Path, broken: Literal["error", "skip"]
+) -> None:
     """A JPEG whose ends are right and whose middle is missing: no header shows it."""
-    plan, manifest, family = set_up(tmp_path)
+    plan, manifest, family = set_up(tmp_path, edit=lambda source: evolve(source, broken=broken))
     for seed, name in enumerate(("01.png", "03.png")):
         data = encoded(picture(70, 70, seed=seed), "PNG")
         middle = data.index(b"IDAT") + 40
@@ -192,6 +195,8 @@ def test_broken_bodies_are_all_named_and_condemned(tmp_path: Path) -> None:
     assert [Path(path).name for path, _ in caught.value.files] == ["01.png", "03.png"]
     assert "01.png: broken image data" in caught.value.message
     assert "run the recipe again" in caught.value.help and family.pictures == 10
+    assert ('broken = "skip"' in caught.value.help) is (broken == "error")
+    assert "leave them out" in caught.value.help
     index = Index(tmp_path / "xdg" / "tuner" / HEADERS)
     faults = scan(tmp_path / "dogs", index).faults
     assert [Path(f.path).name for f in faults] == ["01.png", "03.png"]

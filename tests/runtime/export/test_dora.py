@@ -20,10 +20,12 @@ from compiler.adapters import AdapterKind
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 from runtime.export.conventions import FUSED, LORA, refusal
-from runtime.export.export import export, kohya_names, named
+from runtime.export.export import export, in_kohya
+from runtime.export.lazy import held
 from runtime.export.request import Refused, chosen, requested
 from runtime.methods import adapter_files, lora
 from runtime.methods.kinds import parts_of
+from runtime.methods.updates import adapted_weight
 from tests.runtime.export.runs import pipeline_of
 from tests.runtime.methods.test_kinds import adapter_of, made, plain, shake
 from tests.runtime.plans import LORA as SMALL
@@ -123,8 +125,12 @@ def test_lycoris_reads_its_own_kinds_under_the_keys_of_sd_scripts(
     merged = dict(lora.merged(built))
     values = {name: tensor.detach() for name, tensor in built.trainable.items()}
     config = dict(UNet2DConditionModel.load_config(folder / "unet"))
-    names = kohya_names("sdxl", list(parts_of(list(values))), config)
-    file = {named(k, names): v for k, v in adapter_files.laid_out(values, adapter).items()}
+    laid_out = held(adapter_files.laid_out(values, adapter))
+    there = in_kohya("sdxl", laid_out, list(parts_of(list(values))), config)
+    file = {key: lazy.read() for key, lazy in there.items()}
+    names = dict(
+        zip(*([key.partition(".")[0] for key in each] for each in (laid_out, file)), strict=True)
+    )
     assert all(re.match("lora_unet_(input|middle|output)_block", key) for key in file)
     layers = dict(plain(folder).named_modules())
     for module in parts_of(list(values)):
@@ -145,6 +151,29 @@ def test_lycoris_reads_its_own_kinds_under_the_keys_of_sd_scripts(
         )
 
 
+@pytest.mark.parametrize("kind", ["oft", "boft"])
+def test_lycoris_turns_outputs_where_peft_turns_inputs(kind: AdapterKind) -> None:
+    """Which is why there are no keys of the one for the other: a rotation of the outputs keeps
+    W^T W, one of the inputs W W^T."""
+    lycoris = pytest.importorskip("lycoris.modules")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 16, bias=False)
+    cls = {"oft": lycoris.diag_oft.DiagOFTModule, "boft": lycoris.boft.ButterflyOFTModule}[kind]
+    theirs = cls("x", layer, lora_dim=4)
+    torch.nn.init.normal_(theirs.oft_blocks, std=0.3)
+    part = {"oft": torch.randn(2, 6) * 0.01, "boft": torch.randn(1, 2, 4, 4)}[kind]
+    parts = {f"{kind}_R": part, "boft_s": torch.ones(16, 1)}
+    with torch.no_grad():
+        weight, turned = layer.weight, theirs.get_merged_weight()[0]
+        ours = adapted_weight(weight, parts, adapter_of(kind, "sd"), "x")
+    torch.testing.assert_close(turned.T @ turned, weight.T @ weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours @ ours.T, weight @ weight.T, rtol=0, atol=1e-4)
+    for one in (turned @ turned.T - weight @ weight.T, ours.T @ ours - weight.T @ weight):
+        assert one.abs().max() > 1e-3
+    for format in ("kohya", "comfyui"):
+        assert "turns a layer's inputs" in refusal(format, "sd", kind)  # type: ignore[arg-type]
+
+
 def test_layers_that_are_one_there_are_refused(plan: Plan, tmp_path: Path) -> None:
     for format in FUSED:
         for family in FUSED[format]:
@@ -152,6 +181,7 @@ def test_layers_that_are_one_there_are_refused(plan: Plan, tmp_path: Path) -> No
         for family in LORA[format].keys() - FUSED[format]:
             assert not refusal(format, family, "dora")
     assert "one layer there" in refusal("kohya", "flux", "lokr")
+    assert not any(refusal("kohya", family, "full") for family in LORA["kohya"])
     assert "Sana" in refusal("kohya", "sana", "lokr")
     with pytest.raises(Refused, match="only a LoRA can be resized"):
         requested(chosen(Path(plan.run_folder)), format="kohya", resize="1", out=tmp_path / "x")

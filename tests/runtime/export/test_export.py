@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from runtime import checkpoints
 from runtime.errors import RunFailed
 from runtime.export.export import export
+from runtime.export.metadata import described
 from runtime.export.request import Refused, chosen, requested
 from tests.runtime.export.runs import drawn, pipeline_of
 
@@ -249,6 +250,22 @@ def test_precision(runs, precision, dtype, format, tmp_path):
     assert {v.dtype for k, v in found.items() if k.endswith("alpha")} <= {torch.float32}
 
 
+def test_the_resolution_told_is_the_sources(runs, tmp_path):
+    """Not a bucket's, whose edges are multiples and no squares."""
+    weights = chosen(Path(runs("sd3").run_folder))
+    request, plan = requested(weights, out=tmp_path / "x"), weights.plan
+    shapes = tuple(evolve(bucket, width=80, height=48) for bucket in plan.buckets)
+    for said, edge in (
+        ({"resolution": 64.0, "resolution_type": "pixel_area"}, "64x64"),
+        ({"resolution": 512.0, "resolution_type": "pixel"}, "512x512"),
+        ({"resolution": 0.262144, "resolution_type": "area"}, "512x512"),
+    ):
+        source = evolve(plan.sources[0], geometry=evolve(plan.sources[0].geometry, **said))
+        other = evolve(plan, buckets=shapes, sources=(source,))
+        found = described(evolve(request, weights=evolve(weights, plan=other)))
+        assert found["modelspec.resolution"] == edge
+
+
 def test_metadata(runs, tmp_path):
     plan = runs("sd3")
     file = exported(plan, tmp_path / "lora.safetensors", format="kohya")
@@ -306,6 +323,13 @@ def test_a_single_file_holds_the_vae_as_published(runs, tmp_path):
         ("sd3", True, {"merge": True}, "nothing to merge"),
         ("sd3", True, {"format": "kohya"}, "names the keys of a LoRA"),
         ("sd3", False, {"merge": True, "format": "comfyui"}, "names the keys of a LoRA"),
+        (
+            "sd3",
+            False,
+            {"merge": True, "single_file": True, "format": "peft"},
+            "names the keys of a LoRA",
+        ),
+        ("sd3", True, {"single_file": True, "format": "comfyui"}, "names the keys of a LoRA"),
         ("sd3", False, {"format": "lycoris"}, "unknown format"),
         ("sd3", False, {"precision": "int8"}, "unknown precision"),
         ("sd3", False, {"step": 3}, "no checkpoint of step 3"),

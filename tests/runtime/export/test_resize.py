@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file, save_file
 
+from compiler.families import FAMILIES
+from runtime.export import opened
+from runtime.export.base import base_tensors
 from runtime.export.export import export
+from runtime.export.lazy import write
 from runtime.export.lora_keys import Layer
 from runtime.export.request import Refused, chosen, requested, size_of
 from runtime.export.size import Size, parsed
 from runtime.export.svd import extracted, resized
+from runtime.export.whole import laid_out
 from tests.runtime.export.runs import EVERYTHING, drawn, pipeline_of
 from tests.runtime.export.test_export import apart
+from tests.runtime.tiny import make_tiny
 from tuner.cli import run_command
 from tuner.exits import DONE, REFUSED
 
@@ -131,4 +140,84 @@ def test_models_that_are_not_alike_are_refused(
         ([base, "--extract", other, "--format", "peft"], "no LoRA is extracted as `peft`"),
     ):
         assert run_command(["export", *words, "--out", str(tmp_path / "x")]) == REFUSED
+        assert message in capsys.readouterr().err
+
+
+def changed(folder: Path, *names: str) -> None:
+    """Other numbers in some weights of the component in `folder`."""
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    generator = torch.Generator().manual_seed(3)
+    for name in names:
+        state[name] = state[name] + torch.randn(state[name].shape, generator=generator)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sdxl_refiner", "kolors"])
+def test_a_unet_without_its_pipeline_is_of_the_same_family(family: str, tmp_path: Path) -> None:
+    """Whose names in sd-scripts' files differ."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    make_tiny(family, base)
+    shutil.copytree(base, tuned)
+    state = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    changed(tuned / "unet", next(k for k in state if k.endswith("attn1.to_q.weight")))
+    found = []
+    for inner in ("", "unet"):
+        out = tmp_path / f"of-{inner}.safetensors"
+        words = ["--extract", str(tuned / inner), "--format", "kohya", "--out", str(out)]
+        assert run_command(["export", str(base / inner), *words]) == DONE
+        found.append(load_file(out))
+    assert found[0].keys() == found[1].keys()
+    own = any("input_blocks" in key or "output_blocks" in key for key in found[0])
+    assert own == (family in ("sdxl", "sdxl_refiner"))
+
+
+def test_whole_files_are_compared_as_folders_are(
+    runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = runs("sd3")
+    base, merged = Path(plan.model.base), tmp_path / "merged"
+    weights = chosen(Path(plan.run_folder))
+    export(requested(weights, merge=True, out=merged))
+    file = tmp_path / "merged.safetensors"
+    export(requested(weights, merge=True, single_file=True, out=file))
+    (bare,) = (merged / "transformer").glob("*.safetensors")
+
+    def of(one: Path, other: Path) -> dict[str, torch.Tensor]:
+        out = tmp_path / "out.safetensors"
+        call = ["export", str(one), "--extract", str(other), "--resize", "2", "--out", str(out)]
+        assert run_command(call) == DONE, capsys.readouterr().err
+        found = load_file(out)
+        out.unlink()
+        return found
+
+    expected = of(base, merged)
+    first = tmp_path / "base.safetensors"
+    whole = laid_out(plan.model, base_tensors(plan.model, 0), everything=False, dtype=None)
+    write(first, whole, {})
+    for one, other in ((base, file), (base, bare), (first, merged)):
+        found = of(one, other)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    call = ["export", str(first), "--extract", str(file), "--out", str(tmp_path / "x")]
+    assert run_command(call) == REFUSED  # no published model is as small
+    assert "is no whole model in one file that is known here" in capsys.readouterr().err
+    configs = {name: json.loads(text) for name, text in plan.model.configs.items()}
+    card = FAMILIES["sd3"]
+    known = evolve(card.known[0], configs=configs)
+    monkeypatch.setattr(opened, "FAMILIES", {**FAMILIES, "sd3": evolve(card, known=(known,))})
+    found = of(first, file)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_lora_is_no_whole_model(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = runs("sd3")
+    lora = next(chosen(Path(plan.run_folder)).result.glob("*.safetensors"))
+    text = tmp_path / "text.safetensors"
+    text.write_text("no weights", encoding="utf-8")
+    for file, message in ((lora, "is no whole model"), (text, "is no safetensors file")):
+        call = ["export", plan.model.base, "--extract", str(file), "--out", str(tmp_path / "x")]
+        assert run_command(call) == REFUSED
         assert message in capsys.readouterr().err

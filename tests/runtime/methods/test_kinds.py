@@ -6,6 +6,7 @@ Files are loaded by the programs that they are for: Diffusers, peft and LyCORIS.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -426,6 +427,63 @@ def test_patterns_that_match_nothing_are_named(bases: Callable[[str], Path]) -> 
     ):
         with pytest.raises(ValueError, match=words):
             made(folder, adapter_of("lora", "sana", **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "near"),
+    [
+        (
+            {"ranks": (Ranked(pattern="transformer_blocks.0", rank=2),)},
+            r"transformer_blocks\.0\..*",
+        ),
+        ({"exclude": ("to_q|to_k",)}, r".*\.(to_q|to_k)"),
+        ({"targets": ("attn1",)}, r".*\.attn1\..*"),
+    ],
+)
+def test_a_pattern_of_a_part_is_told_the_one_of_the_whole(
+    bases: Callable[[str], Path], changes: dict[str, Any], near: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"; `{near}` matches ")) as caught:
+        made(bases("sana"), adapter_of("lora", "sana", **changes))
+    names = [
+        name for name, module in plain(bases("sana")).named_modules() if lora.is_linear(module)
+    ]
+    whole = [name for name in names if re.fullmatch(near, name)]
+    assert whole and str(caught.value).endswith(f" matches {len(whole)}")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rank_that_a_layer_has_not_is_named_before_any_weight_is_read(
+    bases: Callable[[str], Path], init: str
+) -> None:
+    """Also of an empty model, as a plan simulates it. What the message allows is what works."""
+    folder = bases("sana")
+    family, model = family_of("sana"), tiny_model("sana", folder)
+    linear = {
+        name: min(layer.weight.flatten(1).shape)
+        for name, layer in plain(folder).named_modules()
+        if lora.is_linear(layer) and re.fullmatch(r"transformer_blocks\.\d+\.attn2\..*", name)
+    }
+    targets = (r"transformer_blocks\.\d+\.attn2\..*",)
+    least, most = min(linear.values()), max(linear.values())
+
+    def empty(**changes: Any) -> Built:
+        adapter = adapter_of("lora", "sana", init=init, targets=targets, **changes)
+        meta = torch.device("meta")
+        return build(model, adapter, FP32, Layout(), family, meta, empty=True, seed=3)
+
+    with pytest.raises(
+        ValueError, match=f"`{init}` to start from, not {most + 1}: rank may be"
+    ) as e:
+        empty(rank=most + 1)
+    allowed = int(re.findall(r"at most (\d+)", str(e.value))[0])
+    assert allowed == least
+    assert empty(rank=allowed).adapted_modules == len(linear)
+    ranked = (Ranked(pattern=r".*\.to_q", rank=most + 7),)
+    with pytest.raises(ValueError, match=rf"`transformer_blocks.0.attn2.to_q` .*not {most + 7}"):
+        empty(rank=2, ranks=ranked)
+    with pytest.raises(ValueError, match=r"in `transformer_blocks\\.\\d\+\\.attn2\\.to_q`$"):
+        empty(rank=2, ranks=ranked)
 
 
 @pytest.mark.parametrize("kind", ["oft", "boft"])
