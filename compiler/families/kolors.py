@@ -57,7 +57,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="kolors",
-    own_config=lambda config: unet.tells(config) == "kolors",
+    own_config=lambda config: unet.told(config) == "sizes, by a language model",
     title="Kolors",
     pipeline="KolorsPipeline",
     components={

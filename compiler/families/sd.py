@@ -123,7 +123,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="sd",
-    own_config=lambda config: unet.tells(config) == "sd",
+    own_config=lambda config: unet.told(config) == "prompt",
     title="Stable Diffusion 1 and 2",
     pipeline="StableDiffusionPipeline",
     pipeline_options={

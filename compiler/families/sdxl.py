@@ -90,7 +90,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 
 CARD = FamilyCard(
     name="sdxl",
-    own_config=lambda config: unet.tells(config) == "sdxl",
+    own_config=lambda config: unet.told(config) == "sizes",
     title="Stable Diffusion XL",
     pipeline="StableDiffusionXLPipeline",
     pipeline_options={"add_watermarker": False},

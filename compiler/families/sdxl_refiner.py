@@ -60,7 +60,7 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
 CARD = evolve(
     sdxl.CARD,
     name="sdxl_refiner",
-    own_config=lambda config: unet.tells(config) == "sdxl_refiner",
+    own_config=lambda config: unet.told(config) == "sizes and score",
     title="Stable Diffusion XL refiner",
     pipeline="StableDiffusionXLImg2ImgPipeline",
     pipeline_options={

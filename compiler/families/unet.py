@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 _PLACES = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 BLOCKS = (rf"{_PLACES}\.(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+)",)
@@ -24,20 +24,24 @@ TARGET_SETS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def tells(config: Mapping[str, Any]) -> str:
-    """The family that a UNet of this configuration is of: "sd", "sdxl", "sdxl_refiner" or
-    "kolors"; "": another. Kolors has a layer for its language model's states. The refiner is told
-    five numbers beside its one encoder's pooled state, which is as wide as all of its states."""
+Told = Literal["prompt", "sizes", "sizes and score", "sizes, by a language model", "else"]
+
+
+def told(config: Mapping[str, Any]) -> Told:
+    """What a UNet of this configuration is told, by which its family is known. A language model's
+    states have a layer of their own. Sizes and cuts are six numbers beside the last encoder's
+    pooled state; with a score instead of a target size they are five, beside the one encoder's,
+    which is as wide as all of its states."""
     added, projected = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
     if added is None and projected is None:
-        return "sd"
+        return "prompt"
     if added != "text_time":
-        return ""
+        return "else"
     if projected is not None:
-        return "kolors" if projected == "text_proj" else ""
+        return "sizes, by a language model" if projected == "text_proj" else "else"
     numbers = 5 * int(config.get("addition_time_embed_dim") or 0)
     pooled = int(config.get("projection_class_embeddings_input_dim") or 0) - numbers
-    return "sdxl_refiner" if pooled == config.get("cross_attention_dim") else "sdxl"
+    return "sizes and score" if pooled == config.get("cross_attention_dim") else "sizes"
 
 
 def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:

@@ -147,6 +147,8 @@ class Jobs:
                     told = first_line(error)
                     self._say(f"could not {entry.name} yet ({told}); it is tried again")
                 self._pause(pause)
+                if self._given_up:
+                    raise
 
     def _pause(self, seconds: float) -> None:
         """Sleep, until somebody waits; from then on for a short time."""

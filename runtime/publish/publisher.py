@@ -30,7 +30,7 @@ CLOSING_SECONDS = 20.0  # how long a run that did not finish waits for what is l
 PATIENCE_SECONDS = 60.0  # the same of a finished one, and besides
 SLOWEST = 250_000  # bytes a second: the time that what is left would take at this speed
 SILENT_SECONDS = 1.0  # before it is said what is waited for
-ANSWER_SECONDS = 30.0  # without a byte from the hub, or to it, until a request has failed
+ANSWER_SECONDS = 60.0  # without a byte from the hub, or to it, until a request has failed
 REFUSED = (401, 403, 404)  # answers of the hub that do not change by asking again
 
 

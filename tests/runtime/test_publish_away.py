@@ -262,6 +262,28 @@ def test_a_target_that_is_away_is_asked_once_by_each_job() -> None:
     assert tried[-1] == "d" and jobs.failed == ["a", "b", "c"]
 
 
+def test_nothing_is_tried_once_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "LONGEST_PAUSE_AT_THE_END", 60.0)
+    tried: list[str] = []
+    events = Recorder()
+    jobs = Jobs(events, (60.0, 60.0))
+
+    def fail() -> None:
+        tried.append("x")
+        raise OSError("away")
+
+    jobs.add("a", fail)
+    jobs.add("b", fail)
+    while len(events.texts) < 1:
+        time.sleep(0.01)
+    jobs.wait(0.3)  # it is tried once more at once, and pauses then
+    jobs.give_up()
+    jobs.wait(QUICK)
+    assert not any(thread.name == "publish" for thread in threading.enumerate())
+    assert len(tried) == 2 and jobs.failed == ["a", "b"]
+    assert events.texts == ["could not a yet (away); it is tried again"]
+
+
 @pytest.mark.parametrize(
     "address",
     [

@@ -43,10 +43,6 @@ base = "base"
 kind = "lora"
 rank = 2
 
-[text]  # short, as prompts are nearly all of what takes time here
-instruction = false
-max_length = 64
-
 [cache]
 path = "cache-{kind}"
 
@@ -72,6 +68,8 @@ steps = {steps}
 batch_size = 2
 optimizer = {{ lr = 1e-3 }}
 """
+SHORT = "[text]\ninstruction = false\nmax_length = 64\n"
+"""More of the recipe: long prompts are nearly all of what takes time in training."""
 KINDS = ("folder", "table", "webdataset", "parquet", "arrow")
 
 
@@ -96,9 +94,9 @@ def pack(folder: Path, told: containers.Told) -> dict[str, str]:
     )
 
 
-def compile_kind(folder: Path, kind: str, path: str, steps: int) -> Compiled:
+def compile_kind(folder: Path, kind: str, path: str, steps: int, more: str = "") -> Compiled:
     recipe = folder / f"{kind}.toml"
-    recipe.write_text(RECIPE.format(kind=kind, path=path, steps=steps), encoding="utf-8")
+    recipe.write_text(RECIPE.format(kind=kind, path=path, steps=steps) + more, encoding="utf-8")
     result = compiled(recipe)
     assert result.plan is not None and result.manifest is not None, result.diagnostics
     return result
@@ -110,7 +108,7 @@ def trained(folder: Path, told: containers.Told, steps: int, kinds: Sequence[str
     chosen = pack(folder, told)
     first: tuple[Plan, dict[str, torch.Tensor], list[bytes]] | None = None
     for kind in kinds:
-        result = compile_kind(folder, kind, chosen[kind], steps)
+        result = compile_kind(folder, kind, chosen[kind], steps, SHORT)
         plan, manifest = result.plan, result.manifest
         assert plan is not None and manifest is not None
         assert plan.sources[0].kind == kind
