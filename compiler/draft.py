@@ -55,11 +55,31 @@ class ModelFacts:
         return bool(self.family.few_steps_key and self.index.get(self.family.few_steps_key))
 
     @property
+    def distilled(self) -> KnownModel | None:
+        """The published few-step model that it is, if it is one. A folder is told by all that its
+        index and its configurations say; what also an undistilled model says tells nothing."""
+        alike = [self.known] if self.known else [k for k in self.family.known if self._is_like(k)]
+        return alike[0] if alike and all(known.undistilled for known in alike) else None
+
+    def _is_like(self, known: KnownModel) -> bool:
+        """Whether the folder says all that is known of a published model; it may say more, as
+        Diffusers adds defaults."""
+        stated = [(known.index, dict.fromkeys(known.index, False) | self.index)]
+        for name in (self.family.trained_component, "scheduler"):
+            stated.append((known.configs[name], self.configs[name]))
+        return all(
+            key in found and found[key] == value
+            for wanted, found in stated
+            for key, value in wanted.items()
+        )
+
+    @property
     def guidance(self) -> float:
         """The guidance scale that one samples with; 1: none."""
         if self.few_steps:
             return 1.0
-        own = self.known.guidance if self.known else None
+        known = self.known or self.distilled
+        own = known.guidance if known else None
         return self.family.guidance if own is None else own
 
     @property
@@ -67,7 +87,8 @@ class ModelFacts:
         """The steps that one samples with."""
         if self.few_steps:
             return self.family.few_steps
-        own = self.known.inference_steps if self.known else None
+        known = self.known or self.distilled
+        own = known.inference_steps if known else None
         return self.family.inference_steps if own is None else own
 
     @property

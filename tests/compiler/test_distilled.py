@@ -104,3 +104,35 @@ def test_a_folder_is_told_by_its_index_and_its_configuration(tmp_path: Path) -> 
         if fault.code == "distilled-base"
     )
     assert "base =" not in fault.help and "made from" in fault.help
+
+
+@pytest.mark.parametrize(
+    ("family", "base"),
+    [(KNOWN[base][0], base) for base in PUBLISHED] + [
+        ("flux", "black-forest-labs/FLUX.1-dev"),
+        ("z_image", "Tongyi-MAI/Z-Image"),
+        ("flux2", "black-forest-labs/FLUX.2-klein-base-4B"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_a_published_model_is_drawn_with_and_warned_of_likewise(
+    family: str, base: str, tmp_path: Path
+) -> None:
+    """All but 3.5 Large Turbo, whose files say nothing that those of 3.5 Large do not."""
+    known = KNOWN[base][1]
+    folder = make_base(tmp_path / "folder", family)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **known.index}))
+    for name, file in (("transformer", "config.json"), ("scheduler", "scheduler_config.json")):
+        text = json.dumps({**known.configs[name], "added": None})
+        (folder / name / file).write_text(text)
+    result = told(tmp_path / "run", family, str(folder))
+    assert result.plan is not None
+    validation = result.plan.validation
+    if base not in PUBLISHED or base.endswith("3.5-large-turbo"):
+        assert "distilled-base" not in codes(result)
+        card = FAMILIES[family]
+        assert (validation.steps, validation.guidance) == (card.inference_steps, card.guidance)
+        return
+    fault = next(fault for fault in result.diagnostics if fault.code == "distilled-base")
+    assert f'base = "{PUBLISHED[base][2]}"' in fault.help
+    assert (validation.steps, validation.guidance) == PUBLISHED[base][:2]
