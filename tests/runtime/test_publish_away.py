@@ -190,10 +190,10 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(
             told = hub.messages[count:]
             assert {repository for repository, _ in told} == ({name} if told else set())
             assert bool(told) is (count == 0 or name == "me/other")
-            assert published(tmp_path / "run", name) == {
-                "result": changed.digest,
-                "checkpoints": [2],
-            }
+            done = published(tmp_path / "run", name)
+            assert done["result"] == changed.digest
+            # The first run's thread was let go as well, and may have sent what it was stuck with.
+            assert {2} <= set(done["checkpoints"]) <= {1, 2}
     finally:
         logging.getLogger().removeHandler(screen)
     assert "thrown" in (tmp_path / "run" / "run.log").read_text()

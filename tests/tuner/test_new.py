@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compiler.families import FAMILIES
-from tests.compiler.recipes import compiled, make_pictures
+from tests.compiler.recipes import GPU, compiled, make_pictures
 from tuner import new
 from tuner.cli import run_command
 from tuner.exits import DONE, FAILED, REFUSED
@@ -39,7 +39,7 @@ def test_what_it_writes_compiles(method: str, tmp_path: Path, planned: list[Path
     assert run_command(["new", *GIVEN, "--method", method, "--budget", "20 GiB"]) == DONE
     path = tmp_path / "dog.toml"
     assert planned == [Path("dog.toml")]
-    result = compiled(path, "train.batch_size=1")
+    result = compiled(path, "train.batch_size=1", machine=GPU)
     assert result.plan is not None and result.diagnostics == ()
     assert result.plan.name == "dog" and (result.plan.adapter is None) == (method == "full")
     assert result.plan.memory.budget_bytes == 20 * 2**30

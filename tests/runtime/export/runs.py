@@ -37,6 +37,7 @@ def finished(folder: Path, family: str, *, full: bool = False, **changes: Any) -
         draw_data(folder / "dog", ((64, 64),) * 4)
     adapter = evolve(LORA, rank=2, alpha=3.0, targets=EVERYTHING[family])
     name = f"{family}-{'full' if full else 'lora'}" + "".join(f"-{key}" for key in changes)
+    name += f"-{sum(1 for _ in folder.glob(f'{name}*'))}"  # another's run, with other values
     settings: dict[str, Any] = {
         "adapter": None if full else adapter,
         "lr": 3e-2,
