@@ -61,10 +61,13 @@ def compile_file(
     cache_default: Path | None = None,
     presets: Path | None = None,
     site: Site | Callable[[], Site] | None = None,
+    train_below: int = 0,
 ) -> Compiled:
     """Compile the recipe at `path`. Mistakes of the user become diagnostics; nothing is
-    written. `presets` is the folder of shipped presets; a `machine` or `site` that takes time to
-    look at is handed in as a function, because many recipes are refused before it matters."""
+    written. `train_below` is the most memory for training (bytes), where the budget allows other
+    phases more; 0: the budget. `presets` is the folder of shipped presets; a `machine` or `site`
+    that takes time to look at is handed in as a function, because many recipes are refused before
+    it matters."""
     source, faults = read_source(path, _shown(path))
     layers, more = parse_overrides(overrides)
     faults = [*faults, *more]
@@ -100,6 +103,7 @@ def compile_file(
             memory_model=memory_model() if callable(memory_model) else memory_model,
             index=index() if callable(index) else index,
             site=site,
+            train_below=train_below,
             diagnostics=list(faults),
         ),
         blamed,

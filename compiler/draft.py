@@ -114,6 +114,7 @@ class Draft:
     memory_model: MemoryModel | None
     index: Index | None
     site: Site | Callable[[], Site] | None = None  # this machine's disks and its past
+    train_below: int = 0  # bytes: most for training, of a budget that allows more; 0: the budget
     running: str = ""  # name of the pass that runs now
     diagnostics: list[Diagnostic] = Factory(list)
     decisions: list[plan.Decision] = Factory(list)

@@ -26,13 +26,14 @@ from compiler.kinds import (
     origin_of,
     places,
     shapes_of,
+    tables,
     tables_in,
     takes_text,
     type_words,
 )
 from compiler.source import Merged, Source, dotted
 from compiler.spans import KeyPath
-from compiler.synonyms import WORDS
+from compiler.synonyms import ELSEWHERE, WORDS
 
 MAX_SHOWN = 200
 """Diagnostics of one recipe; a file of megabytes may hold a fault in every line."""
@@ -45,6 +46,8 @@ _NO_SECRETS = (
     "a recipe holds no secrets: log in with `hf auth login`, or set the variable that the service "
     "reads, such as WANDB_API_KEY"
 )
+_BESIDE = {"data.source.evaluation": "; to hold pictures of this source out of training: `holdout`"}
+"""What else was probably meant by a table that was written into another one."""
 Part = Literal["key", "value", "table"]
 
 
@@ -215,7 +218,21 @@ def no_choice(value: Any, kind: Any, allowed: Sequence[Any]) -> Rejected:
         return wrong_type(value, kind)
     near = nearest(value, names, _words(names)) if isinstance(value, str) else None
     advice = f"did you mean `{near}`?" if near else f"it must be {literal_words(allowed, 20)}"
+    advice = _elsewhere(str(value), names) or advice
     return reject("unknown-value", "unknown value `{text}`", advice=escaped(advice))
+
+
+def _elsewhere(value: str, names: Sequence[str]) -> str:
+    """What another key has of what `value` asks for; "" if nothing is known."""
+    word = value.lower().replace("-", "").replace("_", "")
+    return next(
+        (
+            advice
+            for (asked, one), advice in ELSEWHERE.items()
+            if one in names and word == asked.replace("-", "")
+        ),
+        "",
+    )
 
 
 def _words(names: Sequence[str]) -> dict[str, str]:
@@ -340,6 +357,9 @@ def placed_elsewhere(fault: Fault, cls: type, synonyms: Mapping[str, str]) -> Fa
     found = [place for place in known_places if not f"{own}.".startswith(f"{place}.")]
     if known_places and not found:
         return fault._replace(help=f"only another kind of this table has it; {fault.help}")
+    if len(found) == 1 and found[0] == fault.unknown and fault.unknown in tables(cls):
+        words = f"`[{fault.unknown}]` is a table of its own{_BESIDE.get(own, '')}"
+        return fault._replace(help=words, meant="." + found[0])
     if len(found) == 1:
         return fault._replace(help=f"did you mean `{found[0]}`?", meant="." + found[0])
     if 1 < len(found) <= 4:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite, lcm
 from typing import Any
 
@@ -42,22 +42,36 @@ def best_of(rows: Iterable[Mapping[str, Any]], metric: str, steps: Iterable[int]
     return min(found, key=lambda step: (sign * found[step], step), default=None)
 
 
-def doomed(steps: Sequence[int], rules: Checkpoints, best: int | None) -> list[int]:
+def proven(steps: Iterable[int], skipped: Collection[int], done: int) -> int | None:
+    """The newest of `steps` whose weights a later update was good with, `done` updates in; None
+    without one. Of the updates, those numbered `skipped` were passed over: they changed nothing,
+    and weights that overflow may have been their cause."""
+    good = done
+    while good in skipped:
+        good -= 1
+    return max((step for step in steps if step < good), default=None)
+
+
+def doomed(
+    steps: Sequence[int], rules: Checkpoints, best: int | None, proven: int | None = None
+) -> list[int]:
     """Those of `steps` (in order) whose checkpoints go. The newest always stays: runs go on from
-    it."""
+    it. So does the one that is `proven` good, where that is asked."""
     if not rules.keep:
         return []
     return [
         step
         for step in steps[: -rules.keep]
-        if step != best and not (rules.keep_every and step % rules.keep_every == 0)
+        if step not in (best, proven) and not (rules.keep_every and step % rules.keep_every == 0)
     ]
 
 
 def waiting(plan: Plan) -> int:
-    """The most checkpoints that take room only because the hub is to get them."""
+    """The most checkpoints that take room only because the hub is to get them, or one because steps
+    after it may be passed over."""
     rules = plan.publish
-    return WAITING if rules is not None and rules.hub and rules.checkpoints else 0
+    sent = WAITING if rules is not None and rules.hub and rules.checkpoints else 0
+    return sent + bool(plan.guard.skip)
 
 
 def at_once(rules: Checkpoints, total: int, waiting: int = 0) -> int:

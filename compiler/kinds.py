@@ -235,6 +235,11 @@ def places(cls: type) -> dict[str, tuple[str, ...]]:
     return {key: tuple(dict.fromkeys(paths)) for key, paths in found.items()}
 
 
+def tables(cls: type) -> frozenset[str]:
+    """The tables that stand in no other one."""
+    return frozenset(path[0] for path, _ in _all_keys(cls, ()) if len(path) > 1)
+
+
 def _all_keys(
     cls: type, path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

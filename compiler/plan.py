@@ -559,7 +559,7 @@ class Memory:
     layout: Layout = field(factory=Layout)
     on_oom: Literal["stop", "next-rung"] = "stop"
     phases: tuple[Phase, ...]
-    ladder: tuple[Rung, ...] = ()  # from the fastest down, as far as it was looked at
+    ladder: tuple[Rung, ...] = ()  # from the top down, as far as it was looked at
     counts: dict[str, int] = field(factory=dict)
     """Of the simulated step: "parameters", "trainable", "adapted" (modules), "flops"; empty where
     nothing was simulated."""

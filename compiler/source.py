@@ -216,10 +216,10 @@ def merge(
     """Layers from weakest (a preset) to strongest (an override), as one.
 
     Tables merge key by key, anything else is replaced, arrays as a whole; an override may reach
-    into an array's entry. With `rules` (see `structure.tagged_paths`) a shorthand below opens:
-    `optimizer = "adamw"` and a later `optimizer.lr` join. And a file that changes a tag (another
-    `kind`) replaces the whole table, since the settings of one kind mean nothing to another; an
-    override changes just the key.
+    into an array's entry, and one that is an empty table over another table is refused. With
+    `rules` (see `structure.tagged_paths`) a shorthand below opens: `optimizer = "adamw"` and a
+    later `optimizer.lr` join. And a file that changes a tag (another `kind`) replaces the whole
+    table, since the settings of one kind mean nothing to another; an override changes just the key.
     """
     assert layers, "there is at least a recipe"
     stack = _Stack(rules or {})
@@ -266,12 +266,28 @@ class _Stack:
             elif index := _index_in(value):
                 message = f"`{shown(dotted(here))}` is not an array"
                 self.complain(layer, (*there, *index), message)
+            elif layer.kind == "override" and value == {} and isinstance(old, dict) and old:
+                self.empty(layer, here, there)
             elif isinstance(value, dict) and self.joins(old, value, here, layer):
                 if layer.kind != "override" or here not in self.origins:
                     self.origins[here] = (layer, there)
                 self.lay(base.setdefault(key, {}), value, here, there, layer)
             else:
                 base[key] = self.put(value, here, there, layer)
+
+    def empty(self, layer: Source, here: KeyPath, own: KeyPath) -> None:
+        """Note an override that lays nothing over a table."""
+        name = shown(dotted(here))
+        self.diagnostics.append(
+            Diagnostic(
+                code="no-effect",
+                message=f"an empty table changes nothing in `{name}`: tables are joined key by key",
+                help=f"set one of its keys, `{name}.KEY=...`; to leave the table out, take it out "
+                "of the recipe",
+                span=layer.span(own, "key"),
+                path=dotted(here),
+            )
+        )
 
     def joins(self, old: Any, value: dict[str, Any], here: KeyPath, layer: Source) -> bool:
         """Whether a table is laid into the one below instead of replacing it."""
@@ -317,6 +333,8 @@ class _Stack:
                 if str(key).isidentifier() and entries:
                     advice += f": write `{shown(dotted(path))}[0].{shown(str(key))}`"
                 self.complain(layer, there, message, advice)
+            elif value == {} and isinstance(entries[index], dict) and entries[index]:
+                self.empty(layer, (*path, index), there)
             elif isinstance(value, dict) and isinstance(entries[index], dict):
                 self.lay(entries[index], value, (*path, index), there, layer)
             else:

@@ -40,6 +40,15 @@ WORDS = (
 )
 """Other words for values, where a key takes one of a few."""
 
+ELSEWHERE = {
+    (
+        "schedule-free",
+        "cosine",
+    ): 'an optimizer does that, on a constant rate: `train.optimizer.name = "adamw-schedulefree"`',
+}
+"""What gives what a value asks for, though another key has it; by the value, and by one of those
+that its own key does take."""
+
 SYNONYMS = {
     "training": "train",
     "dataset": "data.source",

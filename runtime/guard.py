@@ -20,16 +20,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compiler.families import FAMILIES
+from compiler.keeping import proven
 from compiler.optimizers import OPTIMIZERS
 from compiler.plan import Plan
 from runtime.errors import RunFailed
+from runtime.saved import complete, folder_of, step_of
 from runtime.scaler import FLOOR
+from runtime.track.lines import METRICS, rows
 
 if TYPE_CHECKING:
     from runtime.data.feed import Window
@@ -171,13 +175,33 @@ def refusal(
         weights = "with fused_backward some weights were updated before it was found"
     before = f"; {skipped} such steps were passed over before" if skipped else ""
     why = found or f"likely causes: {'; '.join(causes(plan))}"
-    advice = f"what was saved before holds numbers only. {why}."
+    advice = f"{last_good(plan, row.step)}. {why}."
     if not half_done(row, loss):
         advice += f" To pass over such a step: --set train.guard.skip={skipped + 1}"
     samples = named(row.names, row.losses.tolist())
     return RunFailed(
         f"step {row.step}: {what(loss, norm)}; {weights}{before}. Samples: {samples}", help=advice
     )
+
+
+def passed_over(metrics: Path, done: int) -> set[int]:
+    """The steps up to `done` that were passed over, by the metrics."""
+    return {int(row["step"]) for row in rows(metrics, done) if SKIPPED in row}
+
+
+def last_good(plan: Plan, bad: int) -> str:
+    """What of the saved one can go on from, when the step `bad` ends the run."""
+    root = Path(plan.run_folder)
+    saved = [step_of(folder) for folder in complete(root / "checkpoints")]
+    good = proven(saved, passed_over(root / METRICS, bad - 1), bad - 1)
+    if not saved:
+        return "nothing was saved before"
+    if good is None:
+        return "what was saved before holds numbers only, but no later step was good with it"
+    words = f"the last checkpoint with which a later step was good is {folder_of(root, good).name}"
+    if good == saved[-1]:
+        return words
+    return f"{words}: to go on from there, move the later ones out of {root / 'checkpoints'}"
 
 
 def unfit_inputs(window: Window) -> str:

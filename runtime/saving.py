@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from compiler.keeping import best_of, doomed
+from compiler.keeping import best_of, doomed, proven
 from compiler.plan import Checkpoints
 from runtime import checkpoints, files
+from runtime.guard import passed_over
 from runtime.ranks import ALONE, Ranks
 from runtime.track import rows
 
@@ -32,11 +33,14 @@ class Saver:
         metrics: Path,
         saved: Callable[[Path, int], None] = lambda folder, step: None,
         ranks: Ranks = ALONE,
+        *,
+        skips: bool = False,
     ) -> None:
         """Writes below `root`; `metrics` is the file by which the best one is known. `saved` is
-        told of each (folder, step), in rank 0's thread. `ranks` are those that save together."""
+        told of each (folder, step), in rank 0's thread. `ranks` are those that save together. For
+        `skips` see `prune`."""
         self.root, self._rules, self._metrics, self._saved = root, rules, metrics, saved
-        self._ranks = ranks
+        self._ranks, self._skips = ranks, skips
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._step = -1  # of the last save, under way or done
@@ -82,15 +86,19 @@ class Saver:
             folder = write()
             if leads:
                 self._saved(folder, self._step)
-                prune(self.root, self._rules, self._metrics)
+                prune(self.root, self._rules, self._metrics, skips=self._skips)
         except BaseException as error:
             self._error = error
 
 
-def prune(root: Path, rules: Checkpoints, metrics: Path) -> list[Path]:
-    """Delete the complete checkpoints that need not be kept; returns what went."""
+def prune(root: Path, rules: Checkpoints, metrics: Path, *, skips: bool = False) -> list[Path]:
+    """Delete the complete checkpoints that need not be kept; returns what went. Where bad steps may
+    be passed over (`skips`), the newest stays with which a later step was good."""
     found = {checkpoints.step_of(folder): folder for folder in checkpoints.complete(root)}
-    gone = [found[step] for step in doomed(list(found), rules, best(root, rules, metrics))]
+    steps, good = list(found), None
+    if skips and steps:
+        good = proven(steps, passed_over(metrics, steps[-1]), steps[-1])
+    gone = [found[step] for step in doomed(steps, rules, best(root, rules, metrics), good)]
     for folder in gone:
         files.remove_folder(folder)
     return gone

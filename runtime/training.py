@@ -141,9 +141,12 @@ def _saver(context: Context, channel: sharded_saving.Channel | None) -> Iterator
     root, rules = context.folder / "checkpoints", context.plan.checkpoints
     metrics = context.folder / METRICS
     ranks = ALONE if channel is None else context.ranks
-    saver = Saver(root, rules, metrics, context.publisher.checkpoint, ranks)
+    skips = context.plan.guard.skip > 0
+    saver = Saver(root, rules, metrics, context.publisher.checkpoint, ranks, skips=skips)
     if context.ranks.leads:
-        prune(root, rules, metrics)  # a run that was killed may have saved and not deleted
+        prune(
+            root, rules, metrics, skips=skips
+        )  # a run that was killed may have saved and not deleted
     try:
         yield saver
     except BaseException:
@@ -209,5 +212,6 @@ def _save_zero(context: Context, trained: Trained, step: int, epoch: int) -> Non
         saved = zero_saving.save(root, head, *given)
         if context.ranks.leads:
             context.publisher.checkpoint(saved, step)
-            prune(root, context.plan.checkpoints, metrics)
+            skips = context.plan.guard.skip > 0
+            prune(root, context.plan.checkpoints, metrics, skips=skips)
     announce(context, step)

@@ -83,7 +83,8 @@ def plan(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            help='Plan for a device that is not here: "rtx-4090", or its memory: "24 GiB".',
+            help='Plan for a device that is not here: "rtx-4090", or its memory: "24 GiB". '
+            "A budget that is stated stays.",
             show_default=False,
         ),
     ] = "",

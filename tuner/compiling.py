@@ -32,11 +32,13 @@ def compile_here(
     simulate: bool = True,
     simulator: MemoryModel | None = None,
     device: str = "",
+    train_below: int = 0,
 ) -> Compiled:
     """The recipe at `path`, compiled for this machine, or for one with another `device`, all of
-    whose memory is free. Writes nothing. Without `simulate`, peak memory stays unknown and nothing
-    slow is imported; a `simulator` spares this process the libraries. Raises UnknownDevice."""
-    from tuner.elsewhere import WHATEVER_IS_FREE, elsewhere
+    whose memory is free: the budget, unless the recipe or an override states one. Writes nothing.
+    Without `simulate`, peak memory stays unknown and nothing slow is imported; a `simulator` spares
+    this process the libraries. For `train_below` see `compile_file`. Raises UnknownDevice."""
+    from tuner.elsewhere import elsewhere
     from tuner.shelf import presets
 
     machine = cache(lambda: elsewhere(_machine(), device) if device else _machine())
@@ -45,12 +47,13 @@ def compile_here(
     indices: list[Index] = []
     compiled = compile_file(
         path,
-        overrides=[*overrides, WHATEVER_IS_FREE] if device else overrides,
+        overrides=overrides,
         machine=machine,
         memory_model=(lambda: _memory_model(machine(), simulator)) if simulate else None,
         index=lambda: _index(indices),
         presets=presets(),
         site=_here,
+        train_below=train_below,
     )
     if compiled.plan is not None:  # a recipe that is refused leaves nothing behind
         for index in indices:

@@ -9,7 +9,6 @@ from compiler.diagnostics import choices, nearest
 from compiler.machine import Machine
 from compiler.units import ByteSize
 
-WHATEVER_IS_FREE = 'memory.budget="auto"'
 EXAMPLES = ("rtx-3060", "rtx-4090", "a100-80gb", "h100-pcie")
 
 

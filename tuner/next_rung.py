@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import evolve
+from attrs import asdict, evolve, frozen
 
 from compiler import lock
+from compiler.families import FAMILIES
 from compiler.plan import Plan, lock_path
 from tuner.compiling import compile_here
 from tuner.plan_memory import peak
@@ -20,55 +20,100 @@ if TYPE_CHECKING:
     from tuner.run import Job
 
 RUNG = "rung.json"
-"""In a run folder: the overrides with which the run went down the ladder."""
-CHANGES = ("steps.micro_batch", "model.components")
-"""What another rung may change of a plan that a run has begun with: an adapter on a base in fewer
-bits, and sums in parts, go on from the weights that are there."""
+"""In a run folder: with what the run went down the ladder."""
+BATCHES = "steps.micro_batch"
+"""With the bits of the base, what another rung may change of a plan that a run has begun with: an
+adapter on a base in fewer bits, and sums in parts, go on from the weights that are there."""
+
+
+@frozen(kw_only=True)
+class Lower:
+    """How the recipe is compiled for less memory than its own plan needs."""
+
+    overrides: tuple[str, ...]
+    train_below: int  # bytes, see `compile_file`
 
 
 def next_rung(job: Job, error: OutOfMemory) -> Job | None:
     """The job with the next rung, ready to go on; None if the recipe does not want it, or there is
     none. What is said goes to the screen."""
-    if job.plan.memory.on_oom != "next-rung" or job.path is None:
+    plan, top = job.plan, peak(job.plan)
+    if plan.memory.on_oom != "next-rung" or job.path is None or top is None:
         return None
-    top = peak(job.plan)
-    if top is None:
+    apart = _apart(plan)
+    if error.phase in apart:  # the ladder is of the training, and has no say there
         return None
-    lower = [
-        f'memory.budget="{top.device_bytes - 1} B"',  # less than what was too much
-        f'train.optimizer.name="{job.plan.optimizer.name}"',  # its state is there
-    ]
-    overrides = [*job.overrides, *lower]
-    compiled = compile_here(job.path, overrides)
+    too_much = _needed(plan, error.phase)
+    lower = Lower(
+        overrides=(
+            f'memory.budget="{top.device_bytes} B"',  # the other phases need what they did
+            f'train.optimizer.name="{plan.optimizer.name}"',  # its state is there
+            *_encoders(plan),  # embeddings are there
+        ),
+        train_below=too_much - 1,
+    )
+    overrides = (*job.overrides, *lower.overrides)
+    compiled = compile_here(job.path, overrides, train_below=lower.train_below)
     if compiled.plan is None or compiled.manifest is None:
         return None
-    differ = [key for key, _, _ in lock.changes(job.plan, compiled.plan)]
-    if not all(key.startswith(CHANGES) for key in differ):
+    if not _goes_on(plan, compiled.plan) or _needed(compiled.plan, error.phase) >= too_much:
         return None
-    err(f"{error.message}\ngoing on with the next rung: {_words(job.plan, compiled.plan)}")
+    err(f"{error.message}\ngoing on with the next rung: {_words(plan, compiled.plan)}")
     _keep(compiled.plan, lower)
-    return evolve(job, plan=compiled.plan, outlook=compiled.outlook, overrides=tuple(overrides))
+    return evolve(job, plan=compiled.plan, outlook=compiled.outlook, overrides=overrides)
 
 
-def gone_down(plan: Plan | None) -> list[str]:
-    """The overrides with which the begun run of `plan` went down the ladder; none where it did
-    not."""
+def _apart(plan: Plan) -> set[str]:
+    """Phases that the ladder has no say in: encoding, once before the training."""
+    return {*_encoders_of(plan), "text", "latents"}
+
+
+def _needed(plan: Plan, phase: str) -> int:
+    """Bytes that `phase` was planned to need; the most of the training where it is not known."""
+    apart = _apart(plan)
+    found = {p.name: p.device_bytes for p in plan.memory.phases if p.name not in apart}
+    return found.get(phase, max(found.values(), default=0))
+
+
+def _encoders_of(plan: Plan) -> list[str]:
+    names = FAMILIES[plan.model.family].text_encoders
+    return [part.name for part in plan.model.components if part.name in names]
+
+
+def _encoders(plan: Plan) -> list[str]:
+    """Overrides that keep the text encoders as they are."""
+    kept = {part.name: part.quantize for part in plan.model.components}
+    return [f'model.{name}.quantize="{kept[name]}"' for name in _encoders_of(plan)]
+
+
+def _goes_on(old: Plan, new: Plan) -> bool:
+    """Whether `new` trains in another way than `old`, and what `old` has trained can be gone on
+    with."""
+    bits = f"model.components[{old.model.trained_component}].quantize"
+    differ = [key for key, _, _ in lock.changes(old, new)]
+    fit = all(key == BATCHES or key.startswith(bits) for key in differ)
+    return fit and bool(differ or old.memory.layout != new.memory.layout)
+
+
+def gone_down(plan: Plan | None) -> Lower | None:
+    """With what the begun run of `plan` went down the ladder; None where it did not."""
     if plan is None or plan.memory.on_oom != "next-rung":
-        return []
+        return None
     try:
         kept = json.loads((Path(plan.run_folder) / RUNG).read_text(encoding="utf-8"))
-        return [str(each) for each in kept["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        overrides = tuple(str(each) for each in kept["overrides"])
+        return Lower(overrides=overrides, train_below=int(kept.get("train_below", 0)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def _keep(plan: Plan, overrides: Sequence[str]) -> None:
+def _keep(plan: Plan, lower: Lower) -> None:
     """The run folder's plan is the new one from now on, also when the run is started again."""
     from runtime.files import write_whole
 
     path = lock_path(Path(plan.run_folder))
     if path.exists():
-        write_whole(path.parent / RUNG, json.dumps({"overrides": list(overrides)}) + "\n")
+        write_whole(path.parent / RUNG, json.dumps(asdict(lower)) + "\n")
         write_whole(path, lock.dumps(plan))
 
 

@@ -108,9 +108,9 @@ def _from_recipe(path: Path, overrides: Sequence[str], *, strict: bool, offline:
     except RunFailed as error:
         return _failed(error, UNFIT if isinstance(error, MachineUnfit) else FAILED)
     lower = gone_down(compiled.plan)
-    if lower:
-        overrides = [*overrides, *lower]
-        compiled = compile_here(path, overrides)
+    if lower is not None:
+        overrides = [*overrides, *lower.overrides]
+        compiled = compile_here(path, overrides, train_below=lower.train_below)
     diagnostics = judged(compiled, strict=strict)
     show_diagnostics(diagnostics, compiled, str(path))
     code = exit_code(diagnostics)

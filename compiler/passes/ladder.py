@@ -1,15 +1,15 @@
-"""The ladder of settings by which a run is made to fit: from the fastest down.
+"""The ladder of settings by which a run is made to fit: each rung saves more.
 
 Only what the recipe leaves on "auto" is on it. Every rung keeps what the one above chose and adds
 the next cheapest saving, in this order: recompute some blocks, then all; update weights in the
 backward pass; keep the optimizer's state in 8 bits; the base in 8, then 4 bits; activations on the
 host; blocks of the base on the host; a batch in parts. How much slower a rung is, is modelled (see
-`seconds`).
+`seconds`). `quicker` has rungs beside the ladder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from attrs import asdict, evolve, frozen
@@ -18,6 +18,7 @@ from compiler import plan
 from compiler.adapters import OF_THE_BASE
 from compiler.devices import peak_flops
 from compiler.draft import Draft, spelt
+from compiler.families.card import FamilyCard
 from compiler.memory import Candidate, Simulation
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes.fused import fused_backward_possible
@@ -27,7 +28,8 @@ from compiler.schema import OffloadRecipe
 
 INTERVALS = (4, 3, 2, 1)  # every n-th block is recomputed
 FEWER_BITS: tuple[plan.Quantisation, ...] = ("int8", "nf4")
-SHARES = (0.5, 1.0)  # of the blocks
+APART = (4, 3, 2, 1)  # every n-th block waits on the host
+MOST = 0.75  # of the blocks, between every second and each
 
 # The model of time. A device does matrix products at a share of its peak; memory moves one byte in
 # the time of so many operations at the peak (data sheets of current accelerators at 16 bits: 200);
@@ -171,8 +173,23 @@ def _offload(draft: Draft, add: Callable[..., None]) -> None:
         add(activations=True)
     fused = draft.speed.fused_projections  # see `passes.projections`
     if offload.blocks == "auto" and draft.adapter is not None and not fused:
-        for count in sorted({round(share * depth(draft)) for share in SHARES} - {0}):
+        assert draft.model is not None
+        family = draft.model.family
+        for count in waiting(family, draft.model.configs[family.trained_component]):
             add(blocks=count)
+
+
+def waiting(family: FamilyCard, config: Mapping[str, Any]) -> list[int]:
+    """How many blocks wait, rung by rung: every n-th one, from half as far in on.
+
+    Most of them, but not all, do not repeat themselves along the model. A row of equal blocks is
+    simulated much quicker where they do, so that only UNets, which gain little by it, have that.
+    """
+    blocks = family.depth(config)
+    counts = {len(range(apart // 2, blocks, apart)) for apart in APART}
+    if family.runs is None or family.runs_together:
+        counts.add(round(MOST * blocks))
+    return sorted(counts - {0})
 
 
 def candidate_of(draft: Draft, base: Candidate, rung: Rung) -> Candidate:

@@ -7,7 +7,7 @@ from attrs import evolve
 from compiler import plan
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
-from compiler.passes import ladder
+from compiler.passes import ladder, quicker
 from compiler.passes.components import model_plan, settle
 from compiler.passes.ladder import Rung
 from compiler.passes.optimizer import resolve_optimizer
@@ -84,7 +84,7 @@ def peak(found: Simulation) -> plan.Phase:
 
 
 class Search:
-    """Looks for the first rung that fits, by simulating as few as it can."""
+    """Looks for a rung that fits and is quick, by simulating as few as it can."""
 
     def __init__(self, *, draft: Draft, model: MemoryModel, base: Candidate, budget: int) -> None:
         self.draft, self.model, self.base, self.budget = draft, model, base, budget
@@ -92,7 +92,25 @@ class Search:
         self._found: dict[Rung, Simulation] = {}
 
     def run(self) -> Rung:
-        """The first rung that fits; the last one if none does. Raises ValueError."""
+        """The first rung that fits, or one beside the ladder that fits and is quicker; the last
+        one if none does. Raises ValueError."""
+        chosen = self._first_that_fits()
+        if chosen == self.rungs[0] or not self.fits(chosen):
+            return chosen
+        best, tries = chosen, quicker.TRIES
+        largest = ladder.largest_batch(self.draft)
+        for other in quicker.beside(self.rungs, chosen, self._room, largest):
+            enough = quicker.WORTH * self._seconds(best)
+            if not tries or self._at_least(other, chosen) > enough:
+                continue
+            tries -= 1
+            if self.fits(other) and self._seconds(other) <= enough:
+                best = other
+        if best != chosen:
+            self._insert(best, self.rungs.index(chosen))
+        return best
+
+    def _first_that_fits(self) -> Rung:
         low, high = 0, len(self.rungs) - 1
         if not self.budget or self.fits(self.rungs[0]) or not high:
             return self.rungs[0]
@@ -102,6 +120,35 @@ class Search:
             middle = (low + high) // 2
             low, high = (low, middle) if self.fits(self.rungs[middle]) else (middle, high)
         return self.rungs[high]
+
+    def _room(self, rung: Rung) -> quicker.Room:
+        phases = [p for p in self.look(rung).phases if p.name not in self.apart]
+        train = next(p for p in phases if p.name == "train")
+        activations = train.parts.get("activations", 0)
+        others = max((p.device_bytes for p in phases if p is not train), default=0)
+        left = self.budget - (train.device_bytes - activations)
+        return quicker.Room(
+            activations=activations, left=left if others <= self.budget else self.budget - others
+        )
+
+    def _seconds(self, rung: Rung) -> float:
+        start = self.look(self.rungs[0])
+        return ladder.seconds(self.draft, rung, self.look(rung), start)
+
+    def _at_least(self, rung: Rung, like: Rung) -> float:
+        """What the computing of `rung`, which has the weights of `like` or of the first rung, will
+        take."""
+        start = self.look(self.rungs[0])
+        known = start if rung.checkpointing == self.rungs[0].checkpointing else self.look(like)
+        return ladder.seconds(self.draft, rung, evolve(known, phases=()), start)
+
+    def _insert(self, rung: Rung, place: int) -> None:
+        """Put `rung` on the ladder; what is below it there is to need less."""
+        below = (r for r in self.rungs[place:] if r not in self._found or self._less(r, rung))
+        self.rungs[place:] = [rung, *below]
+
+    def _less(self, rung: Rung, other: Rung) -> bool:
+        return self._peak(rung) < self._peak(other)
 
     def encoders(self, chosen: Rung) -> Rung:
         """Quantise text encoders that are left open, where they would not fit."""
@@ -128,17 +175,16 @@ class Search:
 
     def fits(self, rung: Rung) -> bool:
         """Whether no phase that the ladder has a say in exceeds the budget."""
-        return not self.budget or self._peak(rung) <= self.budget
+        return not self.budget or self._peak(rung) <= (self.draft.train_below or self.budget)
 
     def _peak(self, rung: Rung) -> int:
-        apart = {*self.base_encoders, "latents"}
-        return max(p.device_bytes for p in self.look(rung).phases if p.name not in apart)
+        return max(p.device_bytes for p in self.look(rung).phases if p.name not in self.apart)
 
     @property
-    def base_encoders(self) -> tuple[str, ...]:
-        """Phases named after a text encoder."""
+    def apart(self) -> frozenset[str]:
+        """Phases that the ladder has no say in: those of text encoders, and of the latents."""
         assert self.draft.model is not None
-        return self.draft.model.family.text_encoders
+        return frozenset({*self.draft.model.family.text_encoders, "latents"})
 
     def why(self, chosen: Rung) -> str:
         """The reason for `chosen`."""
@@ -148,7 +194,7 @@ class Search:
             return "the least memory there is; it still does not fit"
         if chosen == self.rungs[0]:
             return f"nothing has to be saved to fit {gib(self.budget)}"
-        return f"the fastest that fits {gib(self.budget)}"
+        return f"the fastest tried that fits {gib(self.budget)}"
 
     def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
         """The ladder, as far as it was looked at, with the rungs next to `chosen`."""

@@ -12,6 +12,7 @@ from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes import ladder
+from compiler.passes.fused import fused_backward_possible
 from compiler.passes.optimizer import planned, suits
 from compiler.passes.sharing import shardable
 from compiler.spans import KeyPath
@@ -98,6 +99,8 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
         if candidate.sharing.strategy == "ddp" and not draft.speed.fused_projections:
             yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
         yield from _lower_rank(candidate)
+    else:
+        yield from _lighter_training(draft, candidate)
     yield from _fewer_samples(draft, candidate)
     yield from _smaller(draft, candidate)
 
@@ -186,6 +189,39 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
         yield (
             f"offload = {{ blocks = {blocks} }}",
             evolve(candidate, layout=evolve(layout, offload_blocks=blocks)),
+        )
+
+
+def _lighter_training(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    """Of a model that is trained whole: gradients that are not kept, weights in 16 bits."""
+    if candidate.sharing.strategy != "ddp" or candidate.sprint is not None:
+        return
+    train, layout = draft.recipe.train, candidate.layout
+    whole = 0 if draft.recipe.memory.micro_batch == "auto" else candidate.micro_batch
+    unclipped = evolve(
+        draft,
+        recipe=evolve(draft.recipe, train=evolve(train, max_grad_norm=0.0)),
+        optimizer=candidate.optimizer,
+        precision=candidate.precision,
+        steps=evolve(draft.steps, micro_batch=whole) if draft.steps else None,
+    )
+    if not layout.fused_backward and fused_backward_possible(unclipped) is None:
+        words = ["max_grad_norm = 0"] if train.max_grad_norm else []
+        yield (
+            " and ".join([*words, "fused_backward = true"]),
+            evolve(
+                candidate,
+                max_grad_norm=0.0,
+                micro_batch=whole,
+                layout=evolve(layout, fused_backward=True),
+            ),
+        )
+    row, precision = OPTIMIZERS[candidate.optimizer.name], candidate.precision
+    halved = (precision.trained, precision.compute) == ("float32", "bfloat16")
+    if halved and "bfloat16" in row.weights and candidate.text_training is None:
+        yield (
+            'trained = "bf16" in [precision]',
+            evolve(candidate, precision=evolve(precision, trained="bfloat16")),
         )
 
 

@@ -135,6 +135,8 @@ TYPOS: tuple[Row, ...] = (
         "unknown-key",
         "regularisation",
     ),
+    ("repeats = 1.5", "evaluation = {}", "evaluation", "unknown-key", "`holdout`"),
+    ("repeats = 1.5", "launch = {}", "launch", "unknown-key", "`[launch]` is a table of its own"),
     ("repeats = 1.5", 'mask = { form = "alpha" }', "form", "unknown-key", "from"),
     (
         'base = "base"',
@@ -305,6 +307,13 @@ TYPES: tuple[Row, ...] = (
     ('budget = "9 GiB"', 'budget = "9"', '"9"', "bad-unit", "GiB"),
     ('budget = "9 GiB"', 'budget = "9 GB of memory"', '"9 GB of memory"', "bad-unit", "GiB"),
     ('budget = "9 GiB"', 'budget = "-1 GiB"', '"-1 GiB"', "bad-unit", ""),
+    (
+        'name = "cosine"',
+        'name = "schedule_free"',
+        '"schedule_free"',
+        "unknown-value",
+        "adamw-schedulefree",
+    ),
     ('warmup = "10%"', "warmup = 100", "100", "bad-unit", "100 steps"),
     ('warmup = "10%"', 'warmup = "110%"', '"110%"', "bad-unit", "100%"),
     ('warmup = "10%"', 'warmup = "a tenth"', '"a tenth"', "bad-unit", "%"),

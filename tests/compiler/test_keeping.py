@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compiler.compile import Compiled
-from compiler.keeping import at_once, best_of, doomed
+from compiler.keeping import at_once, best_of, doomed, proven
 from compiler.occasions import Occasions
 from compiler.plan import Checkpoints
 from tests.compiler.recipes import RECIPE, FixedMemory, codes, compiled, project
@@ -31,6 +31,17 @@ def test_the_newest_multiples_and_the_best_stay() -> None:
     assert doomed(steps, Checkpoints(every=10, keep=2, keep_every=20), None) == [10, 30]
     assert doomed(steps, Checkpoints(every=10, keep=2, keep_every=40), 30) == [10, 20]
     assert doomed([10], Checkpoints(every=10, keep=5), None) == []
+
+
+def test_the_newest_that_a_later_step_was_good_with() -> None:
+    """Weights of step 2 made steps 3 and 4 bad: they are in the checkpoints of 2, 3 and 4."""
+    assert proven([1, 2, 3, 4], {3, 4}, 4) == 1
+    assert proven([1, 2, 3, 4], set(), 4) == 3
+    assert proven([1, 2, 3, 4], {2, 3}, 4) == 3  # step 4 was good with what they left alone
+    assert proven([2, 4], {3, 4}, 4) is None and proven([4], set(), 4) is None
+    assert proven([], {1}, 1) is None and proven([1], {1, 0}, 1) is None
+    rules = Checkpoints(every=1, keep=1)
+    assert doomed([1, 2, 3, 4], rules, None, 1) == [2, 3]
 
 
 def test_the_best_by_a_metric() -> None:

@@ -546,6 +546,34 @@ def test_overrides_of_nothing(argument: str, message: str, place: str) -> None:
     assert merged.data == base.data
 
 
+@pytest.mark.parametrize(
+    ("argument", "name", "place"),
+    [
+        ("t={}", "t", "1:1-1:2"),
+        ("t.u = {}", "t.u", "1:3-1:4"),
+        ("t={ u = {}, b = 2 }", "t.u", "1:5-1:6"),
+        ("s[0]={}", "s[0]", "1:2-1:5"),
+    ],
+)
+def test_an_empty_table_over_another_is_refused(argument: str, name: str, place: str) -> None:
+    base, _ = parse_source("[[s]]\nr = 1\n[t]\na = 1\n[t.u]\nb = 2\n[e]\n", "r.toml")
+    over, _ = parse_override(argument)
+    assert base is not None
+    assert over is not None
+    _, (found,) = merge([base, over])
+    assert (found.code, at(found.span)) == ("no-effect", place)
+    assert f"changes nothing in `{name}`" in found.message and f"`{name}.KEY=...`" in found.help
+
+
+@pytest.mark.parametrize("argument", ["e={}", "new={}", "t.new={}"])
+def test_an_empty_table_where_there_is_none(argument: str) -> None:
+    base, _ = parse_source("[t]\na = 1\n[e]\n", "r.toml")
+    over, _ = parse_override(argument)
+    assert base is not None
+    assert over is not None
+    assert merge([base, over])[1] == []
+
+
 def test_shorthand_and_tags_of_layers() -> None:
     rules = {("o",): TableRule(tag="name", shorthand="name")}
     preset = ("p", "preset", 'o = "adamw"')

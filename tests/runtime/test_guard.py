@@ -11,16 +11,18 @@ import pytest
 import torch
 from attrs import evolve
 
+from compiler.plan import Checkpoints
 from compiler.plan import Guard as Rules
 from runtime import checkpoints, loop
 from runtime import pace as pace_module
 from runtime.errors import RunFailed
 from runtime.events import Silent
 from runtime.execute import execute
-from runtime.guard import LEAST, SPAN, Guard, causes, named
+from runtime.guard import LEAST, SPAN, Guard, causes, named, passed_over
 from runtime.loop import Actions, Ledger, Row, train
 from runtime.pace import Pace
 from runtime.stop import Stop
+from runtime.track.lines import METRICS
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.test_loop import Recorder, trained_of, weights, window_of
 from tests.runtime.tiny import make_tiny
@@ -287,3 +289,25 @@ def test_an_update_that_overflows_ends_the_run_with_what_was_good(base, tmp_path
         for place in (folder, tmp_path / "whole")
     )
     assert all(torch.equal(last[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_last_good_checkpoint_stays_and_is_named(base, tmp_path):
+    """A rate so high that the weights of step 2 give no numbers, though they are some: steps after
+    it are passed over, and their checkpoints hold the same weights."""
+    data = draw_data(tmp_path / "data")
+    made, manifest = tiny_plan(
+        "sana", base, data, tmp_path / "run", steps=8, lr=3e3, optimizer="sgd"
+    )
+    plan = evolve(
+        made,
+        guard=Rules(skip=2),
+        checkpoints=Checkpoints(every=1, keep=1),
+        max_grad_norm=0.0,
+    )
+    with pytest.raises(RunFailed, match="2 such steps were passed over before") as caught:
+        execute(plan, manifest, Silent())
+    root = tmp_path / "run" / "checkpoints"
+    steps = [checkpoints.step_of(folder) for folder in checkpoints.complete(root)]
+    first = min(passed_over(tmp_path / "run" / METRICS, 9))
+    assert steps == [first - 2, first + 1]
+    assert f"is step-{first - 2:06d}: to go on from there, move" in caught.value.help

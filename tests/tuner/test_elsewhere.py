@@ -8,6 +8,7 @@ import pytest
 
 from compiler.devices import named, names
 from compiler.machine import Machine
+from compiler.units import ByteSize
 from tests.compiler.recipes import GPU, MACHINE, RECIPE, compiled, project
 from tests.compiler.test_ladder import OPEN, Formula
 from tuner.elsewhere import UnknownDevice, elsewhere
@@ -79,3 +80,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     recipe = project(tmp_path)
     assert run_command(["plan", str(recipe), "--device", "toaster"]) == 2
     assert "no device `toaster` is known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["recipe", "override"])
+@pytest.mark.parametrize(("budget", "larger"), [("1200 MiB", False), ("4 GiB", True)])
+def test_a_stated_budget_stays(
+    budget: str, larger: bool, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device with 2 GiB; what it does not have is pointed out, where it is stated."""
+    from tuner import compiling
+
+    monkeypatch.setattr(compiling, "_machine", lambda: MACHINE)
+    monkeypatch.setattr(compiling, "_memory_model", lambda *_: Formula())
+    stated = f'[memory]\nbudget = "{budget}"\n'
+    recipe = project(tmp_path, RECIPE + OPEN + (stated if by == "recipe" else ""))
+    overrides = [f'memory.budget="{budget}"'] if by == "override" else []
+    found = compiling.compile_here(recipe, overrides, device="2 GiB")
+    assert found.plan is not None
+    assert found.plan.memory.budget_bytes == int(ByteSize.parse(budget))
+    told = [fault for fault in found.diagnostics if fault.code == "budget-too-large"]
+    assert len(told) == larger
+    assert all((fault.span.file == "--set") == (by == "override") for fault in told)
+
+
+def test_what_does_not_fit_blames_nothing_that_nobody_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner import compiling
+
+    monkeypatch.setattr(compiling, "_machine", lambda: MACHINE)
+    monkeypatch.setattr(compiling, "_memory_model", lambda *_: Formula())
+    found = compiling.compile_here(project(tmp_path, RECIPE + OPEN), [], device="40 MiB")
+    (fault,) = [fault for fault in found.diagnostics if fault.code == "does-not-fit"]
+    assert fault.span.file != "--set" and "the budget of 40 MiB" in fault.message

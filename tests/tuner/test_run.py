@@ -110,10 +110,11 @@ def going_down(job: Job, folder: Path, on_oom: str) -> tuple[Job, Plan]:
     ladder = (rung(2, chosen=True), rung(1, chosen=False))
     memory = evolve(job.plan.memory, on_oom=on_oom, ladder=ladder)
     plan = evolve(job.plan, memory=memory)
+    phases = tuple(evolve(p, device_bytes=p.device_bytes // 2) for p in memory.phases)
     below = evolve(
         plan,
         steps=evolve(plan.steps, micro_batch=1),
-        memory=evolve(memory, ladder=(rung(1, chosen=True),)),
+        memory=evolve(memory, ladder=(rung(1, chosen=True),), phases=phases),
     )
     recipe = folder / "recipe.toml"
     recipe.write_text(job.recipe)
@@ -124,10 +125,10 @@ def test_out_of_memory_goes_on_with_the_next_rung(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, below = going_down(job, tmp_path, "next-rung")
-    asked: list[list[str]] = []
+    asked: list[next_rung.Lower] = []
 
-    def compile_here(path: Path, overrides: list[str]) -> Any:
-        asked.append(overrides)
+    def compile_here(path: Path, overrides: tuple[str, ...], train_below: int) -> Any:
+        asked.append(next_rung.Lower(overrides=overrides, train_below=train_below))
         return SimpleNamespace(plan=below, manifest=job.manifest, outlook=None)
 
     monkeypatch.setattr(next_rung, "compile_here", compile_here)
@@ -138,8 +139,12 @@ def test_out_of_memory_goes_on_with_the_next_rung(
     lock_path(folder).write_text(lock.dumps(job.plan))
     assert run._run(job, ()) == DONE
     assert [plan.steps.micro_batch for plan in seen] == [0, 1]
-    peak = job.plan.memory.phases[0].device_bytes
-    assert asked == [[f'memory.budget="{peak - 1} B"', 'train.optimizer.name="adamw"']]
+    sizes = {phase.name: phase.device_bytes for phase in job.plan.memory.phases}
+    budget, *kept = asked[0].overrides
+    assert budget == f'memory.budget="{max(sizes.values())} B"'
+    assert kept[0] == 'train.optimizer.name="adamw"'
+    assert all(each.endswith('.quantize="none"') for each in kept[1:]) and len(kept) > 1
+    assert asked[0].train_below == sizes["train"] - 1
     assert lock.read(lock_path(folder)).digest == below.digest
     said = capsys.readouterr().err
     assert "going on with the next rung: memory.micro_batch = 1" in said
@@ -163,7 +168,7 @@ def test_another_optimizer_is_no_way_on(
     job, below = going_down(job, tmp_path, "next-rung")
     other = evolve(below, optimizer=evolve(below.optimizer, name="adamw-8bit"))
     found = SimpleNamespace(plan=other, manifest=job.manifest, outlook=None)
-    monkeypatch.setattr(next_rung, "compile_here", lambda *_: found)
+    monkeypatch.setattr(next_rung, "compile_here", lambda *_, **__: found)
     ends(monkeypatch, OutOfMemory("no memory", "", "train"))
     assert run._run(job, ()) == FAILED
 

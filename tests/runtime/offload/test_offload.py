@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compiler.families import FAMILIES
+from compiler.passes.ladder import waiting
 from compiler.plan import Adapter, Layout, Precision
 from runtime.build import build, state
 from runtime.families import family_of
@@ -18,7 +20,7 @@ from runtime.memory.simulate import RuntimeMemoryModel
 from runtime.memory.step import run_step
 from runtime.memory.tracker import Tracker
 from runtime.offload import activations
-from runtime.offload.blocks import chosen
+from runtime.offload.blocks import chosen, spacing
 from runtime.optimizers import make_optimizer
 from runtime.step import gradient_norm, micro_step, update
 from tests.runtime.memory_cases import small
@@ -132,6 +134,16 @@ def test_blocks_are_spread_evenly() -> None:
             assert numbers[0] >= 0 and numbers[-1] < count
             gaps = [b - a for a, b in pairwise(numbers)]
             assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3", "qwen_image", "sdxl"])
+def test_the_ladder_s_blocks_repeat_themselves(family: str) -> None:
+    """So that few blocks tell of all; but for three quarters of a UNet's."""
+    card = FAMILIES[family]
+    for known in card.known:
+        config = known.configs[card.trained_component]
+        apart = [spacing(card.depth(config), count) for count in waiting(card, config)]
+        assert apart == ([4, 3, 2, 0, 1] if family == "sdxl" else [4, 3, 2, 1])
 
 
 def test_a_new_tensor_at_an_old_address_is_another_one() -> None:
