@@ -31,7 +31,7 @@ from runtime.new_tokens import add_tokens, is_rows
 from runtime.step import micro_step
 from runtime.text_training import tokenizers
 from tests.runtime.plans import PICTURES, manifest_of, source_of
-from tests.runtime.test_text_training import (
+from tests.runtime.text_plans import (
     RUNS,
     STEPS,
     Planned,
