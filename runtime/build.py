@@ -159,12 +159,18 @@ def checkpoint_blocks(model: nn.Module, lists: tuple[str, ...], every: int) -> N
         diffused.disable_gradient_checkpointing()
         return
     blocks = blocks_of(model, lists)
-    diffused.enable_gradient_checkpointing(_run_block({id(b) for b in blocks[::every]}))
+    again = {id(blocks[number]) for number in recomputed(len(blocks), every)}
+    diffused.enable_gradient_checkpointing(_run_block(again))
 
 
-def _run_block(recomputed: set[int]) -> Callable[..., Any]:
+def recomputed(count: int, every: int) -> list[int]:
+    """Which of `count` blocks are recomputed: every `every`-th one, none for 0."""
+    return list(range(0, count, every)) if every else []
+
+
+def _run_block(again: set[int]) -> Callable[..., Any]:
     def run(block: nn.Module, *inputs: Any) -> Any:
-        if id(block) in recomputed:
+        if id(block) in again:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 

@@ -44,6 +44,8 @@ class TokenShift:
     base_shift: float
     max_shift: float
     stated: bool = True  # the pipeline takes a scheduler's own numbers instead
+    far: tuple[int, float, float] | None = None
+    """Of more tokens than the first, mu is on another line: its slope, and mu at no token."""
 
 
 @frozen(kw_only=True)
@@ -63,8 +65,8 @@ class FamilyCard:
     """How many there are, by the trained component's configuration."""
     runs: Callable[[Mapping[str, Any]], Sequence[int] | None] | None
     """Numbers of equal blocks that follow each other, by the trained component's configuration;
-    None where they are not so regular. A last block that differs is not counted. With
-    `runs_together` each stands for several runs, all of that many."""
+    None where they are not so regular. A last block that differs is not counted. With `places`
+    each stands for several runs, all of that many."""
     shortened: Callable[[Mapping[str, Any], Sequence[int]], dict[str, Any]]
     """The configuration with other such numbers."""
     latent_channels_key: str  # key of the vae's configuration
@@ -94,13 +96,20 @@ class FamilyCard:
     """What else the pipeline's class must be given."""
     few_step_pipeline: str = ""
     """Diffusers' pipeline of models that were distilled into few steps; "": there is none."""
-    runs_together: bool = False
+    places: Callable[[Mapping[str, Any]], Sequence[tuple[int | None, int]]] | None = None
+    """Where the runs are: (number in `runs`, blocks) of each of them in the model's order, and
+    (None, blocks) of those in no run. None: each follows the one before it, from the first block
+    on."""
+    latent_statistics: bool = False
+    """Latents are normalised by `latents_mean` and `latents_std` of the vae's configuration."""
     size_conditions: bool = False  # the model is told each picture's size and crop
     refines: float = 0.0
     """The share of the noise levels, from the last on, by which the pipeline refines a picture that
     it is given, by its own default; 0: it draws from noise."""
     made_for: float = 1.0  # the highest noise level that its models are trained on and used at
     timesteps: int = 1000  # of its table of noise levels, where it has one
+    time: Literal["sigma", "1000 sigma", "1 - sigma"] = "sigma"
+    """What a flow's model is told as its time (times the `timestep_scale` of its configuration)."""
     overflowing: tuple[str, ...] = ()
     """Components beside the trained one that can't run in fp16; a vae that says `force_upcast =
     false` can."""

@@ -72,7 +72,13 @@ def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 
 def depth(config: Mapping[str, Any]) -> int:
-    """How many modules `BLOCKS` matches in a UNet of this configuration.
+    """How many modules `BLOCKS` matches in a UNet of this configuration."""
+    return sum(count for _, count in places(config))
+
+
+def places(config: Mapping[str, Any]) -> list[tuple[int | None, int]]:
+    """(level, blocks) of each transformer and (None, blocks) of each group of residual blocks, in
+    the order in which Diffusers holds them: the way down, the way up, the middle.
 
     A level has as many residual blocks as `layers_per_block` on the way down and one more on the
     way up, the middle two; where it attends, a transformer follows each of them, in the middle one.
@@ -80,15 +86,18 @@ def depth(config: Mapping[str, Any]) -> int:
     down, up = config["down_block_types"], config["up_block_types"]
     layers = _each(config.get("layers_per_block", 2), len(down))
     deep = _each(config.get("transformer_layers_per_block", 1), len(down))
-    middle = 2
+    last = len(down) - 1
+    found: list[tuple[int | None, int]] = []
+    for level, kind in enumerate(down):
+        found += [(level, deep[level])] * (layers[level] * ("CrossAttn" in kind))
+        found.append((None, layers[level]))
+    for number, kind in enumerate(up):
+        level = last - number
+        found += [(level, deep[level])] * ((layers[level] + 1) * ("CrossAttn" in kind))
+        found.append((None, layers[level] + 1))
     if "CrossAttn" in (config.get("mid_block_type") or "UNetMidBlock2DCrossAttn"):
-        middle += deep[-1]
-    total = middle
-    for kind, count, inside in zip(down, layers, deep, strict=True):
-        total += count * (1 + inside * ("CrossAttn" in kind))
-    for kind, count, inside in zip(up, reversed(layers), reversed(deep), strict=True):
-        total += (count + 1) * (1 + inside * ("CrossAttn" in kind))
-    return total
+        found.append((last, deep[last]))
+    return [*found, (None, 2)]
 
 
 def _each(value: int | Sequence[int], count: int) -> list[int]:

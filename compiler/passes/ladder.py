@@ -187,7 +187,7 @@ def waiting(family: FamilyCard, config: Mapping[str, Any]) -> list[int]:
     """
     blocks = family.depth(config)
     counts = {len(range(apart // 2, blocks, apart)) for apart in APART}
-    if family.runs is None or family.runs_together:
+    if family.runs is None or family.places is not None:
         counts.add(round(MOST * blocks))
     return sorted(counts - {0})
 

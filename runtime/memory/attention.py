@@ -159,7 +159,10 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask of truth values as one to be added, as PyTorch makes it."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+    shown, hidden = (
+        torch.scalar_tensor(value, dtype=dtype, device=mask.device) for value in (0.0, -math.inf)
+    )
+    return torch.where(mask, shown, hidden)
 
 
 def _pad(tensor: Tensor, step: int) -> Tensor:

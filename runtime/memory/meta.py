@@ -7,7 +7,10 @@ result's form (shape, strides, type) is kept and later ones are made from it.
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -38,13 +41,16 @@ SPECIAL = {
     for name in packet.overloads()
 }
 
+# Updates of whole lists of tensors in place, which return nothing.
+OF_LISTS = re.compile(r"aten::_(foreach|fused)_\w+_")
+
 
 @frozen
 class _Known:
-    """What a key's operation returns. `forms` None: run it (a view); `single`: not in a tuple."""
+    """What a key's operation returns. `forms` None: run it (a view)."""
 
     forms: tuple[Form, ...] | None
-    single: bool
+    container: type | None  # that they are in; None: a single one
     in_place: bool
     flops: int
     bytes: int = 0  # of a single output's storage
@@ -65,6 +71,7 @@ class MetaKernels:
         self.fresh: int | None = None  # see `Kernels`
         self._known: dict[Key, _Known] = {}
         self._zeros = False  # whether there may be such (`ZEROS`)
+        self._of_lists: dict[int, bool] = {}  # operation -> whether it is one of `OF_LISTS`
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """`func`'s result; operations on other devices (a step counter on the CPU) really run."""
@@ -81,6 +88,8 @@ class MetaKernels:
                 return None
             if func is ASKED and args[0].is_meta and args[0].dtype == torch.bool:
                 return True
+        if args and isinstance(args[0], list) and self._nothing(func, name, args[0]):
+            return None
         key: list[Any] = [name]
         if not _describe(args, key) or (kwargs and not _describe(kwargs.items(), key)):
             return func(*args, **kwargs)
@@ -92,13 +101,36 @@ class MetaKernels:
             return args[0]
         if known.forms is None:
             return func(*args, **kwargs)
-        if known.single:
+        if known.container is None:
             self.fresh = known.bytes
             return _make(known.forms[0])
-        return tuple(map(_make, known.forms))
+        return known.container(map(_make, known.forms))
+
+    @property
+    def known(self) -> int:
+        """How many calls' results are known."""
+        return len(self._known)
+
+    def learned(self, since: int) -> list[tuple[Key, _Known]]:
+        """What was learned since so many were `known`; for `learn` in a process of this one."""
+        return list(islice(self._known.items(), since, None))
+
+    def learn(self, learned: Iterable[tuple[Key, _Known]]) -> None:
+        """What others know."""
+        for key, known in learned:
+            self._known.setdefault(key, known)
+
+    def _nothing(self, func: Any, name: int, updated: list[Any]) -> bool:
+        """Whether all that `func` does is to change `updated`, which have no values."""
+        found = self._of_lists.get(name)
+        if found is None:
+            found = OF_LISTS.fullmatch(func._schema.name) is not None and not func._schema.returns
+            self._of_lists[name] = found
+        return found and all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in updated)
 
     def _first(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        out = func(*args, **kwargs)
+        form = PLAIN[id(func)](args, kwargs) if id(func) in PLAIN else None
+        out: Any = func(*args, **kwargs) if form is None else _make(form)
         if self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
             out = _layer_norm_on_cpu(out, *args)
         counter = self.counters.get(func.overloadpacket)
@@ -106,6 +138,66 @@ class MetaKernels:
         self.flops += flops
         self._known[key] = _learn(func, args, kwargs, out, flops)
         return out
+
+
+def _elementwise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Form:
+    """The result's form where tensors of one type lie row by row; None: to be asked."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    first, *others = tensors
+    if not all(t.dtype == first.dtype and t.is_contiguous() for t in tensors) or not (
+        first.is_floating_point()
+        and all(type(v) in (int, float) for v in args if not isinstance(v, Tensor))
+        and not any(isinstance(v, Tensor) for v in kwargs.values())
+    ):
+        return None
+    shape = tuple(first.shape)
+    if any(t.shape != shape for t in others):
+        shape = tuple(torch.broadcast_shapes(*(t.shape for t in tensors)))  # type: ignore[no-untyped-call]
+        if 1 in shape:  # where there is no order among the dimensions, others are possible
+            return None
+    return shape, _strides(shape), first.dtype
+
+
+def _addmm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Form:
+    """See `_elementwise`."""
+    added, one, other = args
+    if kwargs or not added.dtype == one.dtype == other.dtype:
+        return None
+    shape = (one.shape[0], other.shape[1])
+    if added.shape not in (shape, shape[1:]):
+        return None
+    return shape, _strides(shape), one.dtype
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row by row, as PyTorch states them."""
+    counts = accumulate((max(size, 1) for size in shape[:0:-1]), operator.mul, initial=1)
+    return tuple(counts)[::-1] if shape else ()
+
+
+aten = torch.ops.aten
+PLAIN: Mapping[int, Callable[[tuple[Any, ...], Mapping[str, Any]], Form]] = {
+    id(aten.addmm.default): _addmm,
+    **dict.fromkeys(
+        map(
+            id,
+            (
+                aten.add.Tensor,
+                aten.sub.Tensor,
+                aten.mul.Tensor,
+                aten.div.Tensor,
+                aten.mul.Scalar,
+                aten.pow.Tensor_Scalar,
+                aten.gelu.default,
+                aten.gelu_backward.default,
+                aten.silu.default,
+                aten.silu_backward.default,
+            ),
+        ),
+        _elementwise,
+    ),
+}
+"""Operations whose result's form follows from a rule, for PyTorch needs a millisecond for each."""
 
 
 def _layer_norm_on_cpu(
@@ -138,20 +230,20 @@ def _learn(
 ) -> _Known:
     """What may be kept of the result: its forms if all of it is new memory."""
     single = isinstance(out, Tensor)
-    outputs = (out,) if single else out
+    outputs, container = (out,) if single else out, None if single else type(out)
     if single and args and out is args[0]:
-        return _Known(None, True, True, flops)
+        return _Known(None, None, True, flops)
     given = {t.untyped_storage()._cdata for t in _tensors((*args, *kwargs.values()))}
-    fresh = isinstance(outputs, tuple) and all(
+    fresh = isinstance(outputs, tuple | list) and all(
         o is None or (isinstance(o, Tensor) and o.is_meta) for o in outputs
     )
     if not fresh or func._schema.is_mutable:
-        return _Known(None, single, False, flops)
+        return _Known(None, container, False, flops)
     stores = [o.untyped_storage()._cdata for o in outputs if o is not None]
     if len(set(stores)) < len(stores) or given & set(stores):  # aliases that no schema admits
-        return _Known(None, single, False, flops)
+        return _Known(None, container, False, flops)
     held = out.untyped_storage().nbytes() if single else 0
-    return _Known(tuple(map(_form, outputs)), single, False, flops, held)
+    return _Known(tuple(map(_form, outputs)), container, False, flops, held)
 
 
 def _tensors(values: tuple[Any, ...] | list[Any]) -> list[Tensor]:

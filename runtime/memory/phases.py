@@ -17,10 +17,12 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from compiler.memory import Candidate
+from compiler.plan import Model, Precision, Text
 from runtime.batch import masked
 from runtime.families import sana_sprint
 from runtime.families.base import PICTURE, Family
 from runtime.families.common import DTYPES, class_called, draw, inference
+from runtime.memory.pretend import masks_kept
 from runtime.memory.tracker import Tracker
 from runtime.samplers import sampler
 from runtime.step import forward_losses
@@ -32,7 +34,7 @@ META, HOST = torch.device("meta"), torch.device("cpu")
 
 
 class Tokens:
-    """In a tokenizer's place: as many tokens as the prompt may have, none of them padding."""
+    """In a tokenizer's place: as many tokens as the prompt may have."""
 
     model_max_length = 77  # CLIP's
     padding_side = "right"
@@ -41,6 +43,7 @@ class Tokens:
         """`names` of what the real one makes of a prompt."""
         self.device = device
         self.names = names
+        self.pads = False  # whether it was asked to pad short prompts
 
     def __call__(
         self, prompts: list[str] | str, *, padding: str | bool, max_length: int = 1, **rest: Any
@@ -51,6 +54,7 @@ class Tokens:
 
         count = 1 if isinstance(prompts, str) else len(prompts)
         shape = (count, max_length if padding in ("max_length", True) else 1)
+        self.pads = self.pads or padding == "max_length"
         ones = torch.ones(shape, dtype=torch.int64, device=self.device)
         return BatchEncoding({name: ones.clone() for name in self.names})
 
@@ -80,15 +84,21 @@ def run_text(
     """Bytes by category when one prompt is encoded by `encoder`."""
     with tracker:
         module = _component(candidate, family, encoder, device, tracker)
-        parts: dict[str, Any] = {encoder: module}
-        for name, stated in family.card.components.items():
-            if name.startswith("tokenizer"):
-                names = class_called(stated, family.card)[0].model_input_names
-                parts[name] = Tokens(device, names)
+        tokens = all_tokens(family, device)
         tracker.category = "activations"
         tracker.reset_peak()
-        family.encode_with(encoder, parts, [PROMPT], candidate.text)
+        with masks_kept(lambda: any(each.pads for each in tokens.values())):
+            family.encode_with(encoder, {encoder: module, **tokens}, [PROMPT], candidate.text)
     return tracker.breakdown()
+
+
+def all_tokens(family: Family, device: torch.device) -> dict[str, Tokens]:
+    """What stands in for the family's tokenizers, by their names."""
+    return {
+        name: Tokens(device, class_called(stated, family.card)[0].model_input_names)
+        for name, stated in family.card.components.items()
+        if name.startswith("tokenizer")
+    }
 
 
 def run_latents(
@@ -147,19 +157,20 @@ def run_pictures(
     if candidate.sprint is not None:
         family = sana_sprint.FAMILY
     vae = _component(candidate, family, "vae", device, tracker)
-    parts = {
-        candidate.model.trained_component: model,
-        "vae": vae,
-        "scheduler": scheduler_of(candidate),
-    }
+    with tracker.elsewhere():  # its tables
+        scheduler = scheduler_of(candidate)
+    parts = {candidate.model.trained_component: model, "vae": vae, "scheduler": scheduler}
     host = META if device == META else HOST
-    embedding = _embedding(candidate, family, host)
+    embedding = example_embedding(
+        candidate.model, family, candidate.text, candidate.precision, host
+    )
     tracker.exclude(embedding.values())
     tracker.category = "activations"
     tracker.reset_peak()
     if words is not None:
         one = example_tokens(candidate.model, tuple(words.encoders), 1, device)
         embedding = words.renewed(one, embedding)
+        tracker.exclude(embedding.values())
     refines = family.card.refines
     for width, height in largest(candidate.pictures):
         if refines:
@@ -221,8 +232,11 @@ def _component(
     return module
 
 
-def _embedding(candidate: Candidate, family: Family, device: torch.device) -> Mapping[str, Tensor]:
-    configs = {name: json.loads(text) for name, text in candidate.model.configs.items()}
-    shapes = family.card.embedding_shapes(configs, candidate.text.max_length)
-    dtype = DTYPES[candidate.precision.cache]
+def example_embedding(
+    model: Model, family: Family, text: Text, precision: Precision, device: torch.device = HOST
+) -> Mapping[str, Tensor]:
+    """The embedding of one prompt of full length, zeros, as a cache holds it."""
+    configs = {name: json.loads(config) for name, config in model.configs.items()}
+    shapes = family.card.embedding_shapes(configs, text.max_length)
+    dtype = DTYPES[precision.cache]
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,18 +11,21 @@ import torch
 from attrs import frozen
 from torch import Tensor
 from torch.fx.experimental import _config as fx_config
-from torch.nn import functional
+from torch.nn import functional, init
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
 
 from compiler.attention import KERNELS
 from compiler.plan import AttentionKernel
-from runtime import attention
+from runtime import attention, build
 from runtime.memory.attention import Attention, attention_for
 from runtime.memory.tracker import Tracker
+from runtime.offload import blocks
 from runtime.quantise import codes
 
+STARTS = tuple(name for name in dir(init) if name.endswith("_") and not name.startswith("_"))
+"""What sets the values that weights start from, in place."""
 SKIPS = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 """Where transformers looks into a prompt's mask, whether it can do without."""
 
@@ -42,6 +45,7 @@ def as_on(device: str) -> Iterator[None]:
     ]
     if device != "cpu":
         lists.append((optimizer, "_get_foreach_kernels_supported_devices"))
+    from diffusers.hooks import group_offloading
     from transformers import masking_utils
 
     stock = functional.scaled_dot_product_attention
@@ -50,12 +54,44 @@ def as_on(device: str) -> Iterator[None]:
         _exchange(stack, fx_config, "meta_nonzero_assume_all_nonzero", True)
         _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
         _exchange(stack, attention, "on_meta", _like(device, stock))
+        for name in STARTS:
+            _exchange(stack, init, name, _valued(getattr(init, name)))
+        # Diffusers' pipelines ask each module of the model whether it has put a part elsewhere.
+        _exchange(stack, group_offloading, "_get_top_level_group_offload_hook", lambda _: None)
         for name in SKIPS:
             _exchange(stack, masking_utils, name, _unpadded(getattr(masking_utils, name)))
         for owner, name in lists:
             _exchange(stack, owner, name, _with_meta(getattr(owner, name)))
         if device != "cpu":
             _exchange(stack, functional, "dropout", _fused_dropout(functional.dropout))
+        yield
+
+
+@contextmanager
+def masks_kept(padded: Callable[[], bool]) -> Iterator[None]:
+    """Inside, text encoders can't do without the mask of a prompt that is `padded`: of most prompts
+    it hides something. Not for use in several threads."""
+    from transformers import masking_utils
+
+    def kept(stock: Callable[..., bool]) -> Callable[..., bool]:
+        def skips(padding_mask: Tensor | None, *rest: Any) -> bool:
+            return not (padding_mask is not None and padded()) and stock(padding_mask, *rest)
+
+        return skips
+
+    with ExitStack() as stack:
+        for name in SKIPS:
+            _exchange(stack, masking_utils, name, kept(getattr(masking_utils, name)))
+        yield
+
+
+@contextmanager
+def shortened(again: Sequence[int], waiting: Sequence[int]) -> Iterator[None]:
+    """Inside, the blocks with these numbers are those that are recomputed, and those that wait on
+    the host."""
+    with ExitStack() as stack:
+        _exchange(stack, build, "recomputed", lambda *_: again)
+        _exchange(stack, blocks, "chosen", lambda *_: waiting)
         yield
 
 
@@ -125,6 +161,15 @@ def _unpadded(stock: Callable[..., bool]) -> Callable[..., bool]:
         return stock(padding_mask, *rest)
 
     return skips
+
+
+def _valued(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What has no values needs none to start from."""
+
+    def start(tensor: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return tensor if tensor.is_meta else stock(tensor, *rest, **options)
+
+    return start
 
 
 def _with_meta(devices: Callable[[], list[str]]) -> Callable[[], list[str]]:

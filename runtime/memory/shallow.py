@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -13,38 +15,42 @@ from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.memory import Candidate
 from compiler.plan import Adapter
+from runtime.build import recomputed
+from runtime.memory.repeat import Run
 from runtime.offload.activations import AHEAD
-from runtime.offload.blocks import spacing
+from runtime.offload.blocks import chosen
 
-PERIODS = 4
-"""Of the shallowest model. The first blocks' passes differ (nothing asks for the gradient of what
-they are given), and so do the last ones' (no gradient is there yet to be added to); two periods
-between them are like all others, or one of several blocks. Activations that come back from the host
-ahead of time, one a block at least, make as many more at the end differ."""
-INSIDE = 2  # such periods of runs with other layers before and behind each of them
+BEFORE, AFTER = 2, 2
+"""Blocks on either side of one that what its passes do may depend on. The first block's passes
+differ (nothing asks for the gradient of what it is given), so does what the second one's free, and
+the last one's (no gradient is there yet to be added to). With one more behind, the shallow model
+has two blocks of a kind somewhere, which are compared."""
 SAME = re.compile(
     r"(?:[A-Za-z_]+[0-9]*|\[[A-Za-z]+\]|(?:to_out|net)\\?\.[0-9]|\\\.|\.\*|\\d\+|[|()])*"
 )
 """Patterns of module names that can't tell one number of a block from another."""
-WORTH = 0.75  # of the deep model's blocks: with more in each of the shallow ones, it is no quicker
+WORTH = 0.9  # of the deep model's blocks: with more in the shallow one, it is no quicker
 
 
 @frozen(kw_only=True)
 class Shallow:
-    """A shallow model's candidate; others with one period of blocks more in one run of equal
-    blocks, and how many periods the deep model has there more than the shallow one."""
+    """A model in which each block of the deep one has its like: a block of the same kind between
+    blocks of the same kinds. `recomputed` and `waiting` are numbers of its blocks."""
 
     base: Candidate
-    longer: Sequence[tuple[Candidate, int]]
-    together: bool  # one period more is one in each of several runs
+    recomputed: Sequence[int]
+    waiting: Sequence[int]
+    runs: Sequence[Run]
+
+    @property
+    def further(self) -> Mapping[int, int]:
+        """How many more blocks of the deep model each of its blocks stands for."""
+        found = Counter(number for run in self.runs for number in run.order)
+        return {number: count - 1 for number, count in found.items() if count > 1}
 
 
 def shallow(candidate: Candidate) -> Shallow | None:
-    """Candidates from which `candidate` follows; None where it is to be simulated whole.
-
-    A period is as many blocks as activation checkpointing, and the choice of blocks that wait on
-    the host, take to repeat themselves. A choice that does not repeat itself has none.
-    """
+    """What the course of `candidate` follows from; None where it is to be simulated whole."""
     card = FAMILIES[candidate.model.family]
     layout = candidate.layout
     if card.runs is None or candidate.sprint is not None:  # heads are on single blocks
@@ -52,35 +58,153 @@ def shallow(candidate: Candidate) -> Shallow | None:
     if candidate.adapter is not None and not _alike(candidate.adapter, card):
         return None
     config = json.loads(candidate.model.configs[card.trained_component])
-    deep, blocks = card.runs(config), card.depth(config)
-    apart = spacing(blocks, min(layout.offload_blocks, blocks))
-    if deep is None or (layout.offload_blocks and not apart):
+    counts, depth = card.runs(config), card.depth(config)
+    if counts is None:
         return None
-    period = math.lcm(max(1, layout.activation_checkpointing), max(1, apart))
-    periods = INSIDE if card.runs_together else PERIODS - (period > 1)
-    periods += bool(layout.offload_blocks)
-    if layout.offload_activations:
-        periods += math.ceil(AHEAD / period)
-    few = [min(count, count % period + periods * period) for count in deep]
-    more = [index for index, count in enumerate(deep) if count > few[index]]
-    if not more or sum(few) + period >= WORTH * sum(deep):
+    again = set(recomputed(depth, layout.activation_checkpointing))
+    waits = chosen(depth, layout.offload_blocks) if layout.offload_blocks else []
+    before, after = BEFORE, AFTER
+    if layout.offload_activations:  # they come back ahead of time, one a block at least
+        before, after = before + AHEAD - 1, after + AHEAD - 1
+    word = _word(_places(card, config, counts), again, waits)
+    wide = _contexts(word, before, after)
+    kept = _kept(word, wide, before, after)
+    if len(kept) > WORTH * depth:
         return None
-
-    def of(counts: Sequence[int]) -> Candidate:
-        short = card.shortened(config, counts)
-        configs = {**candidate.model.configs, card.trained_component: json.dumps(short)}
-        waiting = len(range(apart // 2, card.depth(short), apart)) if apart else 0
-        return evolve(
+    few = [len({word[n].inside for n in kept if word[n].run == run}) for run in range(len(counts))]
+    try:
+        short = card.shortened(config, few)
+    except AssertionError:  # two of its runs can't have other numbers than each other
+        return None
+    number_of = {number: place for place, number in enumerate(kept)}
+    waiting = [number_of[n] for n in kept if n in set(waits)]
+    configs = {**candidate.model.configs, card.trained_component: json.dumps(short)}
+    return Shallow(
+        base=evolve(
             candidate,
             model=evolve(candidate.model, configs=configs),
-            layout=evolve(layout, offload_blocks=waiting),
-        )
+            layout=evolve(layout, offload_blocks=len(waiting)),
+        ),
+        recomputed=[number_of[n] for n in kept if n in again],
+        waiting=waiting,
+        runs=list(_runs(word, wide, _contexts(word, before, after - 1), number_of)),
+    )
 
-    longer = []
-    for index in more:
-        counts = [count + period * (place == index) for place, count in enumerate(few)]
-        longer.append((of(counts), (deep[index] - few[index]) // period))
-    return Shallow(base=of(few), longer=longer, together=card.runs_together)
+
+@frozen
+class _Letter:
+    """A block of the deep model."""
+
+    run: int | None
+    place: int  # number of the place where its run is
+    inside: int  # its number there
+    kind: Hashable  # what it is like, without its number
+
+
+def _places(
+    card: FamilyCard, config: Mapping[str, Any], counts: Sequence[int]
+) -> Sequence[tuple[int | None, int]]:
+    """See `FamilyCard.places`."""
+    if card.places is not None:
+        return card.places(config)
+    return [*enumerate(counts), (None, card.depth(config) - sum(counts))]
+
+
+def _word(
+    places: Sequence[tuple[int | None, int]], again: set[int], waits: Sequence[int]
+) -> list[_Letter]:
+    """The blocks of the deep model; `again` are recomputed, and `waits` wait on the host.
+
+    While blocks come and go, two of those that wait are on the device: fewer before the first one
+    and after the last one. Each lets the one before it go, and has the one after it sent.
+    """
+    word: list[_Letter] = []
+    place_of = [place for place, (_, count) in enumerate(places) for _ in range(count)]
+    waiting = [place_of[number] for number in waits]
+    ends = zip([None, *waiting[:-1]], [*waiting[1:], None], strict=True) if waits else ()
+    beside = dict(zip(waits, ends, strict=True))
+    for place, (run, count) in enumerate(places):
+        for inside in range(count):
+            number = len(word)
+            kind: tuple[Hashable, ...] = (place, number in again)
+            if waits:
+                kind += (beside.get(number), number > waits[0], number < waits[-1])
+            word.append(_Letter(run, place, inside, kind if run is not None else (number, kind)))
+    return word
+
+
+def _contexts(word: Sequence[_Letter], before: int, after: int) -> list[int]:
+    """Of each block, what it is like and what so many on either side of it are like: equal numbers
+    for equal ones."""
+    kinds: list[Hashable] = [None] * before + [each.kind for each in word] + [None] * after
+    known: dict[Hashable, int] = {}
+    return [
+        known.setdefault(tuple(kinds[n : n + before + 1 + after]), len(known))
+        for n in range(len(word))
+    ]
+
+
+def _kept(word: Sequence[_Letter], wide: Sequence[int], before: int, after: int) -> list[int]:
+    """The numbers of the blocks in the shallow model: as many as can be are left out, so that the
+    rest have all contexts of the deep one, and no others."""
+    kept = list(range(len(word)))
+    runs = sorted({each.run for each in word if each.run is not None})
+    for run in runs:
+        while (cut := _cut(word, kept, wide, run, before, after)) is not None:
+            kept = cut
+    return kept
+
+
+def _cut(
+    word: Sequence[_Letter],
+    kept: Sequence[int],
+    wide: Sequence[int],
+    run: int,
+    before: int,
+    after: int,
+) -> list[int] | None:
+    """`kept` with fewer blocks in each place of `run`, the same ones in each; None if none can be
+    left out."""
+    places: dict[int, list[int]] = {}
+    for index, number in enumerate(kept):
+        if word[number].run == run:
+            places.setdefault(word[number].place, []).append(index)
+    count = min(map(len, places.values()), default=0)
+    # What follows a place where blocks are left out has to be what follows the last of them.
+    padded = [None] * before + [word[n].kind for n in kept] + [None] * after
+    keys = [tuple(padded[n : n + before + after]) for n in range(len(kept) + 1)]
+    every = {wide[number] for number in kept}
+    for length in range(count - 1, 0, -1):
+        for start in range(count - length + 1):
+            spans = [(at[0] + start, at[0] + start + length) for at in places.values()]
+            if any(keys[a] != keys[b] for a, b in spans):
+                continue
+            out = {kept[n] for a, b in spans for n in range(a, b)}
+            left = [number for number in kept if number not in out]
+            if {wide[number] for number in left} == every:
+                return left
+    return None
+
+
+def _runs(
+    word: Sequence[_Letter],
+    wide: Sequence[int],
+    narrow: Sequence[int],
+    number_of: Mapping[int, int],
+) -> Iterator[Run]:
+    """Each place of a run that is shorter in the shallow model. `number_of` its blocks there."""
+    counts = Counter(each.place for each in word)
+    ends = list(accumulate(counts[place] for place in sorted(counts)))
+    for place, end in zip(sorted(counts), ends, strict=True):
+        numbers = range(end - counts[place], end)
+        kept = [n for n in numbers if n in number_of]
+        if len(kept) == len(numbers):
+            continue
+        like = {wide[n]: n for n in kept}
+        yield Run(
+            kinds={number_of[n]: narrow[n] for n in kept},
+            order=tuple(number_of[n if n in number_of else like[wide[n]]] for n in numbers),
+        )
 
 
 def _alike(adapter: Adapter, card: FamilyCard) -> bool:

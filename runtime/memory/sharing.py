@@ -30,6 +30,8 @@ from runtime.ranks import BUCKET
 
 OWNED = ("weights", "adapter", "gradients", "optimizer", "ema")
 """Categories of which each rank holds a share."""
+SUMS = "sums over devices"
+"""The category of what adding up over the ranks takes."""
 
 
 def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str, int]]:
@@ -78,7 +80,7 @@ def _summed(course: Course) -> Mapping[str, int]:
         if dtype != torch.float32 and torch.Size(shape).numel() > BUCKET
     ]
     buffer = rounded(4 * max([min(sum(sizes), BUCKET), *large]))
-    summing = {**course.after, "sums over devices": buffer}
+    summing = {**course.after, SUMS: buffer}
     return max(course.update_peak, summing, key=lambda parts: sum(parts.values()))
 
 
@@ -114,7 +116,7 @@ def _reduced(candidate: Candidate, course: Course) -> dict[str, int]:
     """A block's gradients, copied to be added up over the ranks, and this rank's sums."""
     size = DTYPES[candidate.precision.compute].itemsize
     trained = max(course.block_numbers["trained"], course.block_numbers["trained apart"])
-    return {"sums over devices": trained * (size + 4) + -(-4 * trained // candidate.ranks)}
+    return {SUMS: trained * (size + 4) + -(-4 * trained // candidate.ranks)}
 
 
 def _block(course: Course) -> int:

@@ -1,14 +1,13 @@
 """The memory model: every phase of a run on meta tensors, by the runtime's own code.
 
-A transformer's equal blocks are not all simulated: see `runtime.memory.curve.deeper`.
+A transformer's equal blocks are not all simulated: see `runtime.memory.repeat`.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,15 @@ from runtime.families.common import import_classes
 from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
 from runtime.memory.beside import beside
-from runtime.memory.curve import Curve, NotAlike, affine, deeper
+from runtime.memory.curve import NotAlike
+from runtime.memory.deep import deep_forms, deepened
 from runtime.memory.meta import MetaKernels
-from runtime.memory.pretend import Dequantised, as_on, remembering
+from runtime.memory.pretend import Dequantised, as_on, remembering, shortened
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.sharing import shared_parts
-from runtime.memory.step import META, Course, Form, kind_of, run_step, run_update, worst
+from runtime.memory.step import META, Course, of_batch, run_step, worst
 from runtime.memory.tracker import Tracker, rounded
+from runtime.memory.update import Update, depends_on, run_update
 
 # What a process holds on a CUDA device besides tensors. The context with its loaded kernels is
 # outside of PyTorch's count ("some context needs to be created on GPU", documentation of
@@ -49,6 +50,7 @@ class RuntimeMemoryModel:
         self._encoded: dict[str, Phases] = {}
         self._courses: dict[str, Course] = {}
         self._dequantised: dict[Any, Dequantised] = {}
+        self._updates: dict[Hashable, Update] = {}
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. Counts the worst of the candidate's buckets."""
@@ -75,20 +77,33 @@ class RuntimeMemoryModel:
         )
 
     def course(self, candidate: Candidate, shape: Shape) -> Course:
-        """One bucket on meta tensors; the course of a deep model from those of shallow ones."""
-        depths = shallow(candidate)
-        if depths is not None:
+        """One bucket on meta tensors; the course of a deep model from that of a shallow one."""
+        less = shallow(candidate)
+        if less is not None:
             try:
-                return self._deep(candidate, depths, shape)
+                return self._deep(candidate, less, shape)
             except NotAlike:
                 pass  # simulated whole, which is always right
         return self.whole(candidate, shape)
 
     def whole(self, candidate: Candidate, shape: Shape) -> Course:
         """One bucket on meta tensors, with every block of the model."""
+        return self._run(candidate, shape)
+
+    def _run(
+        self, candidate: Candidate, shape: Shape, asked_for: Collection[int] | None = None
+    ) -> Course:
         tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
         with as_on(candidate.device), remembering(tracker, self._dequantised):
-            return run_step(candidate, shape, META, tracker, lambda: kernels.flops)
+            return run_step(
+                candidate,
+                shape,
+                META,
+                tracker,
+                lambda: kernels.flops,
+                asked_for,
+                partial(_aside, kernels),
+            )
 
     def _worst(self, candidate: Candidate) -> Course:
         """The course of the bucket that needs most. Many of a ladder's rungs have it in common."""
@@ -99,39 +114,22 @@ class RuntimeMemoryModel:
             self._courses[key] = max(courses, key=lambda course: course.peak)
         return self._courses[key]
 
-    def _deep(self, candidate: Candidate, depths: Shallow, shape: Shape) -> Course:
-        with ExitStack() as others:
-            waiting = [
-                (others.enter_context(beside(partial(self.whole, one, shape))), periods)
-                for one, periods in depths.longer
-            ]
-            base = self.whole(depths.base, shape)
-            longer = [(course(), periods) for course, periods in waiting]
-        after = affine(base.after, [(each.after, n) for each, n in longer])
-        numbers = affine(_numbers(base), [(_numbers(each), n) for each, n in longer])
-        forms = _forms(base, longer)
-        with as_on(candidate.device):
-            updating = run_update(
-                candidate, forms, base.idle, after, self.tracker(candidate.device)
-            )
-        return Course(
-            load=affine(base.load, [(each.load, n) for each, n in longer]),
-            window=_deeper(base.window, [(each.window, n) for each, n in longer], depths.together),
-            after=after,
-            update=updating,
-            save=affine(base.save, [(each.save, n) for each, n in longer]),
-            evaluate=_deeper(
-                base.evaluate, [(each.evaluate, n) for each, n in longer], depths.together
-            ),
-            validate=_deeper(
-                base.validate, [(each.validate, n) for each, n in longer], depths.together
-            ),
-            forms=forms,
-            idle=base.idle,
-            block_numbers=affine(
-                base.block_numbers, [(each.block_numbers, n) for each, n in longer]
-            ),
-            **numbers,
+    def _deep(self, candidate: Candidate, less: Shallow, shape: Shape) -> Course:
+        with shortened(less.recomputed, less.waiting):
+            base = self._run(less.base, shape, less.further)
+        forms = deep_forms(base, less)
+        key = depends_on(candidate, forms, base.idle)
+        if key not in self._updates:
+            with as_on(candidate.device):
+                tracker = self.tracker(candidate.device)
+                self._updates[key] = run_update(candidate, forms, base.idle, tracker)
+        return deepened(
+            base,
+            less,
+            forms,
+            self._updates[key],
+            partial(of_batch, candidate, shape),
+            candidate.layout.fused_backward,
         )
 
     @contextmanager
@@ -140,7 +138,8 @@ class RuntimeMemoryModel:
         they are simulated beside what is simulated here."""
         parts = [c for c in candidate.model.components if not _in_step(candidate, c.name)]
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
-        sizes = tuple((width, height) for width, height, _ in candidate.shapes)
+        every = (*candidate.shapes, *candidate.evaluated)
+        sizes = tuple((width, height) for width, height, _ in every)
         key = repr((parts, configs, candidate.text, sizes, candidate.device))
         if key in self._encoded:
             yield lambda: self._encoded[key]
@@ -183,34 +182,18 @@ def _stepped(candidate: Candidate) -> object:
     return evolve(candidate, model=evolve(model, components=())), vae
 
 
-def _numbers(course: Course) -> dict[str, int]:
-    names = ("host", "flops", "parameters", "adapted_modules", "largest")
-    return {name: getattr(course, name) for name in names}
+@contextmanager
+def _aside(kernels: MetaKernels, work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+    """As `beside`; and what `kernels` learn in the other process they know here too."""
+    known = kernels.known
+    with beside(lambda: (work(), kernels.learned(known))) as result:
 
+        def found() -> Any:
+            made, learned = result()
+            kernels.learn(learned)
+            return made
 
-def _forms(base: Course, longer: Sequence[tuple[Course, int]]) -> list[Form]:
-    """Parameters of the deep model: their shapes, under names that tell whose they are."""
-    numbers = Counter(map(kind_of, base.forms))
-    counts = dict(numbers)
-    for each, periods in longer:
-        more = Counter(map(kind_of, each.forms))
-        for shape in counts.keys() | more.keys():
-            added = periods * (more[shape] - numbers[shape])
-            counts[shape] = counts.get(shape, 0) + added
-    return [
-        (f"{owner}.{size}-{number}", size, dtype)
-        for (owner, size, dtype), count in counts.items()
-        for number in range(count)
-    ]
-
-
-def _deeper(
-    base: Sequence[Curve], longer: Sequence[tuple[Sequence[Curve], int]], together: bool
-) -> Sequence[Curve]:
-    return [
-        deeper(curve, [(each[index], periods) for each, periods in longer], together)
-        for index, curve in enumerate(base)
-    ]
+        yield found
 
 
 def constants(device: str) -> int:

@@ -6,13 +6,13 @@ that is counted is one in the middle of a run, when the optimizer's state exists
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,9 +24,10 @@ from runtime.collector import collector_off
 from runtime.ema import Ema
 from runtime.families import family_of
 from runtime.families.base import Family
-from runtime.fused_backward import FusedBackward, total_norm
+from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
 from runtime.memory.curve import Curve, highest
+from runtime.memory.shares import Form, Share, forms_of, mark_blocks, shares_of
 from runtime.memory.tracker import Tracker
 from runtime.methods.sprint import Distillation
 from runtime.methods.sprint_draws import example
@@ -36,15 +37,21 @@ from runtime.optimizers import grouped, make_optimizer
 from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, method_step, micro_step, update
-from runtime.text_training import example_tokens, owner
+from runtime.text_training import example_tokens
 
 META = torch.device("meta")
 WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
 
 NEAR = 0.8  # buckets with fewer pixels a batch than this share of the most are never the worst
 
-Form = tuple[str, tuple[int, ...], torch.dtype]
-"""A trained parameter: name, shape, type."""
+Aside = Callable[[Callable[[], Any]], AbstractContextManager[Callable[[], Any]]]
+"""Does work beside that in the context that it makes; see `runtime.memory.beside.beside`."""
+
+
+@contextmanager
+def here(work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+    """`Aside` in name only: the work is done when its result is asked for."""
+    yield work
 
 
 @frozen(kw_only=True, eq=False)
@@ -58,7 +65,6 @@ class Course:
     save: Mapping[str, int]  # what lies on the device between two steps
     evaluate: Sequence[Curve]  # none without held-out pictures
     validate: Sequence[Curve]  # none without pictures
-    host: int  # bytes on the host of what belongs on the device, at most in a step
     flops: int  # of one batch's passes, recomputation included, the base's not; 0: not counted
     largest: int  # bytes of the largest tensor, which the host holds while loading
     parameters: int  # of the trained component, without adapter
@@ -68,6 +74,15 @@ class Course:
     block_numbers: Mapping[str, int]
     """Parameters, adapter included: of the "largest" block, of "all" blocks, "apart" from them,
     "trained" ones of a block and "trained apart"; and "buffer bytes", which no rank shares."""
+    primed: Mapping[str, int] = field(factory=dict)
+    """Before the window, once the optimizer has its state and the average is there."""
+    spent: int = 0  # the window's operations
+    shares: Mapping[int, Share] = field(factory=dict)  # of blocks that were asked for
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host of what belongs on the device, at most in the passes."""
+        return max((int(c.hosts[:, 1].max()) for c in self.window if c.hosts.size), default=0)
 
     @property
     def train_peak(self) -> dict[str, int]:
@@ -106,11 +121,16 @@ def run_step(
     device: torch.device,
     tracker: Tracker,
     flops: Callable[[], int] = lambda: 0,
+    asked_for: Collection[int] | None = None,
+    aside: Aside | None = None,
 ) -> Course:
     """Build, prime and run one window of the bucket `shape` (width, height, batch) under `tracker`.
 
-    `device` is "meta", or a real one for tests. `flops` reads a counter.
+    `device` is "meta", or a real one for tests. `flops` reads a counter. With `asked_for` the
+    blocks' passes are told apart, and the blocks of these numbers have their shares. `aside` does
+    work beside other work, as `runtime.memory.beside`. Raises NotAlike if blocks have no shares.
     """
+    aside = aside or here
     family = family_of(candidate.model.family)
     with tracker, collector_off(), counted(tracker.elsewhere):
         built = _build(candidate, family, device)
@@ -118,36 +138,36 @@ def run_step(
         load = tracker.categories()
         optimizer = prime(candidate, built.trainable, tracker)
         ema = average(candidate, built.trainable, tracker)
-        words = built.text
+        primed = tracker.categories()
         rivals = _rivals(candidate, built, tracker)
         asked: list[int] = []
         marked = _marks_of_passes(built.model, tracker, flops, asked)
-        start = flops()
-        window, after, updating, idle = _window(
-            candidate, family, built, optimizer, ema, shape, tracker
-        )
-        if rivals is not None and built.rival is not None:  # its updates take turns with the others
-            other = evolve(built, trainable=built.rival.trainable)
-            more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
-            window, updating = [*window, *more[0]], [*updating, *more[2]]
-        spent = flops() - start
-        if built.method is None:
-            spent -= sum(asked)
-        elif rivals is not None:
-            spent //= 2
-        save, waiting = tracker.categories(), tracker.host_peak
-        judged: Sequence[Curve] = ()
-        if candidate.evaluated:
-            largest = worst(candidate.evaluated)[0]
-            phases.run_evaluation(candidate, family, built.model, largest, device, tracker, words)
-            judged = tracker.curves()
-        drawn: Sequence[Curve] = ()
-        if candidate.pictures:
-            phases.run_pictures(candidate, family, built.model, device, tracker, words)
-            drawn = tracker.curves()
+        shares: Mapping[int, Share] = {}
+        if asked_for is not None:
+            blocks = blocks_of(built.model, family.card.blocks)
+            shares = shares_of(built, blocks, asked_for, tracker)
+            marked += mark_blocks(blocks, tracker, flops)
+        # What is live between two steps is what is live before the first one, as a rule: then what
+        # is done there needs no step before it, and can be done beside it.
+        between = partial(_between, candidate, family, built, device, tracker)
+        with aside(between) if not candidate.layout.offload_blocks else here(between) as looked:
+            start = flops()
+            window, after, updating, idle = _window(
+                candidate, family, built, optimizer, ema, shape, tracker
+            )
+            if rivals is not None and built.rival is not None:  # its updates take turns
+                other = evolve(built, trainable=built.rival.trainable)
+                more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
+                window, updating = [*window, *more[0]], [*updating, *more[2]]
+            spent = flops() - start
+            if built.method is None:
+                spent -= sum(asked)
+            elif rivals is not None:
+                spent //= 2
+            save = tracker.categories()
+            judged, drawn = looked() if save == primed else between()
         for handle in marked:
             handle.remove()
-    parts = -(-shape[2] // candidate.micro_batch) if candidate.micro_batch else 1
     return Course(
         load=load,
         window=window,
@@ -156,15 +176,40 @@ def run_step(
         save=save,
         evaluate=judged,
         validate=drawn,
-        host=waiting,
-        flops=spent * parts // min(candidate.accumulate * parts, WINDOW),
+        flops=of_batch(candidate, shape, spent),
+        spent=spent,
         largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
-        forms=_forms(built.trainable),
+        forms=forms_of(built.trainable),
         idle=idle,
         block_numbers=_block_numbers(built.model, family),
+        primed=primed,
+        shares=shares,
     )
+
+
+def _between(
+    candidate: Candidate, family: Family, built: Built, device: torch.device, tracker: Tracker
+) -> tuple[Sequence[Curve], Sequence[Curve]]:
+    """What is done between two steps, the courses of it: measuring the loss of held-out pictures,
+    and drawing."""
+    judged: Sequence[Curve] = ()
+    if candidate.evaluated:
+        largest = worst(candidate.evaluated)[0]
+        phases.run_evaluation(candidate, family, built.model, largest, device, tracker, built.text)
+        judged = tracker.curves()
+    drawn: Sequence[Curve] = ()
+    if candidate.pictures:
+        phases.run_pictures(candidate, family, built.model, device, tracker, built.text)
+        drawn = tracker.curves()
+    return judged, drawn
+
+
+def of_batch(candidate: Candidate, shape: tuple[int, int, int], spent: int) -> int:
+    """Operations of one batch, of those `spent` in a window."""
+    parts = -(-shape[2] // candidate.micro_batch) if candidate.micro_batch else 1
+    return spent * parts // min(candidate.accumulate * parts, WINDOW)
 
 
 def _block_numbers(model: nn.Module, family: Family) -> dict[str, int]:
@@ -184,58 +229,6 @@ def _block_numbers(model: nn.Module, family: Family) -> dict[str, int]:
         "trained apart": count(apart, trained=True),
         "buffer bytes": sum(b.nbytes for b in model.buffers()),
     }
-
-
-def run_update(
-    candidate: Candidate,
-    forms: Sequence[Form],
-    idle: Sequence[Form],
-    after: Mapping[str, int],
-    tracker: Tracker,
-) -> Sequence[Curve]:
-    """The update of parameters of `forms` alone, on meta tensors, as a part of a model's step.
-
-    `idle` are those of them that get no gradient; `after` is what is live in that step when the
-    gradients are complete.
-    """
-    kind = "weights" if candidate.adapter is None else "adapter"
-    with tracker, collector_off(), counted(tracker.elsewhere):
-        tracker.category = kind
-        trainable = {
-            name: nn.Parameter(torch.empty(shape, dtype=dtype, device=META))
-            for name, shape, dtype in forms
-        }
-        optimizer = prime(candidate, trainable, tracker)
-        ema = average(candidate, trainable, tracker)
-        finish = None
-        if candidate.layout.fused_backward:  # no gradient is left, but the norm of each
-            for parameter in trainable.values():
-                parameter.grad = None
-            finish = partial(_last_norm, _norms(len(trainable) - len(idle), tracker))
-        else:
-            tracker.category = "gradients"
-            left = Counter(map(kind_of, idle))
-            for form, parameter in zip(forms, trainable.values(), strict=True):
-                left[kind_of(form)] -= 1
-                idles = left[kind_of(form)] >= 0
-                parameter.grad = None if idles else torch.empty_like(parameter)
-        there = tracker.categories()
-        for name, nbytes in after.items():  # what is not the parameters' own
-            tracker.hold(nbytes - there.get(name, 0), name)
-        _update(candidate, trainable, optimizer, ema, finish, tracker)
-    return tracker.curves()
-
-
-def _norms(count: int, tracker: Tracker) -> list[Tensor]:
-    tracker.category = "activations"
-    return [torch.zeros((), device=META) for _ in range(count)]
-
-
-def _last_norm(norms: list[Tensor]) -> Tensor:
-    """As `FusedBackward.finish`, which lets go of each gradient's norm."""
-    kept = list(norms)
-    norms.clear()
-    return total_norm(kept)
 
 
 def _rivals(candidate: Candidate, built: Built, tracker: Tracker) -> torch.optim.Optimizer | None:
@@ -311,7 +304,7 @@ def average(
 
 def _marks_of_passes(
     model: nn.Module, tracker: Tracker, flops: Callable[[], int], asked: list[int]
-) -> Sequence[RemovableHandle]:
+) -> list[RemovableHandle]:
     """Mark where the model's forward passes begin and end. Operations of those that record no
     gradients, which ask for what the base predicts, are added to `asked`."""
 
@@ -325,7 +318,7 @@ def _marks_of_passes(
         if not torch.is_grad_enabled():
             asked.append(flops())
 
-    return model.register_forward_pre_hook(begin), model.register_forward_hook(end)
+    return [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
 
 
 def _window(
@@ -366,6 +359,8 @@ def _window(
     losses: list[object] = []
     if built.method is not None:
         built.method.begin(step)
+    for nested in built.nested:
+        nested.begin(0, step)
     for part in [p for batch in batches for p in batch.parts(candidate.micro_batch)][:WINDOW]:
         tracker.category = "activations"
         if built.method is not None:
@@ -388,25 +383,14 @@ def _window(
         tracker.register(_gradients(built), "gradients")
     passes, after = tracker.curves(), tracker.categories()
     without = fused.idle() if fused else [p.grad is None for p in built.trainable.values()]
-    idle = [form for form, none in zip(_forms(built.trainable), without, strict=True) if none]
-    _update(
+    idle = [form for form, none in zip(forms_of(built.trainable), without, strict=True) if none]
+    complete(
         candidate, built.trainable, optimizer, ema, fused.finish if fused else None, tracker, scaler
     )
     return passes, after, tracker.curves(), idle
 
 
-def kind_of(form: Form) -> tuple[str, tuple[int, ...], torch.dtype]:
-    """Whose it is (a text encoder's, or "" of all else), its shape and its type."""
-    name, shape, dtype = form
-    whose = owner(name)
-    return whose if whose.startswith("text_encoder") else "", shape, dtype
-
-
-def _forms(trainable: Mapping[str, nn.Parameter]) -> list[Form]:
-    return [(name, tuple(p.shape), p.dtype) for name, p in trainable.items()]
-
-
-def _update(
+def complete(
     candidate: Candidate,
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -415,6 +399,7 @@ def _update(
     tracker: Tracker,
     scaler: Scaler | None = None,
 ) -> None:
+    """What follows the passes: clipping, the optimizer's update, the average's."""
     tracker.category = "workspace"
     tracker.reset_peak()
     if scaler:

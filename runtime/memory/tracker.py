@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.memory.curve import Curve
+from runtime.memory.curve import Curve, Step
 
 # The CUDA caching allocator rounds each request up to this many bytes (kMinBlockSize in
 # c10/cuda/CUDACachingAllocator.h). Used for every device, so that figures compare.
@@ -57,6 +58,14 @@ class _Block:
         self.ref: weakref.ref[Any] | None = None
 
 
+@frozen
+class _Moment:
+    """When something was: on the clock, and after how many changes of what is on the host."""
+
+    clock: int
+    hosts: int
+
+
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Current and peak bytes of tensors on `devices` (device types), by category.
 
@@ -86,9 +95,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._elsewhere: dict[int, tuple[weakref.ref[Any], int]] = {}  # see `exclude`
         self._outside = False
         self._held: list[_Block] = []
-        self._marks = [0]
         self.host = 0  # bytes that were left out, now
         self.host_peak = 0
+        self._hosts = [0]  # all that `host` was
+        self._marks = [self._now()]
+        self._steps: list[list[tuple[_Moment, Step]]] = [[]]  # after each mark
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -130,11 +141,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key not in self._elsewhere:
                 nbytes = rounded(storage.nbytes())
                 self._elsewhere[key] = weakref.ref(storage, partial(self._forget, key)), nbytes
-                self.host += nbytes
-                self.host_peak = max(self.host_peak, self.host)
+                self._host(nbytes)
 
     def _forget(self, key: int, _: Any) -> None:
-        self.host -= self._elsewhere.pop(key)[1]
+        self._host(-self._elsewhere.pop(key)[1])
+
+    def _host(self, nbytes: int) -> None:
+        self.host += nbytes
+        self.host_peak = max(self.host_peak, self.host)
+        self._hosts.append(self.host)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -159,11 +174,20 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._all = [*self._live.values(), *self._held]
         self.peak, self._peak_at = self.current, self._clock
         self.host_peak = self.host
-        self._marks = [self._clock]
+        self._hosts = [self.host]
+        self._marks, self._steps = [self._now()], [[]]
 
     def mark(self) -> None:
         """The end of one curve and the start of the next; see `curves`."""
-        self._marks.append(self._clock)
+        self._marks.append(self._now())
+        self._steps.append([])
+
+    def step(self, block: int, backward: bool, flops: int) -> None:
+        """A block's pass begins, `flops` operations after the simulation did; see `Curve.steps`."""
+        self._steps[-1].append((self._now(), Step(block, backward, flops)))
+
+    def _now(self) -> _Moment:
+        return _Moment(self._clock, len(self._hosts))
 
     def curves(self) -> list[Curve]:
         """What was live from each mark to the next, since `reset_peak`, and from the last one on.
@@ -172,7 +196,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         names = tuple(sorted({block.category for block in self._all}))
         number = {name: index for index, name in enumerate(names)}
-        origin = self._marks[0]
+        origin = self._marks[0].clock
         change = np.zeros((self._clock - origin + 2, len(names)), np.int64)
         sizes = np.zeros(len(change), np.int64)
         for block in self._all:
@@ -184,16 +208,32 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 change[max(block.died - origin, 0), column] -= block.nbytes
         live = change.cumsum(axis=0)
         found = []
-        for start, end in pairwise([*(m - origin for m in self._marks), self._clock - origin]):
-            rows = np.flatnonzero(sizes[start + 1 : end + 1]) + start + 1
+        for (mark, end), steps in zip(
+            pairwise([*self._marks, self._now()]), self._steps, strict=True
+        ):
+            first, last = mark.clock - origin, end.clock - origin
+            rows = np.flatnonzero(sizes[first + 1 : last + 1]) + first + 1
+            moments = [mark, *(moment for moment, _ in steps), end]
+            clocks = [moment.clock - origin for moment in moments[:-1]]
+            starts = np.searchsorted(rows, clocks, side="right")
+            hosts = [self._hosts[a.hosts - 1 : b.hosts] for a, b in pairwise(moments)]
             found.append(
                 Curve(
                     categories=names,
                     sizes=np.concatenate([[0], sizes[rows]]),
-                    live=np.concatenate([live[start : start + 1], live[rows]]),
+                    live=np.concatenate([live[first : first + 1], live[rows]]),
+                    steps=tuple(step for _, step in steps),
+                    starts=1 + starts,
+                    levels=live[np.append(rows - 1, last)[starts]],
+                    hosts=np.array([(each[0], max(each)) for each in hosts]),
                 )
             )
         return found
+
+    def held(self, tensors: Iterable[Tensor]) -> dict[str, int]:
+        """Bytes by category now of what `tensors` lie in."""
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return _sums(self._live[key] for key in keys if key in self._live)
 
     def categories(self) -> dict[str, int]:
         """Bytes by category now; they add up to `current`."""

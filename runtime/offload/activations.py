@@ -46,6 +46,7 @@ class Parked:
     host: Tensor
     device: torch.device
     number: int  # in the order of saving
+    asked: bool = False  # the backward pass has asked for it: it is not sent for once more
     back: weakref.ref[Tensor] | None = None  # on the device again
     event: Any = None  # when the copy to the host, or the one back, is done
 
@@ -84,11 +85,14 @@ class Saved:
         if isinstance(saved, Tensor):
             return saved
         self._known.clear()  # the forward pass is over
+        saved.asked = True
         tensor = self._bring(saved)
         self._coming.pop(saved.number, None)
         for number in range(saved.number - 1, max(saved.number - 1 - AHEAD, -1), -1):
             parked = self._order[number]()
-            if parked is not None and (parked.back is None or parked.back() is None):
+            if parked is None or parked.asked:
+                continue
+            if parked.back is None or parked.back() is None:
                 self._coming[number] = self._bring(parked, wait=False)
         return tensor
 

@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_input
 from compiler.plan import Quantisation
 from runtime.quantise import codes as coding
 
-_unread = False
+_unread: dict[Any, Tensor] | None = None  # by device, type and shape: what `unread` has shown
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def unread() -> Iterator[None]:
     """Inside, `weight` has the layer's device, type and shape, but no values: who only asks where
     and what it is does not have it turned back, once for every question."""
     global _unread
-    before, _unread = _unread, True
+    before, _unread = _unread, {}
     try:
         yield
     finally:
@@ -75,8 +75,11 @@ class Quantised(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight, (output channels, input channels)."""
-        if _unread:
-            return self.codes.new_empty(1, dtype=dtype).expand(self.shape)
+        if _unread is not None:
+            form = (self.codes.device, dtype, self.shape)
+            if form not in _unread:
+                _unread[form] = self.codes.new_empty(1, dtype=dtype).expand(self.shape)
+            return _unread[form]
         return coding.dequantised(
             self.codes, self.scales, self.kind, self.shape, dtype, self.levels
         )

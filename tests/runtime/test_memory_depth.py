@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from attrs import evolve
+from diffusers import UNet2DConditionModel
 
-from compiler.families import FAMILIES
+from compiler.families import FAMILIES, unet
 from compiler.memory import Candidate
 from compiler.plan import Layout, Ranked
-from runtime.memory.curve import Curve, NotAlike, affine, deeper, highest
+from runtime.memory.curve import Curve, NotAlike, Step, highest
+from runtime.memory.repeat import More, Run, repeated
 from runtime.memory.shallow import shallow
 from runtime.memory.simulate import RuntimeMemoryModel
+from runtime.offload import activations
 from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known, small
 
 MODEL = RuntimeMemoryModel()
@@ -33,7 +40,14 @@ NUMBERS = (
     "parameters",
     "adapted_modules",
     "trainable",
+    "block_numbers",
 )
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or no activation of a small model would wait on the host."""
+    monkeypatch.setattr(activations, "SMALLEST", 2**14)
 
 
 def deep(family: str, depth: int, **options: Any) -> Candidate:
@@ -52,11 +66,18 @@ def deep(family: str, depth: int, **options: Any) -> Candidate:
 
 
 def check(step: Candidate) -> None:
-    depths = shallow(step)
-    assert depths is not None
-    ours, whole = MODEL._deep(step, depths, step.shapes[0]), MODEL.whole(step, step.shapes[0])
+    """The same sums, and the same course row by row."""
+    less = shallow(step)
+    assert less is not None
+    ours, whole = MODEL._deep(step, less, step.shapes[0]), MODEL.whole(step, step.shapes[0])
     for name in NUMBERS:
         assert getattr(ours, name) == getattr(whole, name), name
+    for name in ("window", "evaluate", "validate"):
+        for one, other in zip(getattr(ours, name), getattr(whole, name), strict=True):
+            assert one.categories == other.categories
+            assert np.array_equal(one.sizes, other.sizes)
+            assert np.array_equal(one.live, other.live)
+            assert one.hosts[:, 1].max() == other.hosts[:, 1].max()
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -190,16 +211,45 @@ def test_every_block_of_the_second_kind() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 4, "layout": Layout(offload_blocks=13)},
-        {"rank": 4, "checkpointing": 12},
-        {"rank": 4, "dual": [0, 5]},
+        {"layout": Layout(offload_blocks=10, activation_checkpointing=1)},
+        {"layout": Layout(offload_blocks=7, activation_checkpointing=2)},
+        {"layout": Layout(offload_blocks=26, offload_activations=True)},
+        {
+            "layout": Layout(
+                offload_blocks=13, offload_activations=True, activation_checkpointing=1
+            )
+        },  # even, but the last one that waits is smaller than the others
+        {"checkpointing": 16},  # three that are recomputed
     ],
     ids=str,
 )
-def test_what_has_no_period_is_simulated_whole(options: dict[str, Any]) -> None:
-    step = deep("sd3", 30, **options)
+def test_blocks_that_wait_at_uneven_distances(options: dict[str, Any]) -> None:
+    """Ten of 38 are four apart, but for two that are three apart."""
+    check(deep("sd3", 38, rank=4, **options))
+
+
+def test_what_does_not_repeat_itself_is_simulated_whole() -> None:
+    step = deep("sd3", 26, rank=4, dual=[0, 5])
     assert shallow(step) is None
     assert MODEL.course(step, step.shapes[0]).peak > 0
+
+
+@pytest.mark.parametrize("family", ["sdxl", "kolors", "sd", "sdxl_refiner"])
+def test_places_of_blocks_are_those_of_the_model(family: str) -> None:
+    """In the order of Diffusers' own modules: transformers, and residual blocks between them."""
+    card = FAMILIES[family]
+    config = dict(card.known[0].configs["unet"])
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(config)
+    lists = [
+        name.rpartition(".")[0]
+        for name, _ in model.named_modules()
+        if re.fullmatch(card.blocks[0], name)
+    ]
+    found = [(name, len(list(group))) for name, group in groupby(lists)]
+    places = unet.places(config)
+    assert [count for _, count in found] == [count for _, count in places]
+    assert [".attentions." in name for name, _ in found] == [r is not None for r, _ in places]
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3", "flux", "flux2", "sdxl", "kolors"])
@@ -213,40 +263,75 @@ def test_published_models_are_shortened(family: str) -> None:
         assert card.shortened(config, runs) == config
 
 
-def curve(*rows: tuple[int, int]) -> Curve:
-    """(bytes of the new tensor, bytes live) each."""
-    sizes, live = zip(*rows, strict=True)
-    return Curve(categories=("a",), sizes=np.array(sizes), live=np.array(live)[:, None])
+def curve(steps: Sequence[tuple[int, bool, int]], *rows: tuple[int, int]) -> Curve:
+    """(bytes of the new tensor, bytes live) each; `steps` are (block, backward, first row)."""
+    sizes, live = (np.array(column) for column in zip(*rows, strict=True))
+    starts = np.array([1, *(row for _, _, row in steps)])
+    return Curve(
+        categories=("a",),
+        sizes=sizes,
+        live=live[:, None],
+        steps=[Step(block, backward, 100 * row) for block, backward, row in steps],
+        starts=starts,
+        levels=(live[starts] - sizes[starts])[:, None],
+        hosts=np.array([(row, row + 1) for row in range(len(starts))]),
+    )
 
 
-def test_deeper_by_hand() -> None:
-    """Two tensors a block, of which one stays: 5 + 10 a block, and 7 more inside."""
-    two = curve((0, 5), (10, 15), (7, 22), (10, 25), (7, 32), (1, 26))
-    three = curve((0, 5), (10, 15), (7, 22), (10, 25), (7, 32), (10, 35), (7, 42), (1, 36))
-    assert deeper(two, [(three, 8)]).at_peak() == {"a": 5 + 10 * 10 + 7}
-    assert highest([two, three]) == {"a": 42}
+def test_a_deeper_course_by_hand() -> None:
+    """Two tensors a block, of which one stays: 5 + 10 a block, and 7 more inside; a last one."""
+    rows = [(0, 5), *(row for n in range(3) for row in ((10, 15 + 10 * n), (7, 22 + 10 * n)))]
+    rows.append((1, 36))
+    short = curve([(n, False, 1 + 2 * n) for n in range(3)], *rows)
+    run = Run(kinds={0: "first", 1: "other", 2: "last"}, order=(0, 1, 1, 1, 2))
+    (found,), more = repeated([short], [run], More(live={"a": 3}, host=20))
+    whole = [row for n in range(5) for row in ((10, 18 + 10 * n), (7, 25 + 10 * n))]
+    assert found.sizes.tolist() == [0, *(size for size, _ in whole), 1]
+    assert found.live[:, 0].tolist() == [8, *(live for _, live in whole), 59]
+    assert more == More(live={"a": 3 + 2 * 10}, host=20 + 2, flops=2 * 200)
+    assert found.hosts[:, 1].max() == 3 + 1 + 22
+    assert highest([short, found]) == {"a": 65}
 
 
-def test_deeper_in_two_places_by_hand() -> None:
-    """Blocks of a tensor of 10 that stays, two in each of two runs, with 3 between and behind."""
-    two = curve((0, 5), (10, 15), (10, 25), (3, 28), (10, 38), (10, 48), (3, 51))
-    rows = [(0, 5), *((10, 15 + 10 * n) for n in range(3)), (3, 38)]
-    rows += [*((10, 48 + 10 * n) for n in range(3)), (3, 71)]
-    assert deeper(two, [(curve(*rows), 4)], together=True).at_peak() == {"a": 5 + 120 + 6}
-    with pytest.raises(NotAlike):
-        deeper(two, [(curve(*rows), 4)])
+def backwards(order: tuple[int, ...], kinds: Mapping[int, object]) -> Curve:
+    """Each block's backward pass frees the 10 that its forward pass had kept."""
+    short = curve([(n, True, 3 - n) for n in range(3)][::-1], (0, 35), (2, 37), (2, 27), (2, 17))
+    (found,), _ = repeated([short], [Run(kinds=kinds, order=order)], More(live={"a": 20}, host=0))
+    return found
 
 
-def test_sums_grow_by_the_same_number() -> None:
-    assert affine({"a": 5, "b": 1}, [({"a": 7}, 3)]) == {"a": 11, "b": -2}
+def test_backward_passes_come_in_turn() -> None:
+    found = backwards((0, 1, 1, 1, 2), {0: "first", 1: "other", 2: "last"})
+    assert found.live[:, 0].tolist() == [55, 57, 47, 37, 27, 17]
 
 
-def test_unlike_courses_are_refused() -> None:
-    two = curve((0, 5), (10, 15), (7, 22))
-    with pytest.raises(NotAlike):
-        deeper(two, [(curve((0, 5), (9, 14), (9, 23), (8, 24)), 1)])
-    with pytest.raises(NotAlike):
-        deeper(two, [(curve((0, 5)), 1)])
+@pytest.mark.parametrize(
+    ("order", "kinds", "message"),
+    [
+        ((0, 1, 2, 2, 2), {0: "a", 1: "b", 2: "c"}, None),
+        ((0, 0, 1, 2), {0: "a", 1: "b", 2: "c"}, "ends"),
+        ((0, 1, 2, 3), {0: "a", 1: "b", 2: "c", 3: "d"}, "order"),
+        ((0, 1, 1, 2), {0: "a", 2: "a", 1: "a"}, "order"),
+    ],
+)
+def test_courses_that_do_not_repeat_themselves_are_refused(
+    order: tuple[int, ...], kinds: Mapping[int, object], message: str | None
+) -> None:
+    if message is None:
+        assert len(backwards(order, kinds).sizes) == 6
+        return
+    with pytest.raises(NotAlike, match=message):
+        backwards(order, kinds)
+
+
+def test_blocks_of_one_kind_are_compared() -> None:
+    rows = [(0, 5), (10, 15), (10, 25), (11, 36), (10, 46)]
+    short = curve([(n, False, 1 + n) for n in range(4)], *rows)
+    run = Run(kinds={0: "a", 1: "b", 2: "b", 3: "c"}, order=(0, 1, 1, 2, 3))
+    with pytest.raises(NotAlike, match="differ"):
+        repeated([short], [run], More(live={}, host=0))
+    with pytest.raises(NotAlike, match="categories"):
+        repeated([short], [], More(live={"b": 1}, host=0))
 
 
 def test_one_candidate_is_simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
