@@ -8,9 +8,13 @@ from contextlib import contextmanager
 
 import torch
 
+from runtime.memory.gauge import Gauge
+
 
 class Clock:
     """Seconds per phase, and the allocator's peak where the device has one (CUDA).
+
+    `gauge` measures pieces of the phases where it has none.
 
     Phases may be nested; each moment belongs to the innermost one.
     """
@@ -18,6 +22,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.gauge = Gauge(device)
         self.failed = ""  # the innermost phase that an exception ended
         self._device = device
         self._stack: list[str] = []

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from attrs import evolve
-from torch import Tensor
 
+from compiler.families import FAMILIES
 from compiler.plan import Plan
-from runtime.batch import masked
 from runtime.clock import Clock
-from runtime.data.feed import Window
-from runtime.loop import Trained, one_update
+from runtime.loop import Trained
 from runtime.machine import look, versions
-from runtime.memory.measure import measure
+from runtime.memory.gauge import Reading
+from runtime.memory.sharing import SUMS
 from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT
-from runtime.memory.step import worst
-from runtime.methods.sprint import Distillation
-from runtime.methods.sprint_draws import example
-from runtime.optimizers import state_tensors
-from runtime.text_training import example_tokens
+from runtime.one_more import evaluation_parts, step_parts
+
+CACHED = "all was cached"
 
 
 def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -> dict[str, Any]:
     """The content of `measured.json`. Trains one step more, so nothing may follow.
 
     Memory is the device allocator's peak of each phase (CUDA); on the processor, which has no such
-    thing, the peak of live tensors in one training step at the largest bucket.
+    thing, the peak of live tensors in one piece of each phase: the largest prompt, picture and
+    drawing that the run had, and one step and one held-out batch more, of the plan's worst size.
     """
-    peaks = dict(clock.peak_bytes)
+    readings = dict(clock.gauge.readings)
     if device.type == "cpu" and trained.shards is None:  # one more step is all ranks' to make
-        peaks["train"] = step_peak(plan, trained, device)
-    planned = planned_peaks(plan)
+        readings |= _one_more(plan, trained)
+    planned = planned_peaks(plan, apart=device.type == "cpu")
+    encoding = {"latents", *FAMILIES[plan.model.family].text_encoders}
+    peaks = {name: peak for name, peak in clock.peak_bytes.items() if name not in encoding}
+    for name, reading in readings.items():
+        peak = reading.peak if device.type == "cpu" else clock.peak_bytes.get(name)
+        if peak is not None:
+            peaks[name] = peak
     return {
         "plan": plan.digest,
         "steps": plan.steps.total,
@@ -41,24 +45,55 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
         "versions": versions(),
         "seconds": {name: round(value, 3) for name, value in clock.seconds.items()},
         "memory": {
-            name: {
-                "planned_bytes": sum(planned[name].values()) if name in planned else None,
-                "planned_parts": planned.get(name, {}),
-                "measured_bytes": peaks.get(name),
-            }
+            name: row_of(planned.get(name), peaks.get(name), readings.get(name), name in encoding)
             for name in sorted(planned.keys() | peaks.keys())
         },
     }
 
 
-def planned_peaks(plan: Plan) -> dict[str, dict[str, int]]:
+def row_of(
+    planned: Mapping[str, int] | None, peak: int | None, reading: Reading | None, encodes: bool
+) -> dict[str, Any]:
+    """One phase. `measured_on` is there where it is not what was planned: figures of unlike
+    things say nothing of each other."""
+    found: dict[str, Any] = {
+        "planned_bytes": sum(planned.values()) if planned is not None else None,
+        "planned_parts": dict(planned or {}),
+        "measured_bytes": peak,
+    }
+    if reading is not None and reading.parts:
+        found["measured_parts"] = dict(sorted(reading.parts.items(), key=lambda part: -part[1]))
+    if reading is not None and reading.on != reading.planned:
+        found |= {"planned_on": reading.planned, "measured_on": reading.on}
+    if reading is None and encodes:
+        found["note"] = CACHED
+    return found
+
+
+def _one_more(plan: Plan, trained: Trained) -> dict[str, Reading]:
+    found = {}
+    if plan.evaluation is not None:
+        found["evaluate"] = _reading(evaluation_parts(plan, trained))
+    passes, updates = step_parts(plan, trained)
+    update = _reading(updates)
+    if any(SUMS in phase.parts for phase in plan.memory.phases if phase.name == "update"):
+        update = evolve(update, on="one rank alone", planned="sums over ranks")
+    return found | {"train": _reading(passes), "update": update}
+
+
+def _reading(parts: Mapping[str, int]) -> Reading:
+    return Reading(size=0, peak=sum(parts.values()), parts=parts)
+
+
+def planned_peaks(plan: Plan, *, apart: bool = False) -> dict[str, dict[str, int]]:
     """Bytes by category of each phase that is measured, without what no allocator tells of.
 
-    A step is measured as a whole: what is planned for it is its passes or its update, whichever
-    needs more. The device's context lies outside of its allocator's figures.
+    Unless they are told `apart`, a step is measured as a whole: what is planned for it is its
+    passes or its update, whichever needs more. The device's context lies outside of its
+    allocator's figures.
     """
     found = {phase.name: dict(phase.parts) for phase in plan.memory.phases}
-    update = found.pop("update", {})
+    update = {} if apart else found.pop("update", {})
     if sum(update.values()) > sum(found.get("train", {}).values()):
         found["train"] = update
     for parts in found.values():
@@ -66,81 +101,3 @@ def planned_peaks(plan: Plan) -> dict[str, dict[str, int]]:
         if outside > CUDA_CONTEXT:
             parts["workspace of cuBLAS"] = CUBLAS_WORKSPACE
     return found
-
-
-def step_peak(plan: Plan, trained: Trained, device: torch.device) -> int:
-    """Bytes of live tensors at the worst moment of one update, over the largest buckets."""
-    shapes = [(b.width, b.height, b.batch_size) for b in plan.buckets]
-    ends = [each.until for each in (plan.text_training, plan.embeddings) if each]
-    last = min([plan.steps.total, *ends]) - 1  # while all is trained
-    steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
-    return max(
-        _update_peak(plan, trained, device, shape, step)
-        for shape in worst(shapes)
-        for step in steps
-    )
-
-
-def _update_peak(
-    plan: Plan, trained: Trained, device: torch.device, shape: tuple[int, int, int], step: int
-) -> int:
-    width, height, batch_size = shape
-    batches = tuple(
-        trained.family.example_batch(plan.model, width, height, batch_size, plan.text, device)
-        for _ in range(plan.steps.accumulate)
-    )
-    if any(source.mask for source in plan.sources):
-        batches = tuple(masked(batch) for batch in batches)
-    if any(source.target == "base" for source in plan.sources):
-        batches = tuple(evolve(batch, keeps_base=True) for batch in batches)
-    if trained.text is not None:
-        tokens = example_tokens(plan.model, tuple(trained.text.encoders), batch_size, device)
-        batches = tuple(evolve(batch, tokens=tokens) for batch in batches)
-    if plan.sprint is not None:
-        batches = tuple(example(plan.sprint, batch, step) for batch in batches)
-    window = Window(
-        step=step,
-        epoch=plan.steps.epochs,
-        batches=batches,
-        samples=batch_size * len(batches),
-        names=(),
-    )
-    held = {
-        "batch": [
-            t
-            for b in batches
-            for t in (
-                b.latents,
-                b.noise,
-                b.sigmas,
-                b.kept,
-                *b.text.values(),
-                b.mask,
-                *b.draws.values(),
-                *(b.tokens.numbers.values() if b.tokens else ()),
-            )
-            if t is not None
-        ],
-        **_resident(trained),
-    }
-    with torch.compiler.set_stance("force_eager"):  # compiled steps hide what they make
-        return measure(lambda mark: one_update(plan, trained, window), device, held).peak
-
-
-def _resident(trained: Trained) -> dict[str, Iterable[Tensor]]:
-    """What is there before a step, as the plan names it."""
-    method, rival = trained.method, trained.rival
-    others = method.others if isinstance(method, Distillation) else []
-    encoders = trained.text.encoders.values() if trained.text else ()
-    return {
-        "weights": [
-            each
-            for model in (trained.model, *others, *encoders)
-            for each in (*model.parameters(), *model.buffers())
-        ],
-        "adapter": list(trained.parameters.values()),
-        "optimizer": [
-            *state_tensors(trained.optimizer),
-            *(state_tensors(rival.optimizer) if rival else ()),
-        ],
-    }

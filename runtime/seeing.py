@@ -15,6 +15,8 @@ from runtime.families.common import DTYPES
 from runtime.families.sana_sprint import FAMILY as SPRINT
 from runtime.families.sana_sprint import scheduler
 from runtime.loop import Trained
+from runtime.memory.gauge import NO_GAUGE
+from runtime.resident import resident
 from runtime.samplers import sampler
 from runtime.scores.clip import ClipScore
 from runtime.track import METRICS, Tracker, rows
@@ -54,6 +56,8 @@ def painter_of(context: Context, trained: Trained, trackers: Sequence[Tracker]) 
         clip=ClipScore(clip).score if clip else None,
         told={int(row["step"]) for row in metrics if CLIP_SCORE in row} if clip else set(),
         text=trained.text,
+        gauge=context.clock.gauge if trained.shards is None else NO_GAUGE,
+        there=lambda: resident(plan, trained),
     )
 
 

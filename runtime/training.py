@@ -18,6 +18,7 @@ from runtime.host_copy import HostCopy
 from runtime.loop import Actions, Trained, due, train
 from runtime.machine import versions
 from runtime.ranks import ALONE
+from runtime.resident import resident
 from runtime.saving import Saver, Write, prune
 from runtime.seeing import draw_samples, measure_loss
 from runtime.sharded import Shards
@@ -48,9 +49,14 @@ def train_from(
                 saver.save(step, take)
             announce(context, step)
 
+        def copied(step: int, epoch: int) -> Write:
+            there = resident(context.plan, trained)
+            with context.clock.gauge.reading("save", 0, there, on_host=True):
+                return _copied(context, built, trained, room, step, epoch)
+
         def led(step: int, epoch: int) -> None:
             if not saver.has(step):
-                saved(step, lambda: _copied(context, built, trained, room, step, epoch))
+                saved(step, lambda: copied(step, epoch))
 
         def save(step: int, epoch: int) -> None:
             if shards is None:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from attrs import field, frozen
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from compiler.keeping import CLIP_SCORE
 from compiler.plan import Plan, Prompt, Validation
@@ -31,6 +31,8 @@ from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import sample
+from runtime.memory.drawing import drawing
+from runtime.memory.gauge import NO_GAUGE, Gauge
 from runtime.refined import picture_part
 from runtime.stop import Stop
 from runtime.text_training import TrainedText, tokenizers
@@ -75,6 +77,8 @@ class Painter:
     clip: Measure | None = None
     told: set[int] = field(factory=set)  # steps whose CLIP score is among the metrics already
     text: TrainedText | None = None  # encoders that are trained: they encode the prompts anew
+    gauge: Gauge = NO_GAUGE
+    there: Callable[[], Mapping[str, Sequence[Tensor]]] = dict  # on the device, by category
 
 
 def pictures(validation: Validation) -> list[Picture]:
@@ -136,7 +140,7 @@ def _drawn(painter: Painter, step: int) -> bool:
                 return False
             if not (folder / picture.file).exists():
                 told = positive[picture.prompt.text], negative
-                _draw(painter, picture, told, folder / picture.file)
+                _draw(painter, picture, told, folder / picture.file, step)
             if painter.trackers:
                 image = beside_the_base(Path(plan.run_folder), step, picture)
                 for tracker in painter.trackers:
@@ -214,7 +218,11 @@ def _embeddings(painter: Painter) -> tuple[Mapping[str, TextEmbedding], TextEmbe
 
 
 def _draw(
-    painter: Painter, picture: Picture, told: tuple[TextEmbedding, TextEmbedding], path: Path
+    painter: Painter,
+    picture: Picture,
+    told: tuple[TextEmbedding, TextEmbedding],
+    path: Path,
+    step: int,
 ) -> None:
     validation = painter.plan.validation
     parts = {
@@ -223,16 +231,18 @@ def _draw(
         "scheduler": painter.scheduler,
         **picture_part(painter.plan, picture.width, picture.height),
     }
-    image = sample(
-        painter.family,
-        parts,
-        *told,
-        width=picture.width,
-        height=picture.height,
-        guidance=validation.guidance,
-        steps=validation.steps,
-        seed=picture.seed,
-    )
+    options: dict[str, Any] = {
+        "width": picture.width,
+        "height": picture.height,
+        "guidance": validation.guidance,
+        "steps": validation.steps,
+        "seed": picture.seed,
+    }
+    # Before the first step the optimizer has no state, and what compiled blocks make is not seen.
+    seen = step > 0 and painter.plan.speed.compile == "off"
+    gauge, there = (painter.gauge, painter.there()) if seen else (NO_GAUGE, {})
+    with drawing(gauge, painter.plan, painter.family, parts, told, options, there):
+        image = sample(painter.family, parts, *told, **options)
     with files.partial_file(path) as partial:
         image.save(partial, "png")
 

@@ -22,6 +22,7 @@ from tuner.plan_view import text as plan_text
 from tuner.plan_view import whole_parameters
 from tuner.report_data import contact_sheet
 from tuner.report_events import events
+from tuner.report_memory import bar, memory_table
 from tuner.report_pictures import sliders
 from tuner.run_data import RunData, read_run
 from tuner.screen import err, out
@@ -69,7 +70,7 @@ def page(run: RunData) -> str:
         _score,
         _pictures,
         _curves,
-        _memory,
+        memory_table,
         _time,
         _data,
         events,
@@ -257,53 +258,6 @@ def _kept(run: RunData) -> list[int]:
     return [step_of(folder) for folder in complete(run.folder / "checkpoints")]
 
 
-def _memory(run: RunData) -> str:
-    """Planned beside measured, phase by phase."""
-    planned = (
-        {phase.name: phase.device_bytes for phase in run.plan.memory.phases} if run.plan else {}
-    )
-    measured = measured_bytes(run.measured)
-    names = [*planned, *(name for name in measured if name not in planned)]
-    most = max([*planned.values(), *measured.values()], default=0)
-    if not most:
-        return ""
-    rows = []
-    for name in names:
-        plan, real = planned.get(name), measured.get(name)
-        bars = _bar(plan, most, "") + _bar(real, most, " measured")
-        off = f"{(plan - real) / real:+.1%}" if plan and real else "-"
-        rows.append((escape(name), bars, _bytes(plan), _bytes(real), off))
-    titles = (
-        ("Phase", "tight"),
-        ("", "bars"),
-        ("Planned", "number"),
-        ("Measured", "number"),
-        ("Off by", "number"),
-    )
-    key = "<span class='key'><i></i>planned<i class='measured'></i>measured</span>"
-    if run.measured and not measured:
-        key = "Planned only: this device does not tell what was allocated."
-    return f"<h2>Device memory at its peak</h2><p class='soft small'>{key}</p>{table(titles, rows)}"
-
-
-def measured_bytes(measured: Mapping[str, Any]) -> dict[str, int]:
-    """Peak device bytes by phase, from `measured.json`; a device may not tell of them."""
-    phases = measured.get("memory")
-    return {
-        str(name): facts["measured_bytes"]
-        for name, facts in (phases.items() if isinstance(phases, Mapping) else ())
-        if isinstance(facts, Mapping) and isinstance(facts.get("measured_bytes"), int)
-    }
-
-
-def _bar(value: int | None, most: int, kind: str) -> str:
-    return f'<div class="bar{kind}" style="width:{100 * value / most:.1f}%"></div>' if value else ""
-
-
-def _bytes(value: int | None) -> str:
-    return size(value) if value else "-"
-
-
 def _time(run: RunData) -> str:
     """Where the time of the run went."""
     seconds = run.measured.get("seconds")
@@ -314,7 +268,7 @@ def _time(run: RunData) -> str:
     if not whole:
         return ""
     rows = [
-        (escape(name), _bar(round(1000 * value), round(1000 * whole), " measured"), duration(value))
+        (escape(name), bar(round(1000 * value), round(1000 * whole), " measured"), duration(value))
         for name, value in sorted(spent.items(), key=lambda item: -item[1])
     ]
     titles = (("Phase", "tight"), ("", "bars"), ("Time", "number"))

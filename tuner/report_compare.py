@@ -13,7 +13,8 @@ from tuner.exits import DONE, FAILED, REFUSED
 from tuner.formats import duration, number
 from tuner.html import document, table
 from tuner.judged import judged_by, judged_note, judged_title
-from tuner.report import is_run, measured_bytes
+from tuner.report import is_run
+from tuner.report_memory import measured_bytes
 from tuner.report_pictures import Subject, drawn_by, heading, mosaic, ordered
 from tuner.run_data import RunData, read_run
 from tuner.screen import err, out

@@ -57,13 +57,14 @@ def remember(
 ) -> bool:
     """Keep what a run of `plan` measured: `memory` of its `measured.json`. Raises OSError.
 
-    False if it measured nothing. What earlier runs had corrected in the plan is added up.
+    False if it measured nothing, or only pieces unlike those that were planned. What earlier runs
+    had corrected in the plan is added up.
     """
     known = read(path)
     before = dict(known)
     for name, row in memory.items():
         planned, measured = row.get("planned_bytes"), row.get("measured_bytes")
-        if not isinstance(planned, int) or not isinstance(measured, int):
+        if not isinstance(planned, int) or not isinstance(measured, int) or "measured_on" in row:
             continue
         own = key(
             device_name(plan.device, machine),
@@ -112,7 +113,8 @@ class CorrectedMemoryModel:
         )
 
     def _corrected(self, candidate: Candidate, phase: Phase) -> Phase:
-        name = "train" if phase.name == "update" else phase.name  # measured together
+        together = phase.name == "update" and candidate.device != "cpu"  # as they are measured
+        name = "train" if together else phase.name
         own = key(
             device_name(candidate.device, self._machine),
             candidate.model.family,

@@ -87,6 +87,16 @@ def test_corrections_add_up_instead_of_swinging(tmp_path: Path) -> None:
     assert found == Correction(bytes=30 * MIB, runs=2)
 
 
+def test_on_the_processor_passes_and_update_are_corrected_apart(tmp_path: Path) -> None:
+    """Where they are measured apart."""
+    plan, path = evolve(sd35_large_lora(), device="cpu"), tmp_path / "memory.json"
+    remember(path, plan, GPU, {"train": row(10 * MIB, 40 * MIB), "update": row(9 * MIB, 5 * MIB)})
+    candidate = small("sd3", rank=4, device="cpu", compute="bfloat16")
+    found = CorrectedMemoryModel(Fixed(), read(path), GPU).simulate(candidate)
+    peaks = {phase.name: phase.device_bytes // MIB for phase in found.phases}
+    assert peaks == {"load": 100, "train": 130, "update": 96, "validate": 100}
+
+
 def test_nothing_measured_nothing_kept(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     assert not remember(path, sd35_large_lora(), GPU, {"train": {"planned_bytes": 5}})

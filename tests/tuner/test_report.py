@@ -273,6 +273,26 @@ def test_damage_is_left_out(tmp_path: Path) -> None:
     assert "By prompt" not in page.text
 
 
+def test_only_like_is_set_beside_like(tmp_path: Path) -> None:
+    """Measured on something smaller, or not at all: no figure for how far off the plan was."""
+    folder = fake_run(tmp_path / "run")
+    measured = json.loads((folder / "measured.json").read_text())
+    memory = {
+        name: {"planned_bytes": 4096, "measured_bytes": 2048} for name in ("train", "validate")
+    }
+    memory["validate"] |= {"measured_on": "64x64", "planned_on": "<b>128x64"}
+    memory["latents"] = {"planned_bytes": 4096, "measured_bytes": None, "note": "all was cached"}
+    (folder / "measured.json").write_text(json.dumps(measured | {"memory": memory}))
+    section = (
+        write_report(folder).read_text().split("Device memory at its peak")[1].split("<h2>")[0]
+    )
+    rows = {row.split("</td>")[0].split(">")[-1]: row for row in section.split("<tr>")}
+    assert ">+100.0%<" in rows["train"] and ">4.0 KiB<" in rows["train"]
+    assert all(rows[name].split("</tr>")[0].count("%<") == 0 for name in ("validate", "latents"))
+    assert "validate was measured on 64x64, planned for &lt;b&gt;128x64" in section
+    assert "latents: all was cached" in section
+
+
 def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
