@@ -49,7 +49,8 @@ def photographs(folders: list[str]) -> dict[str, np.ndarray]:  # type: ignore[ty
     import tempfile
 
     from runtime.data.cache import Cache
-    from runtime.data.fill import fill_latents, sample_keys
+    from runtime.data.fill import fill_latents
+    from runtime.data.located import sample_keys
     from runtime.events import Silent
     from runtime.families import family_of
     from tests.runtime.plans import source_of, tiny_plan

@@ -4,10 +4,17 @@
 
 Latents of 32 x 32 x 32 in float16 (64 KiB) are read from a cache's shards and stacked, in the order
 of training, in batches of 16: that is `read`, and `of CPU` the same by the seconds that the thread
-had a processor, which is what counts on a machine that does other things as well. `noise` is
+had a processor, which is what counts on a machine that does other things as well. `faults` is page
+faults of a latent while it is read. The reads are warm: before they are timed the shards are thrown
+out of the system's page cache and read from front to back, so that each count finds them there in
+pieces of one size (in which they lie depends otherwise on how full the memory was when they were
+written). `disk` is how much of what was read came from the disk all the same. `noise` is
 drawing it, `windows` all that a step is given: both, and noise levels, captions, everything as
 float32. `waited` is the share of its time that a step of 10 ms (1,600 samples a second) waits for
 the thread that makes windows.
+
+`begun` is the seconds of all processors from the saved list of samples to the first window: reading
+the list, whose digest is made again, and finding where each sample's encodings lie.
 
 Memory is that of a process of its own for each count, which does what a run does: it reads the
 saved list of samples, asks of each picture and each caption (every picture has another) whether it
@@ -23,6 +30,7 @@ share what the rows point to. The pictures were never there: the index knows the
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,13 +47,15 @@ FLAT = 48  # MiB that feeding any count may take more than feeding the smallest
 STEP_SECONDS = 0.01
 STEPS = 300
 MIB = 2**20
+LATENT = 32 * 32 * 32 * 2  # bytes
 PLAN, MANIFEST = "plan.lock.toml", "manifest.jsonl"
 
 
 def main() -> None:
     counts = [int(word) for word in sys.argv[1:]] or COUNTS
     print(
-        f"{'samples':>9}  {'read /s':>8}  {'of CPU':>8}  {'noise /s':>8}  {'windows /s':>10}  "
+        f"{'samples':>9}  {'begun':>7}  {'read /s':>8}  {'of CPU':>8}  {'faults':>6}  {'disk':>5}  "
+        f"{'noise /s':>8}  {'windows /s':>10}  "
         f"{'waited':>6}  {'libraries':>9}  {'beginning':>9}  {'feeding':>7}  {'files':>7}"
     )
     least: int | None = None
@@ -84,6 +94,7 @@ def measure(folder: Path, count: int) -> None:
 
     torch.set_num_threads(1)
     family, before = family_of("sana"), anonymous()
+    began = time.process_time()
     with most() as beginning:
         plan = evolve(lock.read(folder / PLAN), workers=os.cpu_count() or 1)
         manifest = Manifest.load(folder / MANIFEST)
@@ -94,7 +105,12 @@ def measure(folder: Path, count: int) -> None:
         fill_latents(plan, manifest, family, cache, Silent())
         feed = Feed(plan, manifest, family, cache, torch.device("cpu"))
         feed.window(0)
+    began = time.process_time() - began
+    warm(Path(plan.cache_folder))
+    disk, faults = from_disk(), page_faults()
     read, possible, step = reading(feed)
+    faults = (page_faults() - faults) / (step * BATCH)
+    disk = (from_disk() - disk) / (step * BATCH * LATENT)
     with most() as feeding:
         start, fed = time.perf_counter(), 0
         while time.perf_counter() - start < 3.0:
@@ -109,7 +125,8 @@ def measure(folder: Path, count: int) -> None:
         waited = share_waited(feed, min(STEPS, -(-count // BATCH)))
         feed.window(plan.steps.per_epoch)  # of the next epoch
     print(
-        f"{count:>9,}  {read:>8,.0f}  {possible:>8,.0f}  {noise:>8,.0f}  "
+        f"{count:>9,}  {began:>5,.1f} s  {read:>8,.0f}  {possible:>8,.0f}  {faults:>6.2f}  "
+        f"{disk:>5.1%}  {noise:>8,.0f}  "
         f"{windows:>10,.0f}  {waited:>6.1%}  {before / MIB:>5,.0f} MiB  "
         f"{beginning[0] / MIB:>5,.0f} MiB  {feeding[0] / MIB:>3,.0f} MiB  "
         f"{status('RssFile') / MIB:>3,.0f} MiB"
@@ -128,6 +145,28 @@ def reading(feed) -> tuple[float, float, int]:  # type: ignore[no-untyped-def]
         seconds, busy = seconds + time.perf_counter() - start, busy + time.thread_time() - begun
         read, step = read + len(batch.rows), step + 1
     return read / seconds, read / busy, step
+
+
+def warm(folder: Path) -> None:
+    """Read all shards from front to back, into a page cache that holds none of them."""
+    for path in folder.rglob("*.safetensors"):
+        with open(path, "rb", buffering=0) as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(MIB):
+                pass
+
+
+def from_disk() -> int:
+    """Bytes that this process had the system fetch from disks."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def page_faults() -> int:
+    """Of this thread, small and great."""
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_minflt + usage.ru_majflt
 
 
 def share_waited(feed, steps: int) -> float:  # type: ignore[no-untyped-def]

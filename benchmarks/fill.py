@@ -30,7 +30,7 @@ def measure(folder: Path, name: str) -> None:
     """Print one line for a family. Fails if its encoder waits for more than a tenth."""
     import torch
 
-    from runtime.data import fill
+    from runtime.data import fill, located
     from runtime.data.cache import Cache
     from runtime.events import Silent
     from runtime.families import family_of
@@ -44,7 +44,7 @@ def measure(folder: Path, name: str) -> None:
         plan, manifest = tiny_plan(name, base, [source], Path(place, "run"), workers=WORKERS)
         family, cache = family_of(name), Cache(Path(place, "cache"))
         start = time.perf_counter()
-        fill.sample_keys(plan, manifest, family, cache)
+        located.sample_keys(plan, manifest, family, cache)
         hashed = time.perf_counter() - start
         spent, first, real = 0.0, 0.0, family.encode_pixels
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json as json_module
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from sqlite3 import OperationalError
+from typing import TYPE_CHECKING, ParamSpec
 
 from compiler.data.scan import shown
 from compiler.units import ByteSize, Duration, UnitError
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
     from runtime.data.store import Store
 
 
+P = ParamSpec("P")
+
+
+def _explained(verb: Callable[P, int]) -> Callable[P, int]:
+    """The verb, which says why where the cache can't be read or written."""
+
+    @wraps(verb)
+    def explained(*args: P.args, **kwargs: P.kwargs) -> int:
+        from runtime.errors import RunFailed
+
+        try:
+            return verb(*args, **kwargs)
+        except RunFailed as error:
+            err(f"error: {error.message}\nhelp: {error.help}")
+        except (OSError, OperationalError) as error:
+            err(f"error: the cache can't be read: {error}")
+        return FAILED
+
+    return explained
+
+
+@_explained
 def list_cache(folder: Path | None, *, as_json: bool) -> int:
     """What there is, how old it is, and which run uses how much of it."""
     from runtime.data.keep import shards
@@ -42,6 +66,7 @@ def list_cache(folder: Path | None, *, as_json: bool) -> int:
     return DONE
 
 
+@_explained
 def verify_cache(folder: Path | None) -> int:
     """Read all of it and name what is damaged; 1 if there is anything."""
     from runtime.data.keep import damaged, shards
@@ -59,6 +84,7 @@ def verify_cache(folder: Path | None) -> int:
     return DONE
 
 
+@_explained
 def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, really: bool) -> int:
     """Remove what the person names; without `really`, only say what would go."""
     from runtime.data import copies
@@ -74,22 +100,25 @@ def prune_cache(folder: Path | None, *, older: str, unused: bool, most: str, rea
             "nothing says what may go", 'say --older "30 d", --unused or --size "20 GiB"'
         )
     with closing(_store(folder)) as store:
+        now = time.time()
         every, copied = shards(store), _copies(folder)
         both: list[Shard | Copy] = [*every, *copied]
-        chosen = disposable(both, time.time(), older=age, unused=unused, size=limit)
+        chosen = disposable(both, now, older=age, unused=unused, size=limit)
         gone = [each for each in chosen if not isinstance(each, copies.Copy)]
         lost = [each for each in chosen if isinstance(each, copies.Copy)]
-        words = f"{counted(len(gone), 'shard')} of {len(every)}, {_bytes(gone)} of {_bytes(every)}"
-        if copied:
-            words += f"; {_copy_words(lost)} of {_copy_words(copied)}"
-        if not really:
-            out(f"would remove {words}; --yes does it")
-            return DONE
-        if gone:
-            remove(store, gone)
-        copies.remove(lost)
-        left = sweep(store) if every else []
-    out(f"removed {words}" + (f", and {counted(len(left), 'lost file')}" if left else ""))
+        left: list[str] = []
+        if really:
+            gone = remove(store, gone, now) if gone else []
+            copies.remove(lost)
+            left = sweep(store)
+    words = f"{counted(len(gone), 'shard')} of {len(every)}, {_bytes(gone)} of {_bytes(every)}"
+    if copied:
+        words += f"; {_copy_words(lost)} of {_copy_words(copied)}"
+    words += f", and {counted(len(left), 'lost file')}" if left else ""
+    out(f"removed {words}" if really else f"would remove {words}; --yes does it")
+    if kept := [each for each in both if any(use.working for use in each.uses)]:
+        runs = sorted({use.run for each in kept for use in each.uses if use.working})
+        out(f"{_bytes(kept)} can't go now, being used by {', '.join(runs)}")
     return DONE
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -24,7 +24,7 @@ from attrs import astuple, fields, frozen
 from compiler.data.geometry import Placement
 from compiler.data.rows import Columns, GrowingRows, Sample, columns_of
 from compiler.data.scan import ALONE
-from compiler.data.texts import Numbers, Texts
+from compiler.data.texts import Numbers, Texts, decoded
 
 __all__ = ["FORMAT", "Folder", "Item", "Manifest", "ManifestDamaged", "Members", "Sample"]
 
@@ -32,6 +32,7 @@ FORMAT = 3
 _ROW = struct.Struct("<IQIIII")
 _LENGTH = struct.Struct("<I")
 _MASK = struct.Struct("<Q")
+_DECODER = json.JSONDecoder()
 _DAMAGE = (
     ValueError,
     KeyError,
@@ -118,8 +119,8 @@ class Manifest:
     def path(self, row: int) -> str:
         """The absolute path of the file of `row`, be it a container."""
         columns = self._columns
-        if columns.file[row]:
-            return columns.files[columns.file[row]]
+        if number := columns.file[row]:
+            return self._file(number)
         return os.path.join(self.folders[columns.source[row]].path, columns.keys[row])
 
     def item(self, row: int) -> Item:
@@ -147,6 +148,10 @@ class Manifest:
         """Of each row the number of its file, 0 if it is one of its own, and its place there: in
         the order of both each file is read from front to back."""
         return self._columns.file, self._columns.at
+
+    def lengths(self) -> Numbers:
+        """Of each row the bytes of its picture."""
+        return self._columns.bytes
 
     def caption_numbers(self, row: int) -> list[int]:
         """Where the captions of `row`, at least one, stand in `captions`."""
@@ -176,6 +181,11 @@ class Manifest:
         return self._columns.captions
 
     @cached_property
+    def _file(self) -> Callable[[int], str]:
+        """The file of a number, which many rows may share."""
+        return lru_cache(maxsize=64)(lambda number: self._columns.files[number])
+
+    @cached_property
     def buckets(self) -> tuple[Members, ...]:
         """All buckets, by source, then width, then height."""
         columns = self._columns
@@ -203,18 +213,24 @@ class Manifest:
         def placed(number: int) -> bytes:
             return hashlib.sha256(json.dumps(astuple(columns.placements[number])).encode()).digest()
 
-        for row in range(len(self)):
-            key, said = os.fsencode(columns.keys[row]), columns.caption_numbers(row)
-            numbers = _ROW.pack(
-                columns.source[row],
-                columns.bytes[row],
-                columns.width[row],
-                columns.height[row],
-                len(key),
-                len(said),
-            )
-            state.update(numbers + placed(columns.placement[row]) + key)
-            for number in said:
+        said, end = columns.caption, 0
+        firsts = iter(columns.first_caption)
+        next(firsts)
+        for source, length, width, height, placement, text, after in zip(
+            columns.source,
+            columns.bytes,
+            columns.width,
+            columns.height,
+            columns.placement,
+            columns.keys.raws(),
+            firsts,
+            strict=True,
+        ):
+            start, end = end, after
+            key = text if text.isascii() else os.fsencode(decoded(text))
+            state.update(_ROW.pack(source, length, width, height, len(key), end - start))
+            state.update(placed(placement) + key)
+            for number in said[start:end]:
                 state.update(_framed(columns.captions.raw(number)))
         for row, mask in zip(columns.masked, columns.masks, strict=True):
             state.update(_MASK.pack(row) + _framed(os.fsencode(mask)))
@@ -239,7 +255,7 @@ class Manifest:
         ManifestDamaged, and OSError where there is no file."""
         with open(path, encoding="ascii") as file:
             try:
-                return cls._read((json.loads(line) for line in file), path.parent)
+                return cls._read(map(_value, file), path.parent)
             except _DAMAGE as error:
                 raise ManifestDamaged(f"{path}: not a whole manifest ({error})") from error
 
@@ -354,6 +370,12 @@ def _columns(lines: Iterator[Any], head: dict[str, Any], folder: Path) -> Column
     for values in _take(lines, head["samples"]):
         rows.add(*values)
     return rows.columns()
+
+
+def _value(line: str) -> Any:
+    """What a line says. Raises ValueError."""
+    value, end = _DECODER.raw_decode(line)
+    return value if line[end:] in ("\n", "") else json.loads(line)
 
 
 def _framed(data: bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias, overload
 
@@ -30,7 +30,17 @@ class Texts(Sequence[str]):
     def __getitem__(self, number: int | slice) -> str | list[str]:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        return self.raw(number).decode("utf-8", "surrogatepass")
+        return decoded(self.raw(number))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(decoded, self.raws())
+
+    def raws(self) -> Iterator[bytes]:
+        """The UTF-8 of each, as `raw`."""
+        start = 0
+        for end in self.ends:
+            yield bytes(self.data[start:end])
+            start = end
 
     def raw(self, number: int) -> bytes:
         """The text's UTF-8, lone surrogates included. Raises IndexError."""
@@ -38,6 +48,11 @@ class Texts(Sequence[str]):
             raise IndexError(number)
         start = self.ends[number - 1] if number else 0
         return bytes(self.data[start : self.ends[number]])
+
+
+def decoded(raw: bytes) -> str:
+    """The text of its UTF-8, lone surrogates included."""
+    return raw.decode("utf-8", "surrogatepass")
 
 
 class GrowingTexts:

@@ -18,8 +18,9 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from torch import Tensor
 
 from compiler.data.nameless import mapped
 from compiler.data.stamp import Stamp
-from runtime.data.packed import Keys, spans
-from runtime.data.pages import not_resident
+from runtime.data.packed import spans
+from runtime.data.shards import Part, Shards
 from runtime.data.store import INDEX, SHARDS, CacheNotWritable, Store
 from runtime.errors import RunFailed
 from runtime.files import partial_file
@@ -41,11 +42,12 @@ from runtime.files import partial_file
 SHARD_BYTES = 64 << 20
 """A shard is written when it is this large, or `SHARD_SECONDS` after its first entry."""
 SHARD_SECONDS = 30.0
-READS_HELD = 64
-"""After so many reads the pages of shards leave this process (not the page cache). It is reads that
-are counted, not bytes: to read 64 KiB the system may map as much as 2 MiB around them."""
 HELD = 4096
 """Entries whose places stay in memory; those of more lie on the disk."""
+
+_NOWHERE = -1
+"""In place of a shard's number: SQLite counts from 1."""
+_ABSENT = (_NOWHERE, _NOWHERE, b"")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -59,6 +61,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # as safetensors names them
+
+_USE = "INSERT OR REPLACE INTO uses VALUES (?, ?, ?)"
 
 Entry = dict[str, Tensor]
 Rows = NDArray[np.int64]
@@ -78,37 +82,49 @@ class Located:
     layouts: NDArray[np.int32]
     offsets: NDArray[np.int64]  # (entries, most tensors of one entry)
 
+    def lacking(self) -> NDArray[np.bool_]:
+        """Of each entry whether it was not there when it was looked for."""
+        found: NDArray[np.bool_] = self.shards == _NOWHERE
+        return found
+
+    def part(self, rows: slice) -> Located:
+        """Some of them."""
+        return Located(
+            shards=self.shards[rows], layouts=self.layouts[rows], offsets=self.offsets[rows]
+        )
+
 
 class Cache:
     """The cache in `folder`. May be used by several threads. Making one writes nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, run: str = "") -> None:
+        """For the run in the folder `run`, which is noted to use what it writes."""
         self.folder = folder
+        self.run = run
         self.store = Store(folder / INDEX)
         self._shard_folder = folder / SHARDS
         self._pending: dict[bytes, Entry] = {}
         self._pending_bytes = 0
         self._pending_since = 0.0
         self._layouts: dict[int, Layout] = {}
-        self._maps: dict[int, Tensor | None] = {}
-        self._touched: set[int] = set()  # shards read since their pages were given back
-        self._reads = 0  # since then
+        self._shards = Shards(self.store.lock)
         self.folders: dict[tuple[Path, tuple[Stamp, ...]], str] = {}  # of `hashes.folder_hash`
+        self.filled: dict[tuple[Any, ...], Located] = {}  # of `runtime.data.located`
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of `keys` that have no entry."""
         wanted = set(keys)
-        self._maps = {number: shard for number, shard in self._maps.items() if shard is not None}
-        return wanted - {row[0] for row in self._rows(wanted) if self._mapped(row[1]) is not None}
+        self._shards.forget_missing()
+        return wanted - {row[0] for row in self._rows(wanted) if self._is_whole(row[1])}
 
-    def lacks(self, keys: Keys) -> NDArray[np.bool_]:
-        """Of each of `keys` whether it has no entry."""
-        found = np.zeros(len(keys), bool)
-        for span in spans(len(keys)):
-            part = keys[span]
-            absent = self.missing(part)
-            found[span] = [key in absent for key in part]
-        return found
+    def _noted(self, shards: set[int]) -> bool:
+        """Note that the run uses these; whether all were still there."""
+        if not (self.run and shards):
+            return True
+        self._note(self.run, shards)
+        numbers = sorted(shards)
+        there = list(self.store.rows("SELECT id FROM shards WHERE id IN (?)", numbers))
+        return len(there) == len(shards)
 
     def get(self, key: bytes) -> Entry:
         """The entry of `key`, memory-mapped. Raises CacheIncomplete if there is none."""
@@ -119,26 +135,39 @@ class Cache:
 
         Shards stay readable from here on, even if their files are removed.
         """
+        found = self.find(keys)
+        if absent := int(found.lacking().sum()):
+            raise CacheIncomplete(
+                f"{absent} of {len(keys)} entries are not in the cache {self.folder}",
+                help="run the recipe again: what is missing is made anew",
+            )
+        return self.settled(found)
+
+    def find(self, keys: Sequence[bytes], *, noted: bool = False) -> Located:
+        """As `locate`, where entries may be missing. `noted`: the run uses those that are there
+        from here on, so that they are not pruned while it makes the others."""
+        while True:
+            found = self._look(keys)
+            shards = set(np.unique(found.shards[~found.lacking()]).tolist())
+            if not noted or self._noted(shards):
+                return found
+
+    def _look(self, keys: Sequence[bytes]) -> Located:
         shards, layouts = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
         offsets = np.zeros((len(keys), 0), np.int64)
-        absent = 0
+        self._shards.forget_missing()
         for span in spans(len(keys)):
-            found = self._locate(keys[span])
-            if isinstance(found, set):
-                absent += len(found)
-                continue
+            found = self._find(keys[span])
             if (width := found.offsets.shape[1]) > offsets.shape[1]:
                 offsets, narrow = np.zeros((len(keys), width), np.int64), offsets
                 offsets[:, : narrow.shape[1]] = narrow
             shards[span], layouts[span] = found.shards, found.layouts
             offsets[span, :width] = found.offsets
-        if absent:
-            raise CacheIncomplete(
-                f"{absent} of {len(keys)} entries are not in the cache {self.folder}",
-                help="run the recipe again: what is missing is made anew",
-            )
-        located = Located(shards=shards, layouts=layouts, offsets=offsets)
-        return located if len(keys) <= HELD else self._on_disk(located)
+        return Located(shards=shards, layouts=layouts, offsets=offsets)
+
+    def settled(self, located: Located) -> Located:
+        """The same, of many entries on the disk."""
+        return located if len(located.shards) <= HELD else self._on_disk(located)
 
     def _on_disk(self, located: Located) -> Located:
         """The same, mapped; as it is in a cache that can't be written."""
@@ -153,25 +182,21 @@ class Cache:
             offsets=np.frombuffer(offsets, np.int64).reshape(located.offsets.shape),
         )
 
-    def _locate(self, keys: Sequence[bytes]) -> Located | set[bytes]:
-        """Where these entries lie, or which of them are missing."""
-        if absent := self.missing(keys):
-            return absent
-        found = {row[0]: row[1:] for row in self._rows(set(keys))}
-        rows = [found[key] for key in keys]
-        widest = max((len(row[2]) // 8 for row in rows), default=0)
-        offsets = np.zeros((len(rows), widest), np.int64)
-        for number, (_, _, packed) in enumerate(rows):
-            offsets[number, : len(packed) // 8] = np.frombuffer(packed, np.int64)
+    def _find(self, keys: Sequence[bytes]) -> Located:
+        whole = lru_cache(maxsize=None)(self._is_whole)
+        rows = {row[0]: row[1:] for row in self._rows(set(keys)) if whole(row[1])}
+        found = [rows.get(key, _ABSENT) for key in keys]
+        widest = max((len(row[2]) for row in found), default=0)
+        places = b"".join([row[2].ljust(widest, b"\0") for row in found])
         return Located(
-            shards=np.array([row[0] for row in rows], np.int32),
-            layouts=np.array([row[1] for row in rows], np.int32),
-            offsets=offsets,
+            shards=np.array([row[0] for row in found], np.int32),
+            layouts=np.array([row[1] for row in found], np.int32),
+            offsets=np.frombuffer(places, np.int64).reshape(len(keys), widest // 8),
         )
 
     def read(self, located: Located, number: int) -> Entry:
         """Entry `number` of those located, memory-mapped (a write to it stays in this process)."""
-        shard = self._located(int(located.shards[number]))
+        shard = self._shards.data(int(located.shards[number]))
         entry: Entry = {}
         layout = self._layout(int(located.layouts[number]))
         for (name, dtype, shape), offset in zip(layout, located.offsets[number], strict=False):
@@ -184,7 +209,7 @@ class Cache:
         """The tensors `names` of many entries, each copied into one tensor (entries, *shape).
 
         Names that the first entry lacks are left out; all entries must agree with it in what is
-        asked for. What was read does not stay resident.
+        asked for. What was read does not stay resident. Raises ShardDamaged.
         """
         first = self._layout(int(located.layouts[numbers[0]]))
         wanted = {name: (dtype, shape) for name, dtype, shape in first if name in names}
@@ -192,38 +217,38 @@ class Cache:
             name: np.empty((len(numbers), torch.Size(shape).numel() * dtype.itemsize), np.uint8)
             for name, (dtype, shape) in wanted.items()
         }
-        for place, number in enumerate(numbers.tolist()):
-            shard = self._located(int(located.shards[number])).numpy()
-            layout = self._layout(int(located.layouts[number]))
-            for part, (name, dtype, shape) in enumerate(layout):
-                if name in wanted:
-                    assert wanted[name] == (dtype, shape), "entries of one bucket are alike"
-                    start = int(located.offsets[number, part])
-                    rows = made[name]
-                    rows[place] = shard[start : start + rows.shape[1]]
+        self._shards.copy(list(self._parts(located, numbers, wanted, made)))
         self.let_go()
         return {
             name: torch.from_numpy(made[name]).view(dtype).view(len(numbers), *shape)
             for name, (dtype, shape) in wanted.items()
         }
 
-    def _located(self, number: int) -> Tensor:
-        """The bytes of a shard that was mapped when its entries were located."""
-        shard = self._maps.get(number)
-        assert shard is not None, "what was located was mapped"
-        self._touched.add(number)
-        self._reads += 1
-        return shard
+    def _parts(
+        self,
+        located: Located,
+        numbers: Rows,
+        wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        made: Mapping[str, NDArray[np.uint8]],
+    ) -> Iterator[Part]:
+        """What is to be copied into the rows of `made`."""
+        out = {name: rows.reshape(-1).data for name, rows in made.items()}
+        each = zip(
+            located.shards[numbers].tolist(),
+            located.layouts[numbers].tolist(),
+            located.offsets[numbers].tolist(),
+            strict=True,
+        )
+        for place, (shard, layout, offsets) in enumerate(each):
+            for (name, dtype, shape), start in zip(self._layout(layout), offsets, strict=False):
+                if name in wanted:
+                    assert wanted[name] == (dtype, shape), "entries of one bucket are alike"
+                    length = made[name].shape[1]
+                    yield Part(shard, start, out[name][place * length : (place + 1) * length])
 
     def let_go(self) -> None:
         """What was read so far has been copied: from time to time its pages are given back."""
-        with self.store.lock:
-            if self._reads < READS_HELD:
-                return
-            touched, self._touched, self._reads = self._touched, set(), 0
-        for number in touched:
-            if (shard := self._maps[number]) is not None:
-                not_resident(shard)
+        self._shards.let_go()
 
     def put(self, key: bytes, entry: Mapping[str, Tensor]) -> None:
         """Add an entry; it is safe on disk after the next `flush`, which large amounts cause.
@@ -275,13 +300,12 @@ class Cache:
 
     def used_by(self, run: str, *located: Located) -> None:
         """Note that a run reads these entries; not in a cache that can't be written."""
-        shards = {int(number) for each in located for number in np.unique(each.shards)}
+        self._note(run, {int(number) for each in located for number in np.unique(each.shards)})
+
+    def _note(self, run: str, shards: set[int]) -> None:
         now = time.time()
         with suppress(CacheNotWritable), self.store.writing() as database:
-            database.executemany(
-                "INSERT OR REPLACE INTO uses VALUES (?, ?, ?)",
-                [(run, shard, now) for shard in sorted(shards)],
-            )
+            database.executemany(_USE, [(run, shard, now) for shard in sorted(shards)])
 
     def close(self) -> None:
         """Flush and let go of the index; mapped entries stay valid."""
@@ -309,15 +333,17 @@ class Cache:
                     "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)",
                     (key, shard, _layout_number(database, text), offsets.tobytes()),
                 )
+            if self.run:
+                database.execute(_USE, (self.run, shard, time.time()))
 
-    def _mapped(self, number: int) -> Tensor | None:
-        """The bytes of a shard as a (bytes,) tensor; None if the file is gone or cut off."""
+    def _is_whole(self, number: int) -> bool:
+        """Whether a shard is there, neither deleted nor cut off."""
         with self.store.lock:
-            if number not in self._maps:
+            if number not in self._shards:
                 query = "SELECT name, bytes FROM shards WHERE id IN (?)"
-                ((name, size),) = self.store.rows(query, [number])
-                self._maps[number] = _map(self._shard_folder / name, size)
-            return self._maps[number]
+                for name, size in self.store.rows(query, [number]):
+                    self._shards.add(number, self._shard_folder / name, size)
+            return number in self._shards and self._shards.whole(number)
 
     def _layout(self, number: int) -> Layout:
         if number not in self._layouts:
@@ -333,13 +359,3 @@ def _layout_number(database: sqlite3.Connection, text: str) -> int:
     database.execute("INSERT OR IGNORE INTO layouts (text) VALUES (?)", (text,))
     row = database.execute("SELECT id FROM layouts WHERE text = ?", (text,)).fetchone()
     return int(row[0])
-
-
-def _map(path: Path, size: int) -> Tensor | None:
-    try:
-        if path.stat().st_size != size:
-            return None
-    except FileNotFoundError:
-        return None
-    # private: pages are shared with other processes until one writes, which never reaches the file
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

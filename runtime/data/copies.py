@@ -25,6 +25,7 @@ from compiler.files import read_small
 from runtime.data.keep import Use
 from runtime.data.unpacked import UNPACKED, name_of
 from runtime.files import PARTIAL, write_whole
+from runtime.folder import is_held
 
 RUNS = "runs"
 """The folder, in the user's cache folder, of notes on runs."""
@@ -159,8 +160,9 @@ def _uses(root: Path) -> Uses:
             places = Manifest.places(folder / MANIFEST)
         except (OSError, ManifestDamaged):
             continue
+        use = Use(run=str(folder), used=float(used), working=is_held(folder))
         for name in {name for place in places for name in _names(root / DOWNLOADS, place)}:
-            found.setdefault(name, []).append(Use(run=str(folder), used=float(used)))
+            found.setdefault(name, []).append(use)
     return {name: tuple(uses) for name, uses in found.items()}
 
 

@@ -14,6 +14,9 @@ from compiler.plan import Plan
 from runtime.data.keys import text_parts
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
+from runtime.memory.gauge import NO_GAUGE, Gauge, lying
+from runtime.memory.phases import PROMPT, all_tokens
+from runtime.memory.pieces import given_to, prompt_words
 from runtime.text_training import tokenizer_of
 
 TOGETHER = 256  # prompts that one encoder takes before the next one's turn
@@ -23,10 +26,19 @@ PhaseOf = Callable[[str], AbstractContextManager[None]]
 class Encoders:
     """A plan's text encoders, of which one at a time is on the device."""
 
-    def __init__(self, plan: Plan, family: Family, phase: PhaseOf, *, waiting: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        phase: PhaseOf,
+        gauge: Gauge = NO_GAUGE,
+        *,
+        waiting: bool,
+    ) -> None:
         """Each encoder runs inside `phase(its name)`. `waiting`: each is needed again and again,
         and waits on the host in between."""
         self._plan, self._family, self._phase, self._waiting = plan, family, phase, waiting
+        self._gauge = gauge
         self._names = family.card.text_encoders
         self._tokenizers = load(plan, family, [n for n in text_parts(plan) if n not in self._names])
         self._encoders: dict[str, Any] = {}
@@ -53,16 +65,29 @@ class Encoders:
         parts = {**self._tokenizers, name: encoder.to(self._plan.device)}
         found: list[TextEmbedding] = []
         for prompt in prompts:
-            (share,) = self._family.encode_with(
-                name, parts, [prompt.text], self._plan.text, negative=prompt.negative
-            )
-            found.append({key: tensor.to("cpu") for key, tensor in share.items()})
+            found.append(self._share(name, parts, prompt))
             advance((number * len(prompts) + len(found)) / len(self._names))
         if self._waiting:
             self._encoders[name] = encoder if len(self._names) == 1 else encoder.to("cpu")
         del encoder, parts, kept
         free(self._plan)
         return found
+
+    def _share(self, name: str, parts: dict[str, Any], prompt: Prompt) -> TextEmbedding:
+        """What one encoder makes of one prompt, on the host."""
+        encoder, text = parts[name], self._plan.text
+        with self._gauge.reading(name, len(prompt.text), lying(encoder)) as piece:
+            with given_to(encoder) as given:
+                (share,) = self._family.encode_with(
+                    name, parts, [prompt.text], text, negative=prompt.negative
+                )
+            piece.on = prompt_words(given)
+        if self._gauge.readings.get(name) is piece:
+            stand_in = {name: encoder, **all_tokens(self._family, encoder.device)}
+            with given_to(encoder, runs=False) as given:
+                self._family.encode_with(name, stand_in, [PROMPT], text)
+            piece.planned = prompt_words(given)
+        return {key: tensor.to("cpu") for key, tensor in share.items()}
 
     def cut(self, prompts: Sequence[Prompt]) -> tuple[int, int]:
         """How many of `prompts` are longer than what any encoder reads of them, and how many tokens

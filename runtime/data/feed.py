@@ -27,10 +27,10 @@ from runtime import rng
 from runtime.batch import Batch, Tokens
 from runtime.data import masks
 from runtime.data.cache import Cache, Entry, Located
-from runtime.data.fill import OFFSET, sample_keys
+from runtime.data.fill import OFFSET
 from runtime.data.keys import text_keys
+from runtime.data.located import captions_located, latents_located
 from runtime.data.order import BatchRows, Order, Rows
-from runtime.data.packed import Keys
 from runtime.data.pages import trimmed
 from runtime.families.base import Family, Framed
 from runtime.methods.sprint_draws import NEGATIVE, draws
@@ -79,9 +79,9 @@ class Feed:
         self._pool = ThreadPoolExecutor(plan.workers, "noise")
         self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
         self._dropout = [source.captions.dropout for source in plan.sources]
-        self._latents = cache.locate(sample_keys(plan, manifest, family, cache))
+        self._latents = latents_located(plan, manifest, family, cache)
         keys = text_keys(plan, family, cache)
-        self._captions = cache.locate(Keys.of(keys.key(text) for text in manifest.texts))
+        self._captions = captions_located(manifest, keys, cache)
         self._embedding = lru_cache(EMBEDDINGS)(partial(cache.read, self._captions))
         if rank == 0:
             cache.used_by(plan.run_folder, self._latents, self._captions)

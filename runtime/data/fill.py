@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import compress, islice
@@ -33,9 +33,9 @@ from runtime.data.cache import Cache
 from runtime.data.decode import Ready, decoded
 from runtime.data.encoders import TOGETHER, Encoders, PhaseOf, free, load
 from runtime.data.focus import require_opencv
-from runtime.data.hashes import item_hashes
-from runtime.data.keys import latent_keys, mask_names, text_keys
-from runtime.data.packed import Keys, Rows, reading_order, spans
+from runtime.data.keys import latent_keys, text_keys
+from runtime.data.located import captions_found, latents_found, sample_keys
+from runtime.data.packed import Keys, Rows, reading_order
 from runtime.data.pixels import BrokenPicture
 from runtime.data.sharing import ALONE as ALL
 from runtime.data.sharing import Team
@@ -43,6 +43,9 @@ from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
+from runtime.memory.gauge import NO_GAUGE, Gauge, lying
+from runtime.memory.phases import largest
+from runtime.memory.pieces import picture_words
 
 OFFSET = "crop"
 """In an entry of latents: x and y of a cut that was found by looking at the pixels."""
@@ -60,6 +63,21 @@ _MEND_MASKS = (
     "mend the masks or remove these pictures; a `floor` above 0 learns something of each; all "
     "others are cached"
 )
+
+
+class NotFinite(RunFailed):
+    """What an encoder made can't be cached: it holds infinities or NaN."""
+
+    def __init__(self, of: str, plan: Plan, *, made: bool) -> None:
+        """`made`: they are the encoder's own, and not the cache format's."""
+        held = plan.precision.cache
+        super().__init__(
+            f"what the encoders made of {shown(of)} "
+            + ("is no finite number" if made else f"exceeds what the cache's {held} holds"),
+            help="its weights are damaged, or its number format is too narrow for it"
+            if made
+            else 'say [cache] precision = "bf16", or "fp32"; all before it is cached',
+        )
 
 
 class BrokenData(RunFailed):
@@ -87,6 +105,7 @@ def fill_text(
     events: Events,
     phase: PhaseOf = lambda name: nullcontext(),
     team: Team = ALL,
+    gauge: Gauge = NO_GAUGE,
 ) -> None:
     """Encode this rank's share of all prompts that are not cached; loads nothing if there are none.
     Returns when all ranks have done theirs.
@@ -97,7 +116,8 @@ def fill_text(
     keys = team.first(lambda: text_keys(plan, family, cache))
     every = Keys.of(keys.key(p.text, negative=p.negative) for p in every_prompt(plan, manifest))
     wanted = every.firsts(np.arange(len(every)))
-    missing = wanted[cache.lacks(every)[wanted]]
+    found = cache.find(every, noted=team.ranks.leads)
+    missing = wanted[found.lacking()[wanted]]
     cached = len(wanted) - len(missing)
     events.phase("text", len(wanted), "prompts")
     events.advance(cached)
@@ -105,32 +125,40 @@ def fill_text(
     if any(mine):
         todo = np.zeros(len(every), bool)
         todo[missing[mine]] = True
-        _encode(plan, manifest, family, cache, every, todo, phase, events, cached, team)
+        encoders = Encoders(plan, family, phase, gauge, waiting=int(todo.sum()) > TOGETHER)
+        _encode(plan, manifest, encoders, cache, every, todo, events, cached, team)
     team.meet()
+    if len(missing):
+        found = cache.find(every)
+    start = 0
+    for part in (manifest, manifest.held_out):  # as `every_prompt` begins
+        if part is not None:
+            captions = found.part(slice(start, start := start + len(part.texts)))
+            if not captions.lacking().any():
+                captions_found(part, keys, cache, captions)
 
 
 def _encode(
     plan: Plan,
     manifest: Manifest,
-    family: Family,
+    encoders: Encoders,
     cache: Cache,
     keys: Keys,
     todo: NDArray[np.bool_],
-    phase: PhaseOf,
     events: Events,
     cached: int,
     team: Team,
 ) -> None:
     """Cache the embeddings of those prompts that are `todo`; `cached` prompts were there before."""
-    encoders = Encoders(plan, family, phase, waiting=int(todo.sum()) > TOGETHER)
     done, encoded, cut, longest = cached, 0, 0, 0
     chosen = compress(enumerate(every_prompt(plan, manifest)), todo)
     try:
         while batch := list(islice(chosen, TOGETHER)):
             advance = partial(_advance, events, done)
             made = encoders([prompt for _, prompt in batch], advance)
-            for (number, _), embedding in zip(batch, made, strict=True):
-                cache.put(keys[number], _stored(embedding, plan))
+            for (number, prompt), embedding in zip(batch, made, strict=True):
+                of = partial("the prompt `{:.100}`".format, prompt.text)
+                cache.put(keys[number], _stored(embedding, plan, of))
             longer, longest = encoders.cut([prompt for _, prompt in batch])
             cut += longer
             encoded += len(batch)
@@ -157,6 +185,7 @@ def fill_latents(
     cache: Cache,
     events: Events,
     team: Team = ALL,
+    gauge: Gauge = NO_GAUGE,
 ) -> None:
     """Encode this rank's share of all pictures that are not cached, bucket by bucket; loads nothing
     if there are none. Returns when all ranks have done theirs.
@@ -166,14 +195,16 @@ def fill_latents(
     """
     keys = team.first(lambda: sample_keys(plan, manifest, family, cache))
     every = keys.firsts(_by_bucket(manifest))
-    missing = every[cache.lacks(keys)[every]]
+    located = cache.find(keys, noted=team.ranks.leads)
+    missing = every[located.lacking()[every]]
     cached = len(every) - len(missing)
     todo = missing[[team.takes(keys[row], len(keys)) for row in missing.tolist()]]
     events.phase("latents", len(every), "pictures")
     events.advance(cached)
     broken: dict[bytes, BrokenPicture] = {}
     if len(todo):
-        broken = _encode_pictures(plan, manifest, family, cache, events, keys, todo, cached, team)
+        given = (events, keys, todo, cached, team, gauge)
+        broken = _encode_pictures(plan, manifest, family, cache, *given)
     rows = [(r, broken[key]) for r, key in enumerate(keys) if key in broken] if broken else []
     _condemn([(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)])
     mine = [[row, str(why), isinstance(why, masks.BrokenMask)] for row, why in rows]
@@ -184,6 +215,10 @@ def fill_latents(
             [(_called(manifest, row), kinds[masked](why)) for row, why, masked in sorted(found)],
             skipped=all(plan.sources[manifest.source(r)].broken == "skip" for r, *_ in found),
         )
+    if len(missing):
+        located = cache.find(keys)
+    if not located.lacking().any():
+        latents_found(plan, manifest, family, cache, located)
 
 
 def _encode_pictures(
@@ -196,6 +231,7 @@ def _encode_pictures(
     todo: Rows,
     cached: int,
     team: Team,
+    gauge: Gauge,
 ) -> dict[bytes, BrokenPicture]:
     """Cache the latents of the rows `todo`; those that can't be, by key. `cached` were there."""
     if any(manifest.placement(int(row)).focus for row in todo):
@@ -209,13 +245,19 @@ def _encode_pictures(
             if isinstance(ready, BrokenPicture):
                 broken[keys[row]] = ready
                 continue
-            moments = family.encode_pixels(parts["vae"], ready.pixels.to(plan.device))
+            pixels = ready.pixels.to(plan.device)
+            there = lying(parts["vae"])
+            there["activations"].append(pixels)
+            height, width = pixels.shape[-2:]
+            with gauge.reading("latents", width * height, there) as piece:
+                moments = family.encode_pixels(parts["vae"], pixels)
+            piece.on, piece.planned = picture_words(width, height), _planned(plan, width, height)
             entry = _entry(moments, ready)
             rules = plan.sources[manifest.source(row)].mask
             if rules is not None and rules.floor == 0 and not entry[masks.NAME].any():
                 broken[keys[row]] = masks.BrokenMask(NOTHING_SHOWN)
                 continue
-            cache.put(keys[row], _stored(entry, plan))
+            cache.put(keys[row], _stored(entry, plan, partial(_called, manifest, row)))
             done += 1
             events.advance(cached + team.tally(done, 1))
     finally:
@@ -225,6 +267,15 @@ def _encode_pictures(
             parts.clear()
             free(plan)
     return broken
+
+
+def _planned(plan: Plan, width: int, height: int) -> str:
+    """What the plan counted of encoding pictures, of which this may be one."""
+    sizes = [(bucket.width, bucket.height) for bucket in plan.buckets]
+    if plan.evaluation is not None:
+        sizes += [(group.width, group.height) for group in plan.evaluation.groups]
+    sizes = largest(tuple(sizes))
+    return picture_words(*((width, height) if (width, height) in sizes else sizes[0]))
 
 
 def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
@@ -237,19 +288,6 @@ def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
     return entry
 
 
-def sample_keys(plan: Plan, manifest: Manifest, family: Family, cache: Cache) -> Keys:
-    """The cache key of each row's latents. Raises FileGone."""
-    keys, found = latent_keys(plan, family, cache), Keys(len(manifest))
-    order = reading_order(manifest)
-    for span in spans(len(order)):
-        rows = order[span].tolist()
-        contents = item_hashes(cache, [manifest.item(row) for row in rows], plan.workers)
-        names = mask_names(plan, manifest, cache, rows)
-        for row, content, name in zip(rows, contents, names, strict=True):
-            found[row] = keys.key(content, manifest.placement(row), name)
-    return found
-
-
 def prompt_embeddings(
     plan: Plan, family: Family, cache: Cache, prompts: Iterable[str], *, negative: bool = False
 ) -> dict[str, TextEmbedding]:
@@ -258,10 +296,15 @@ def prompt_embeddings(
     return {text: cache.get(keys.key(text, negative=negative)) for text in prompts}
 
 
-def _stored(entry: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Numbers in the plan's cache format; masks and indices as they are."""
-    dtype = DTYPES[plan.precision.cache]
-    return {n: t.to("cpu", dtype) if t.is_floating_point() else t.cpu() for n, t in entry.items()}
+def _stored(entry: Mapping[str, Tensor], plan: Plan, of: Callable[[], str]) -> dict[str, Tensor]:
+    """Numbers in the plan's cache format; masks and indices as they are. Raises NotFinite, which
+    says what they are `of`."""
+    dtype, stored = DTYPES[plan.precision.cache], {}
+    for name, tensor in entry.items():
+        stored[name] = kept = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        if not kept.isfinite().all():
+            raise NotFinite(of(), plan, made=not tensor.isfinite().all())
+    return stored
 
 
 def _by_bucket(manifest: Manifest) -> Rows:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from attrs import astuple
 
 from compiler.data.manifest import Item
 from compiler.data.scan import ALONE, shown
@@ -74,12 +76,8 @@ def folder_hash(cache: Cache, folder: Path) -> str:
 def known_hashes(store: Store, items: Sequence[Item]) -> list[bytes | None]:
     """SHA-256 of each item that is remembered and has not changed; else None. Reads no file."""
     names = [name_of(item) for item in items]
-    known = _remembered(store, names)
     stamps = {path: _stamp_if_there(path) for path in {item.file for item in items}}
-    return [
-        known[name][1] if name in known and known[name][0] == stamps[item.file] else None
-        for name, item in zip(names, items, strict=True)
-    ]
+    return _unchanged(store, names, [stamps[item.file] for item in items])
 
 
 def known_folder_hash(store: Store, folder: Path) -> str | None:
@@ -102,38 +100,39 @@ def _joined(folder: Path, files: Sequence[Path], hashes: Sequence[bytes]) -> str
     return state.hexdigest()
 
 
-def _remembered(store: Store, names: Sequence[bytes]) -> dict[bytes, tuple[Stamp, bytes]]:
+def _unchanged(
+    store: Store, names: Sequence[bytes], stamps: Sequence[Stamp | None]
+) -> list[bytes | None]:
+    """The remembered hash of each name that has its stamp still."""
     query = "SELECT path, bytes, mtime_ns, ctime_ns, sha256 FROM files WHERE path IN (?)"
-    return {row[0]: (Stamp(*row[1:4]), row[4]) for row in store.rows(query, names)}
+    known = {row[0]: row[1:] for row in store.rows(query, names)}
+    unknown = (None,) * 4
+    parts = {stamp: astuple(stamp) for stamp in set(stamps) if stamp is not None}
+    found = (known.get(name, unknown) for name in names)
+    return [
+        row[3] if stamp is not None and row[:3] == parts[stamp] else None
+        for row, stamp in zip(found, stamps, strict=True)
+    ]
 
 
 def _chunk(cache: Cache, items: Sequence[Item], pool: ThreadPoolExecutor) -> list[bytes]:
     names = [name_of(item) for item in items]
-    known = _remembered(cache.store, names)
     looked = {path: _stamp(path) for path in {item.file for item in items}}
     stamps = [looked[item.file] for item in items]
-    fresh = [n not in known or known[n][0] != s for n, s in zip(names, stamps, strict=True)]
-    made = pool.map(_hash, [item for item, new in zip(items, fresh, strict=True) if new])
-    found = list(_merged(names, fresh, known, made))
+    known = _unchanged(cache.store, names, stamps)
+    if None not in known:
+        return cast(list[bytes], known)
+    made = pool.map(_hash, [item for item, old in zip(items, known, strict=True) if old is None])
+    found = [next(made) if old is None else old for old in known]
     rows = [
         (name, stamp.bytes, stamp.mtime_ns, stamp.ctime_ns, digest)
-        for name, stamp, digest, new in zip(names, stamps, found, fresh, strict=True)
-        if new and stamp.settled
+        for name, stamp, digest, old in zip(names, stamps, found, known, strict=True)
+        if old is None and stamp.settled
     ]
     if rows:
         with suppress(CacheNotWritable), cache.store.writing() as database:  # it costs only time
             database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
     return found
-
-
-def _merged(
-    names: Sequence[bytes],
-    fresh: Sequence[bool],
-    known: dict[bytes, tuple[Stamp, bytes]],
-    made: Iterator[bytes],
-) -> Iterator[bytes]:
-    for name, new in zip(names, fresh, strict=True):
-        yield next(made) if new else known[name][1]
 
 
 def _stamp_if_there(path: str) -> Stamp | None:

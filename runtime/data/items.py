@@ -52,8 +52,13 @@ def read(item: Item) -> bytes:
 
 def name_of(item: Item) -> bytes:
     """What tells this item from all others of this machine: its path, and its place there."""
-    path = os.path.abspath(item.file)
-    return os.fsencode(path) if item.at == ALONE else inside(path, item.at)
+    if item.at == ALONE:
+        return os.fsencode(os.path.abspath(item.file))
+    absolute = _normal if os.path.isabs(item.file) else os.path.abspath
+    return inside(absolute(item.file), item.at)
+
+
+_normal = lru_cache(maxsize=64)(os.path.normpath)  # of containers, each of which holds many
 
 
 def reading_order(items: Sequence[Item], rows: Iterable[int]) -> list[int]:

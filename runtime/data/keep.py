@@ -1,8 +1,8 @@
 """What lies in a cache, who uses it, what is damaged, and what may go. Needs no torch.
 
 All is told and removed by whole shards. Rows go first and files after them, so that a kill between
-the two leaves a file without rows, which `sweep` removes later. A run that is at work has its
-shards mapped and goes on; what it made in the last hour is never removed.
+the two leaves a file without rows, which `sweep` removes later. What a run that is at work uses
+stays, and so does what was made in the last hour.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from attrs import frozen
 
 from runtime.data.store import SHARDS, Store
 from runtime.files import PARTIAL
+from runtime.folder import is_held
 
 ORPHAN_SECONDS = 3600.0
 """Files without rows, and shards, are removed when they are this old: their writer may still be at
 work."""
+
+_USED_SINCE = "SELECT shard FROM uses WHERE used >= ?"
 
 
 @frozen(kw_only=True)
@@ -30,6 +33,7 @@ class Use:
 
     run: str  # its folder
     used: float  # seconds since 1970, the last time
+    working: bool = False  # it is at work now
 
 
 @frozen(kw_only=True)
@@ -55,9 +59,11 @@ def shards(store: Store) -> list[Shard]:
         store.rows("SELECT shard, count(*) FROM entries WHERE 1 IN (?) GROUP BY shard", [1])
     )
     uses: dict[int, list[Use]] = {}
-    for run, shard, used in _uses(store):
-        if Path(run).is_dir():
-            uses.setdefault(shard, []).append(Use(run=run, used=used))
+    noted = _uses(store)
+    working = {run: is_held(Path(run)) for run, _, _ in noted if Path(run).is_dir()}
+    for run, shard, used in noted:
+        if run in working:
+            uses.setdefault(shard, []).append(Use(run=run, used=used, working=working[run]))
     rows = store.rows("SELECT id, name, bytes, written FROM shards WHERE 1 IN (?)", [1])
     found = [
         Shard(
@@ -109,8 +115,13 @@ def disposable(
     size: int | None = None,
 ) -> list[_K]:
     """Those to remove: neither written nor used for `older` seconds, used by no run that is still
-    there, and, the longest unused first, what is too much for `size` bytes."""
-    settled = [shard for shard in every if now - shard.written >= ORPHAN_SECONDS]
+    there, and, the longest unused first, what is too much for `size` bytes. Never what a run that
+    is at work uses."""
+    settled = [
+        shard
+        for shard in every
+        if now - shard.written >= ORPHAN_SECONDS and not any(use.working for use in shard.uses)
+    ]
     chosen = [
         shard
         for shard in settled
@@ -126,18 +137,21 @@ def disposable(
     return chosen
 
 
-def remove(store: Store, gone: Sequence[Shard]) -> None:
-    """Remove shards and all that they hold. Raises CacheNotWritable."""
-    numbers = [(shard.number,) for shard in gone]
+def remove(store: Store, chosen: Sequence[Shard], looked: float) -> list[Shard]:
+    """Remove shards and all that they hold, but for those that a run has begun to use since the
+    moment `looked`, when they were chosen; those that were removed. Raises CacheNotWritable."""
     with store.writing() as database:
+        again = {shard for (shard,) in database.execute(_USED_SINCE, (looked,))}
+        gone = [each for each in chosen if each.number not in again]
         database.execute("CREATE TEMP TABLE IF NOT EXISTS gone (id INTEGER PRIMARY KEY)")
         database.execute("DELETE FROM gone")
-        database.executemany("INSERT INTO gone VALUES (?)", numbers)
+        database.executemany("INSERT INTO gone VALUES (?)", [(each.number,) for each in gone])
         for table, column in (("entries", "shard"), ("uses", "shard"), ("shards", "id")):
             database.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT id FROM gone)")
     with store.explained():
         for shard in gone:
             (_folder(store) / shard.name).unlink(missing_ok=True)
+    return gone
 
 
 def sweep(store: Store) -> list[str]:

@@ -7,16 +7,19 @@ entry, and moving or renaming files finds the right one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import asdict, frozen
 
 from compiler.data.geometry import Placement
 from compiler.data.manifest import Item, Manifest
-from compiler.plan import Model, Plan, digest_of
+from compiler.plan import Model, Plan, canonical, digest_of
 from runtime.data.hashes import file_hashes, folder_hash, known_folder_hash, known_hashes
 from runtime.data.store import Store
 
@@ -34,6 +37,8 @@ ALPHA = "alpha"
 """Stands for a mask in keys: the picture's own transparency, whose content is the picture's."""
 WHOLE = "whole"
 """Stands for the mask of a picture that needs none."""
+PLACEMENTS = 256
+"""Of which it is remembered what they add to a key: many pictures share one."""
 FOCUS_VERSION = 1
 """Raise it when faces or what is salient would be found elsewhere in the same picture."""
 
@@ -46,7 +51,7 @@ class TextKeys:
 
     def key(self, prompt: str, *, negative: bool = False) -> bytes:
         """The key of a prompt, encoded as the pipeline encodes prompts or negative prompts."""
-        return _key([self.base, prompt, negative])
+        return _key(self.base, json.dumps(prompt), "true" if negative else "false")
 
 
 @frozen
@@ -58,20 +63,21 @@ class LatentKeys:
     def key(self, content: bytes, placement: Placement, mask: str = "") -> bytes:
         """The key of a picture; `content` is the SHA-256 of its file, and `mask` stands for its
         mask (see `mask_names`)."""
-        masked = [{"mask": mask, "mask_version": MASK_VERSION}] if mask else []
-        return _key([self.base, content.hex(), _moves(placement), *masked])
+        masked = [canonical({"mask": mask, "mask_version": MASK_VERSION})] if mask else []
+        return _key(self.base, f'"{content.hex()}"', _moves(placement, FOCUS_VERSION), *masked)
 
 
-def _moves(placement: Placement) -> dict[str, Any]:
-    """What is done to the picture; what is not done is left out."""
+@lru_cache(maxsize=PLACEMENTS)
+def _moves(placement: Placement, version: int) -> str:
+    """What is done to the picture, as canonical JSON; what is not done is left out."""
     parts = asdict(placement)
     if not placement.mirrored:
         del parts["mirrored"]
     if placement.focus:
-        parts["focus_version"] = FOCUS_VERSION
+        parts["focus_version"] = version
     else:
         del parts["focus"]
-    return parts
+    return canonical(parts)
 
 
 def mask_path(plan: Plan, manifest: Manifest, row: int) -> str:
@@ -234,5 +240,7 @@ def _of_file(model: Model, name: str, content: bytes) -> str:
     return digest_of([content.hex(), model.configs[name]])
 
 
-def _key(parts: list[Any]) -> bytes:
-    return bytes.fromhex(digest_of(parts))
+def _key(base: str, *parts: str) -> bytes:
+    """Of a list: a text, and parts that are canonical JSON already. There may be millions of keys,
+    and most of what they are made of is the same in all."""
+    return hashlib.sha256(f'["{base}",{",".join(parts)}]'.encode()).digest()

@@ -41,7 +41,11 @@ class Keys(Sequence[bytes]):
     def __getitem__(self, number: slice) -> list[bytes]: ...
     def __getitem__(self, number: int | slice) -> bytes | list[bytes]:
         if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+            start, stop, step = number.indices(len(self))
+            if step != 1:
+                return [self[each] for each in range(start, stop, step)]
+            part = bytes(memoryview(self._data)[start * KEY_BYTES : stop * KEY_BYTES])
+            return [part[at : at + KEY_BYTES] for at in range(0, len(part), KEY_BYTES)]
         start = range(len(self))[number] * KEY_BYTES
         return bytes(self._data[start : start + KEY_BYTES])
 

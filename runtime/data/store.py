@@ -26,9 +26,13 @@ SHARDS = f"shards-{FORMAT}"
 """The folder beside it that holds what was encoded."""
 _PATIENCE = 60.0  # seconds to wait for another process that commits
 _CHUNK = 500  # values in one query
-_TABLES = """
-CREATE TABLE IF NOT EXISTS shards (
-    id INTEGER PRIMARY KEY, name TEXT UNIQUE, bytes INTEGER, sha256 BLOB, written REAL);
+_SHARDS = """(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, bytes INTEGER, sha256 BLOB,
+    written REAL)"""
+"""The number of a shard that was removed is never given to another: whoever located entries goes on
+by numbers."""
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS shards {_SHARDS};
 CREATE TABLE IF NOT EXISTS layouts (id INTEGER PRIMARY KEY, text TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS entries (
     key BLOB PRIMARY KEY, shard INTEGER, layout INTEGER, offsets BLOB) WITHOUT ROWID;
@@ -38,6 +42,13 @@ CREATE TABLE IF NOT EXISTS files (
     path BLOB PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, sha256 BLOB)
     WITHOUT ROWID;
 """
+_RENUMBERED = f"""
+CREATE TABLE numbered {_SHARDS};
+INSERT INTO numbered SELECT id, name, bytes, sha256, written FROM shards;
+DROP TABLE shards;
+ALTER TABLE numbered RENAME TO shards;
+"""
+"""For an index of a version that gave numbers again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -141,7 +152,7 @@ class Store:
             try:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("PRAGMA synchronous=FULL")
-                database.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
+                _make_tables(database)
             except BaseException:
                 database.close()
                 raise
@@ -188,3 +199,19 @@ class Store:
             help="free some space, or put the cache elsewhere ([cache] path), and run again: what "
             "was saved before is kept",
         )
+
+
+def _make_tables(database: sqlite3.Connection) -> None:
+    """Make the tables that are not there. Who raises closes the index, and nothing was made."""
+    database.execute("BEGIN IMMEDIATE")
+    _run(database, _TABLES)
+    made = database.execute("SELECT sql FROM sqlite_master WHERE name = 'shards'").fetchone()
+    if "AUTOINCREMENT" not in made[0]:
+        _run(database, _RENUMBERED)
+    database.execute("COMMIT")
+
+
+def _run(database: sqlite3.Connection, script: str) -> None:
+    """Run statements inside the transaction, which `executescript` would commit."""
+    for statement in script.split(";"):
+        database.execute(statement)

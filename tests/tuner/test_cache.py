@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from runtime.data.cache import Cache, CacheIncomplete
 from runtime.data.keep import ORPHAN_SECONDS, Shard, Use, disposable, shards
+from runtime.data.store import INDEX, SHARDS, Store
 from tests.runtime.data.test_cache import entry, key, same
 from tuner.cli import run_command
 from tuner.exits import DONE, FAILED, REFUSED
@@ -140,3 +142,57 @@ def test_listing_needs_no_torch() -> None:
 
     code = "import sys; import runtime.data.keep, tuner.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "prune"])
+def test_a_damaged_index_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    (tmp_path / INDEX).write_bytes(b"rubbish" * 500)
+    words = ("--unused", "--yes") if verb == "prune" else ()
+    code, text = told(capsys, verb, "--path", str(tmp_path), *words)
+    assert code == FAILED and text.startswith(f"error: the cache's index {tmp_path / INDEX} is dam")
+    assert f"\nhelp: delete the folder {tmp_path}" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "prune"])
+def test_an_index_of_something_else_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    with sqlite3.connect(tmp_path / INDEX) as database:
+        database.execute("CREATE TABLE letters (text TEXT)")
+    database.close()
+    words = ("--unused",) if verb == "prune" else ()
+    code, text = told(capsys, verb, "--path", str(tmp_path), *words)
+    assert code == FAILED and text.startswith("error: the cache can't be read: no such table")
+
+
+def test_a_cache_that_cant_be_written_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = made(tmp_path)
+
+    def full(_: object) -> None:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(Store, "_open_to_write", full)
+    code, text = told(capsys, "prune", "--path", str(cache.folder), "--unused", "--yes")
+    assert code == FAILED and f"error: the cache {cache.folder} can't be written: attempt" in text
+
+
+@pytest.mark.parametrize("rows", [0, None])
+def test_lost_files_of_a_cache_without_rows_go_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int | None
+) -> None:
+    """Where nothing else is left, and where the index itself was deleted."""
+    if rows is not None:
+        cache = Cache(tmp_path)
+        with cache.store.writing():
+            pass
+        cache.close()
+    lost = tmp_path / SHARDS / "lost.safetensors"
+    lost.parent.mkdir()
+    lost.write_bytes(b"x")
+    os.utime(lost, (1, 1))
+    code, text = told(capsys, "prune", "--path", str(tmp_path), "--unused", "--yes")
+    assert code == DONE and "and 1 lost file" in text and not lost.exists()

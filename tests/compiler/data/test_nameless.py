@@ -46,6 +46,7 @@ def test_texts_of_any_kind(
             growing.add(text)
         found = growing.texts()
     assert list(found) == given_ and len(found) == growing.count
+    assert [found[number] for number in range(len(found))] == given_
     assert list(folder.iterdir()) == []
     for wrong in (-1, len(given_)):
         with pytest.raises(IndexError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -12,8 +13,10 @@ import sqlite3
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,11 +24,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import Tensor
 
 from runtime.data import cache as caching
-from runtime.data.cache import Cache, CacheIncomplete, Entry
+from runtime.data import shards
+from runtime.data.cache import Cache, CacheIncomplete, Entry, Located, Rows
 from runtime.data.hashes import FileGone, file_hashes, folder_hash
 from runtime.data.keep import ORPHAN_SECONDS, damaged, sweep
+from runtime.data.shards import ShardDamaged
 from runtime.data.store import INDEX, CacheDamaged, CacheNotWritable
 from tests.compiler.data.pictures import settle
 
@@ -406,19 +412,84 @@ def test_what_was_read_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
         cache.put(key(number), {"mean": torch.full((64, 32, 64), float(number)).half()})
     cache.close()
 
-    def grown() -> int:
+    def stacked(reader: Cache, located: Located, rows: Rows) -> Tensor:
+        found = reader.stack(located, rows, ["mean", "std"])
+        assert found.keys() == {"mean"}
+        return found["mean"]
+
+    def each(reader: Cache, located: Located, rows: Rows) -> Tensor:
+        found = torch.stack([reader.read(located, row)["mean"] for row in rows.tolist()])
+        reader.let_go()
+        return found
+
+    def grown(read: Callable[[Cache, Located, Rows], Tensor]) -> int:
         reader = Cache(tmp_path)
         located = reader.locate([key(n) for n in range(128)])
-        reader.stack(located, np.arange(1), ["mean"])
+        read(reader, located, np.arange(1))
         before = resident_files()
         for start in range(0, 128, 16):
-            found = reader.stack(located, np.arange(start, start + 16), ["mean", "std"])
-            assert found.keys() == {"mean"} and found["mean"][3, 0, 0, 0] == start + 3
+            assert read(reader, located, np.arange(start, start + 16))[3, 0, 0, 0] == start + 3
         return resident_files() - before
 
-    assert grown() < 8 << 20
-    monkeypatch.setattr(caching, "READS_HELD", 10**9)
-    assert grown() > 24 << 20
+    assert grown(stacked) < 8 << 20 and grown(each) < 8 << 20
+    monkeypatch.setattr(shards, "READS_HELD", 10**9)
+    assert grown(each) > 24 << 20
+    assert grown(stacked) < 8 << 20  # whatever is held: copies are not made from mappings
+
+
+def test_entries_are_stacked_however_they_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the system's calls, whether the files are in memory or not, though they can't say, with
+    fewer files open than there are, and from mappings alone."""
+    cache = Cache(tmp_path)
+    for number in range(12):
+        cache.put(key(number), entry(number, size=3000))
+        if number % 4 == 3:
+            cache.flush()
+    cache.close()
+    rows = np.array([11, 3, 0, 7, 5, 4, 11])
+    names = [key(n) for n in range(12)]
+    means = torch.stack([entry(n, size=3000)["mean"] for n in rows.tolist()])
+
+    def right() -> bool:
+        reader = Cache(tmp_path)
+        return torch.equal(reader.stack(reader.locate(names), rows, ["mean"])["mean"], means)
+
+    assert right()
+    for path in tmp_path.rglob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            if sys.platform == "linux":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert right()
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "OPEN", 1)
+        assert right()
+        patched.setattr(os, "RWF_NOWAIT", 1 << 20, raising=False)  # a flag that no system knows
+        assert right()
+        patched.setattr(sys, "platform", "none")
+        assert right()
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_File", Mock(side_effect=OSError(errno.EMFILE, "too many")))
+        assert right()
+
+
+def test_shards_that_change_while_they_are_used(tmp_path: Path) -> None:
+    """Removed ones stay readable; one that is cut off is an error and not the process's end."""
+    cache = Cache(tmp_path)
+    cache.put(key(1), entry(1, size=3000))
+    cache.close()
+    readers = [Cache(tmp_path) for _ in range(2)]
+    located = [reader.locate([key(1)]) for reader in readers]
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = path.read_bytes()
+    path.unlink()
+    found = readers[0].stack(located[0], np.arange(1), ["mean"])["mean"]
+    assert torch.equal(found[0], entry(1, size=3000)["mean"])
+    path.write_bytes(content[:5000])
+    with pytest.raises(ShardDamaged, match=rf"{path.name}.*shorter"):
+        readers[1].stack(located[1], np.arange(1), ["mean"])
 
 
 def resident_files() -> int:

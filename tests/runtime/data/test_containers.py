@@ -20,8 +20,9 @@ from compiler.home import default_cache
 from compiler.plan import Plan
 from runtime.data import items
 from runtime.data.cache import Cache
-from runtime.data.fill import BrokenData, fill_latents, sample_keys
+from runtime.data.fill import BrokenData, fill_latents
 from runtime.data.hashes import item_hashes, known_hashes
+from runtime.data.located import sample_keys
 from runtime.events import Silent
 from runtime.execute import execute
 from runtime.families import family_of

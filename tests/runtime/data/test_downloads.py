@@ -167,21 +167,66 @@ def test_a_busy_server_is_asked_again(
     monkeypatch.setattr(pictures, "_PAUSE", 0.0)
     monkeypatch.setattr("runtime.data.web.PATIENCE", 0.2)
     name, whole = "/dog/3.jpg", Server.pages["/dog/3.jpg"]
-    Server.pages |= {name: busy, "/gone.jpg": 410} if busy != "silent" else {"/gone.jpg": 410}
+    Server.pages |= {name: busy} if busy != "silent" else {}
     Server.slow = {name} if busy == "silent" else set()
-    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
-    rows.append({"url": f"{web}/gone.jpg", "text": "x"})
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    path = project('id = "web"\npath = "t.jsonl"\nbroken = "skip"')
+    path = project(web_table(tmp_path, web))
     refused = compile_copied(path, [], offline=False)
     assert codes(refused) == ["not-downloaded"] and refused.plan is None
-    assert "1 image of `t.jsonl`" in refused.diagnostics[0].message
+    fault = refused.diagnostics[0]
+    assert "1 image of `t.jsonl` could not be reached" in fault.message
+    assert '`tuner run` asks again; to go on without, broken = "skip"' in fault.help
+    assert name in fault.notes[0] and "not reachable now" in fault.notes[0]
     assert codes(compiled(path)) == ["not-downloaded"]  # and a plan says so, too
     Server.pages[name], Server.slow, Server.asked[:] = whole, set(), []
     made = compile_copied(path, [], offline=False)
-    assert codes(made) == ["broken-images"] and made.manifest is not None
-    assert len(made.manifest) == 5 and Server.asked == [name]  # what is gone is not asked again
+    assert codes(made) == [] and made.manifest is not None
+    assert len(made.manifest) == 5 and Server.asked == [name]
     assert list((tmp_path / "cache").rglob(f"*{LATER}")) == []
+
+
+def web_table(folder: Path, web: str, *more: str) -> str:
+    """A source of `TOLD` and `more` by their URLs."""
+    rows = [{"url": f"{web}/{name}", "text": text} for name, (_, text) in TOLD.items()]
+    rows += [{"url": url, "text": "x"} for url in more]
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return 'id = "web"\npath = "t.jsonl"'
+
+
+def test_a_dead_host_stops_no_run_that_may_skip(
+    tmp_path: Path,
+    web: str,
+    project: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every run that begins asks for it again; one that was begun goes on without."""
+    monkeypatch.setattr("tuner.compiling.compile_here", lambda path, more: compiled(path, *more))
+    monkeypatch.setattr(pictures, "_PAUSE", 0.0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jpg"
+    Server.pages["/gone.jpg"] = 410
+    table = web_table(tmp_path, web, dead, f"{web}/gone.jpg", f"{web}/busy.jpg")
+    path = project(f'{table}\nbroken = "skip"')
+    Server.pages["/busy.jpg"] = 503
+    first = compile_copied(path, [], offline=False)
+    assert codes(first) == ["broken-images"] and first.plan is not None
+    assert first.manifest is not None and first.outlook is not None
+    assert (len(first.manifest), first.plan.sources[0].skipped) == (5, 3)
+    fault = first.diagnostics[0]
+    assert fault.severity == "warning" and "3 files in `t.jsonl`" in fault.message
+    assert sum("not reachable now: " in note for note in fault.notes) == 2
+    assert sum(r.images for r in first.outlook.skipped if "not reachable now" in r.why) == 2
+    assert Server.asked.count("/busy.jpg") == 2  # tries, of one round
+    Server.pages["/busy.jpg"] = Server.pages["/dog/0.jpg"]
+    lock = lock_path(Path(first.plan.run_folder))
+    lock.parent.mkdir(parents=True)
+    lock.write_text("")
+    for begun in (compile_copied(path, [], offline=False), compile_copied(path, [], offline=True)):
+        assert begun.plan is not None and begun.plan.digest == first.plan.digest
+    lock.unlink()
+    again = compile_copied(path, [], offline=False)
+    assert again.manifest is not None and len(again.manifest) == 6
+    assert again.plan is not None and again.plan.sources[0].skipped == 2
 
 
 def test_a_server_that_is_busy_for_an_hour_refuses(

@@ -21,11 +21,18 @@ from compiler.data.index import HEADERS, Index
 from compiler.data.manifest import Folder, Manifest
 from compiler.data.scan import scan
 from compiler.families import FAMILIES
-from compiler.plan import DataSource, NoiseTable, Plan, Prompt
+from compiler.plan import DataSource, Dtype, NoiseTable, Plan, Prompt
 from runtime import rng
 from runtime.data.cache import Cache, CacheIncomplete
 from runtime.data.feed import Feed, Window
-from runtime.data.fill import BrokenData, fill_latents, fill_text, prompt_embeddings, sample_keys
+from runtime.data.fill import (
+    BrokenData,
+    NotFinite,
+    fill_latents,
+    fill_text,
+    prompt_embeddings,
+)
+from runtime.data.located import sample_keys
 from runtime.events import Silent
 from runtime.families import family_of
 from runtime.noise_levels import draw_uniform, sigmas_from_uniform
@@ -421,6 +428,21 @@ def test_samples_carry_the_weight_of_their_source(tmp_path: Path) -> None:
     assert seen == {0.25, 1.0}
 
 
+def test_encodings_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed of the cache that was filled looks for nothing, and reads what another finds; whether
+    encodings were missing or not."""
+    plan, manifest, family, cache = filled(tmp_path)
+    expected = all_windows(Feed(plan, manifest, family, Cache(cache.folder), CPU))
+    again = Cache(cache.folder)
+    fill_text(plan, manifest, family, again, Silent())
+    fill_latents(plan, manifest, family, again, Silent())
+    monkeypatch.setattr(Cache, "find", None)
+    monkeypatch.setattr("runtime.data.located.item_hashes", None)
+    for each in (cache, again):
+        windows = all_windows(Feed(plan, manifest, family, each, CPU))
+        assert len(windows) == len(expected) and all(map(same_windows, windows, expected))
+
+
 def test_a_cache_that_lost_something_says_so(tmp_path: Path) -> None:
     plan, manifest, family, cache = filled(tmp_path)
     for shard in cache.folder.rglob("*.safetensors"):
@@ -518,3 +540,40 @@ def test_real_photographs(tmp_path: Path, data_root: Path, family: str) -> None:
         assert difference < 0.05 * expected.abs().max()  # pixels differ by rounding alone
     names = Counter(n for w in all_windows(Feed(plan, manifest, kind, cache, CPU)) for n in w.names)
     assert {name.split("/")[0] for name in names} == {"dog6", "backpack"}
+
+
+@pytest.mark.parametrize(
+    ("held", "factor", "why"),
+    [
+        ("float16", 1e6, "exceeds what the cache's float16 holds"),
+        ("bfloat16", 1e6, ""),
+        ("float32", float("nan"), "is no finite number"),
+    ],
+)
+def test_what_the_cache_s_numbers_cant_hold_is_never_cached(
+    tmp_path: Path, held: Dtype, factor: float, why: str
+) -> None:
+    """Neither of prompts nor of pictures; what was encoded before is."""
+    plan, manifest, family = set_up(tmp_path)
+    plan = evolve(plan, precision=evolve(plan.precision, cache=held))
+    cache, at = Cache(Path(plan.cache_folder)), 3
+    encode, embed = family.encode_pixels, family.encode_with
+
+    def overflowing(vae: torch.nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = encode(vae, pixels)
+        return {n: t * factor for n, t in made.items()} if family.pictures == at else made
+
+    def large(*args: Any, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
+        return [{n: t * factor for n, t in each.items()} for each in embed(*args, **kwargs)]
+
+    family.encode_pixels, family.encode_with = overflowing, large  # type: ignore[assignment]
+    if not why:
+        fill_text(plan, manifest, family, cache, Silent())
+        fill_latents(plan, manifest, family, cache, Silent())
+        return
+    with pytest.raises(NotFinite, match=rf"of the prompt `a (dog|grey cat)` {why}"):
+        fill_text(plan, manifest, family, cache, Silent())
+    with pytest.raises(NotFinite, match=rf"0\d\.png {why}"):
+        fill_latents(plan, manifest, family, cache, Silent())
+    keys = sample_keys(plan, manifest, family, cache)
+    assert len(cache.missing(keys)) == len(set(keys)) - (at - 1)

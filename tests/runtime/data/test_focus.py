@@ -16,7 +16,8 @@ from compiler.plan import Geometry
 from runtime.data import focus
 from runtime.data.cache import Cache
 from runtime.data.feed import Feed, frames
-from runtime.data.fill import OFFSET, fill_latents, fill_text, sample_keys
+from runtime.data.fill import OFFSET, fill_latents, fill_text
+from runtime.data.located import sample_keys
 from runtime.data.pixels import decode, decode_placed
 from runtime.errors import MachineUnfit
 from runtime.events import Silent

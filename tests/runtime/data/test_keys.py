@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import evolve, fields
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compiler.data.geometry import Placement
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 from runtime.data import keys
 from runtime.data.cache import Cache
-from runtime.data.keys import LatentKeys, latent_keys, text_keys
+from runtime.data.keys import LatentKeys, TextKeys, latent_keys, text_keys
 from tests.compiler.data.pictures import settle
 from tests.runtime.data.fakes import FakeFamily, fake_base
 from tests.runtime.plans import draw_data, tiny_plan
@@ -50,6 +54,37 @@ OTHERS: dict[str, Any] = {
     "mirrored": True,
     "focus": "face",
 }
+
+
+def digest(parts: list[Any]) -> bytes:
+    """SHA-256 of canonical JSON, all of it made at once."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+@given(st.text(st.characters(exclude_categories=())), st.booleans())
+def test_the_key_of_a_prompt(prompt: str, negative: bool) -> None:
+    """Any text, lone surrogates and quotes included."""
+    assert TextKeys("0a").key(prompt, negative=negative) == digest(["0a", prompt, negative])
+
+
+def test_the_key_of_a_picture() -> None:
+    made, content = LatentKeys("0a"), bytes(range(32))
+    facts: dict[str, Any] = {
+        "resize_width": 80,
+        "resize_height": 64,
+        "crop_x": 8,
+        "crop_y": 0,
+        "width": 64,
+        "height": 64,
+    }
+    plain = ["0a", content.hex(), facts]
+    assert made.key(content, PLACED) == digest(plain)
+    masked = {"mask": "alpha", "mask_version": keys.MASK_VERSION}
+    assert made.key(content, PLACED, "alpha") == digest([*plain, masked])
+    seen = facts | {"mirrored": True, "focus": "face", "focus_version": keys.FOCUS_VERSION}
+    placed = evolve(PLACED, mirrored=True, focus="face")
+    assert made.key(content, placed) == digest(["0a", content.hex(), seen])
 
 
 def test_each_part_of_the_geometry_counts() -> None:

@@ -22,7 +22,8 @@ from compiler.plan import DataSource, Mask, Plan
 from runtime.batch import Batch, masked
 from runtime.data.cache import Cache
 from runtime.data.feed import Feed
-from runtime.data.fill import BrokenData, fill_latents, fill_text, sample_keys
+from runtime.data.fill import BrokenData, fill_latents, fill_text
+from runtime.data.located import sample_keys
 from runtime.data.masks import alpha_mask, file_mask, pooled
 from runtime.data.pixels import BrokenPicture
 from runtime.events import Silent

@@ -20,8 +20,9 @@ from compiler.plan import Plan
 from runtime import ranks as ranks_module
 from runtime.data import cache as cache_module
 from runtime.data.cache import Cache
-from runtime.data.fill import BrokenData, fill_latents, fill_text, sample_keys
+from runtime.data.fill import BrokenData, fill_latents, fill_text
 from runtime.data.keys import text_keys
+from runtime.data.located import sample_keys
 from runtime.data.sharing import Team, team_of
 from runtime.errors import RunFailed
 from runtime.events import Silent

@@ -18,7 +18,8 @@ from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 from runtime.data import items, ranged, streams
 from runtime.data.cache import Cache
-from runtime.data.fill import fill_latents, sample_keys
+from runtime.data.fill import fill_latents
+from runtime.data.located import sample_keys
 from runtime.errors import RunFailed
 from runtime.events import Silent
 from runtime.families import family_of
