@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from compiler.plan import Adapter, Ranked
 
 AdapterKind = Literal[
-    "lora", "dora", "lokr", "loha", "glora", "ia3", "full", "oft", "boft", "textual-inversion"
+    "lora",
+    "dora",
+    "dylora",
+    "lokr",
+    "loha",
+    "glora",
+    "ia3",
+    "full",
+    "oft",
+    "boft",
+    "textual-inversion",
 ]
 Init = Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"]
 
@@ -55,7 +65,7 @@ class AdapterFacts:
     @property
     def blocked(self) -> bool:
         """Whether it is that of the blocks that it rotates."""
-        return "block_size" in self.keys
+        return "block_size" in self.keys and not self.ranked
 
 
 COMMON = ("kind", "targets", "exclude", "from")
@@ -76,7 +86,7 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             title="LoRA",
             paper="arXiv 2106.09685",
             weight="W + s B A",
-            keys=(*RANKED, "scaling", "dropout", "init"),
+            keys=(*RANKED, "scaling", "dropout", "init", "min_rank"),
             inits=("gaussian", "kaiming", "orthogonal", "pissa", "olora"),
             kernels=True,
             count="rank * (inputs + outputs)",
@@ -92,6 +102,19 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
             inits=("gaussian", "kaiming"),
             kernels=True,
             count="rank * (inputs + outputs) + outputs",
+            file=LORA_FILE,
+            loads="Diffusers' `load_lora_weights`",
+        ),
+        AdapterFacts(
+            kind="dylora",
+            title="DyLoRA",
+            paper="arXiv 2210.07558",
+            weight="W + s B A; a step has the first b rows of A and columns of B, with b for the "
+            "rank in s, and trains the last `block_size` of them",
+            keys=(*RANKED, "scaling", "dropout", "init", "block_size"),
+            inits=("gaussian", "kaiming"),
+            kernels=True,
+            count="rank * (inputs + outputs)",
             file=LORA_FILE,
             loads="Diffusers' `load_lora_weights`",
         ),
@@ -216,6 +239,10 @@ ADAPTERS: Mapping[AdapterKind, AdapterFacts] = {
 }
 LAYERED: tuple[AdapterKind, ...] = tuple(kind for kind in ADAPTERS if kind != INVERSION)
 """Kinds that change layers of the model."""
+LORAS: tuple[AdapterKind, ...] = tuple(k for k, row in ADAPTERS.items() if row.file == LORA_FILE)
+"""Kinds whose file is a LoRA's."""
+PLAIN: tuple[AdapterKind, ...] = tuple(kind for kind in LORAS if kind != "dora")
+"""Kinds of them whose file holds nothing but a LoRA's two matrices."""
 
 
 def rule_of(adapter: Adapter, module: str) -> Ranked | None:
@@ -235,10 +262,11 @@ def alpha_of(adapter: Adapter, module: str) -> float:
     return next(found, adapter.alpha)
 
 
-def scale_of(adapter: Adapter, module: str) -> float:
-    """The factor s by which the update of `module` counts. Rank-stabilised LoRA (arXiv 2312.03732)
-    divides by the root of the rank, so that large ranks don't learn less."""
-    rank, alpha = rank_of(adapter, module), alpha_of(adapter, module)
+def scale_of(adapter: Adapter, module: str, rank: int = 0) -> float:
+    """The factor s by which the update of `module` counts, or would with another `rank`.
+    Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, so that large ranks
+    don't learn less."""
+    rank, alpha = rank or rank_of(adapter, module), alpha_of(adapter, module)
     return alpha / (sqrt(rank) if adapter.scaling == "sqrt-rank" else rank)
 
 
@@ -250,7 +278,8 @@ def described(adapter: Adapter) -> str:
     if not row.ranked:
         return f"{row.title} of blocks of {adapter.block_size}" if row.blocked else row.title
     several = " and others" if adapter.ranks else ""
-    return f"{row.title} of rank {adapter.rank}{several}"
+    masked = f", of {adapter.min_rank} at full noise" if adapter.min_rank else ""
+    return f"{row.title} of rank {adapter.rank}{several}{masked}"
 
 
 def result_name(adapter: Adapter | None) -> str:

@@ -36,6 +36,7 @@ from runtime.guard import (
     what,
 )
 from runtime.methods.base import LOSS, Method, is_rivals
+from runtime.methods.nested import Nested
 from runtime.optimizers import set_lr
 from runtime.out_of_memory import is_out_of_memory, is_torn, updating
 from runtime.pace import Pace, used_of
@@ -85,6 +86,7 @@ class Trained:
     method: Method | None = None  # what an update computes; None: the family's own loss
     rival: Side | None = None  # what is trained in turns with it
     text: TrainedText | None = None  # encoders that are trained too
+    nested: tuple[Nested, ...] = ()  # what draws the rank of adapters that have another each step
 
     def turn(self, step: int) -> Side:
         """What the update after `step` others changes."""
@@ -291,10 +293,17 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALONE) -> Row:
+def one_update(
+    plan: Plan,
+    trained: Trained,
+    window: Window,
+    ranks: Ranks = ALONE,
+    passed: Callable[[], None] = lambda: None,
+) -> Row:
     """One optimizer update over a window of micro-batches, each weighted by its samples.
 
-    Each rank runs its own; from the sums on, all do and have the same.
+    Each rank runs its own; from the sums on, all do and have the same. `passed` is called when the
+    passes are over.
     """
     side, method = trained.turn(window.step), trained.method
     lr = side.lr
@@ -308,6 +317,8 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
         method.begin(window.step)
     if trained.text is not None:
         trained.text.begin(window.step)
+    for nested in trained.nested:
+        nested.begin(plan.seed, window.step)
     size = plan.steps.micro_batch
     parts = list(ranks.parts(window, size))
     behind = shards.behind(len(parts)) if shards else 0  # asked before anything is gathered
@@ -332,6 +343,7 @@ def one_update(plan: Plan, trained: Trained, window: Window, ranks: Ranks = ALON
                     trained.text,
                 )
             )
+    passed()
     if shards:
         shards.make_up(behind)
     whole = ranks.losses(window, losses, torch.device(plan.device))

@@ -15,9 +15,11 @@ from runtime.ema import Ema
 from runtime.errors import RunFailed
 from runtime.fused_backward import FusedBackward
 from runtime.loop import Side, Trained
+from runtime.memory.gauge import NO_GAUGE
 from runtime.optimizers import grouped, make_optimizer, own_arguments
 from runtime.optimizers import load_state as load_optimizer
 from runtime.quiet import native_output
+from runtime.resident import loaded
 from runtime.scaler import scaler_for
 from runtime.sharded import Shards, sharded
 from runtime.speed import prepare
@@ -55,6 +57,7 @@ def prepared(context: Context) -> tuple[Built, Trained, int]:
         method=built.method,
         rival=_rival(plan, built, context.device),
         text=built.text,
+        nested=built.nested,
     )
     return built, trained, _resume(context, built, trained)
 
@@ -79,22 +82,26 @@ def _built(context: Context) -> Built:
     if checkpoints.latest(context.folder / "checkpoints") is not None:
         plan = without_starts(plan)
     prepare(plan)
+    gauge = NO_GAUGE if apart else context.clock.gauge
     try:
-        return build(
-            plan.model,
-            plan.adapter,
-            plan.precision,
-            plan.memory.layout,
-            context.family,
-            torch.device("cpu") if apart else context.device,
-            empty=False,
-            seed=plan.seed,
-            sharded=apart,
-            speed=plan.speed,
-            sprint=plan.sprint,
-            text_training=plan.text_training,
-            embeddings=plan.embeddings,
-        )
+        with gauge.reading("load") as piece:
+            built = build(
+                plan.model,
+                plan.adapter,
+                plan.precision,
+                plan.memory.layout,
+                context.family,
+                torch.device("cpu") if apart else context.device,
+                empty=False,
+                seed=plan.seed,
+                sharded=apart,
+                speed=plan.speed,
+                sprint=plan.sprint,
+                text_training=plan.text_training,
+                embeddings=plan.embeddings,
+            )
+            piece.name(loaded(plan, built))
+            return built
     except ValueError as error:
         raise RunFailed(f"the model can't be built as planned: {error}") from error
 

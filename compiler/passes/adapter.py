@@ -5,12 +5,21 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, fields
 
-from compiler.adapters import ADAPTERS, COMMON, INVERSION, OF_THE_BASE, AdapterFacts, rank_of
+from compiler.adapters import (
+    ADAPTERS,
+    COMMON,
+    INVERSION,
+    LORAS,
+    OF_THE_BASE,
+    AdapterFacts,
+    rank_of,
+)
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families import FAMILIES
@@ -23,6 +32,7 @@ from compiler.spans import KeyPath
 
 WHERE: KeyPath = ("adapter",)
 BLOCK_SIZES = {"oft": 32, "boft": 8}
+RANKS_AT_ONCE = 4  # of DyLoRA, as LyCORIS has it
 
 
 def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
@@ -43,6 +53,7 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
         init=recipe.init if row.inits else "",
         targets=_targets(draft, family),
         exclude=recipe.exclude,
+        min_rank=(recipe.min_rank or 0) if "min_rank" in row.keys else 0,
         ranks=tuple(Ranked(pattern=p, rank=r) for p, r in recipe.ranks.items()),
         scaling=recipe.scaling,
         rank_dropout=recipe.rank_dropout,
@@ -53,7 +64,7 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
         tucker=recipe.tucker,
         weight_decompose=recipe.weight_decompose,
         train_norm=recipe.train_norm,
-        block_size=(recipe.block_size or BLOCK_SIZES[recipe.kind]) if row.blocked else 0,
+        block_size=_block_size(recipe, row),
         block_share=recipe.block_share,
         butterfly_factors=recipe.butterfly_factors if recipe.kind == "boft" else 0,
     )
@@ -63,7 +74,16 @@ def resolve_adapter(draft: Draft, family: FamilyCard) -> Adapter | None:
     _record(draft, row, made)
     _judge_start(draft, made)
     _judge_blocks(draft, made)
+    _judge_min_rank(draft, made)
     return _with_file(draft, family, made)
+
+
+def _block_size(recipe: AdapterRecipe, row: AdapterFacts) -> int:
+    """What is rotated together, or of DyLoRA trained together; 0 of kinds without blocks."""
+    if "block_size" not in row.keys:
+        return 0
+    usual = BLOCK_SIZES.get(row.kind, gcd(RANKS_AT_ONCE, recipe.rank, *recipe.ranks.values()))
+    return recipe.block_size or usual
 
 
 def _with_alphas(recipe: AdapterRecipe, made: Adapter) -> Adapter:
@@ -84,6 +104,11 @@ def _record(draft: Draft, row: AdapterFacts, made: Adapter) -> None:
         value = getattr(made, key)
         if key == "alpha":
             why = "alpha = rank, so the scale is 1"
+            draft.decide((*WHERE, key), value, by="decided", why=why)
+        elif key == "min_rank" and not value:
+            draft.decide((*WHERE, key), "rank", why="the rank is the same at all noise levels")
+        elif key == "block_size" and row.ranked:
+            why = f"the largest up to {RANKS_AT_ONCE} by which all ranks divide"
             draft.decide((*WHERE, key), value, by="decided", why=why)
         elif key == "factor" and not value:
             draft.decide((*WHERE, key), "root", why="both numbers near to the root of the edge")
@@ -150,13 +175,61 @@ def _judge_base(draft: Draft, init: str) -> None:
             return
 
 
+def _judge_min_rank(draft: Draft, made: Adapter) -> None:
+    """Whether there is a rank to mask, and a start that is one; and that others mask none."""
+    if not made.min_rank:
+        return
+    where, least = (*WHERE, "min_rank"), min([made.rank, *(rule.rank for rule in made.ranks)])
+    if made.min_rank >= least:
+        message = f"a least rank of {made.min_rank} leaves nothing to grow in a rank of {least}"
+        draft.error("conflict", where, message, help=f"say less than {least}, or leave it out")
+    elif made.init not in ("gaussian", "kaiming"):
+        message = f"what starts as `{made.init}` changes the model wherever a part of it is masked"
+        draft.error("conflict", where, message, help='take init = "gaussian"')
+    else:
+        draft.warn(
+            "rank-by-noise",
+            where,
+            "programs that load the LoRA have all ranks at all noise levels, which this run does "
+            "not train: its own pictures show the LoRA as it is trained",
+            help="docs/files.md tells how to draw like that with Diffusers",
+        )
+
+
 def _judge_blocks(draft: Draft, made: Adapter) -> None:
+    if made.kind == "dylora":
+        _judge_rank_blocks(draft, made)
+    elif made.block_size == 1:
+        message = "blocks of one input can't be rotated"
+        draft.error("out-of-range", (*WHERE, "block_size"), message, help="say 2 at least")
     if made.kind == "boft" and made.butterfly_factors > 1 and made.block_size % 2:
         draft.error(
             "conflict",
             (*WHERE, "block_size"),
             f"blocks of {made.block_size} can't be halved, as `butterfly_factors` needs",
             help="give an even `block_size`, or leave out `butterfly_factors`",
+        )
+
+
+def _judge_rank_blocks(draft: Draft, made: Adapter) -> None:
+    """Whether DyLoRA's blocks divide its ranks, and leave something to draw."""
+    where, ranks = (*WHERE, "block_size"), (made.rank, *(rule.rank for rule in made.ranks))
+    for rank in ranks:
+        if rank % made.block_size:
+            draft.error(
+                "conflict",
+                where,
+                f"a rank of {rank} can't be cut into blocks of {made.block_size}",
+                help=f"say {gcd(made.block_size, *ranks)}, or ranks that are multiples of "
+                f"{made.block_size}",
+            )
+            return
+    if made.block_size == max(ranks):
+        draft.warn(
+            "no-effect",
+            where if draft.given(where) else (*WHERE, "rank"),
+            f"with one block of {made.block_size} every step trains the whole rank, as a LoRA does",
+            help='say fewer, or take kind = "lora"',
         )
 
 
@@ -258,6 +331,7 @@ LENGTHS = ("lora_magnitude_vector", "dora_scale")
 PARTS: Mapping[str, tuple[str, ...]] = {
     "lora": FIRST,
     "dora": FIRST,
+    "dylora": FIRST,
     "lokr": ("lokr_w",),
     "loha": ("hada_w1_b",),
     "glora": ("a2.weight",),
@@ -280,7 +354,7 @@ def _mismatch(header: Header, component: str, made: Adapter) -> str:
     if not shapes:
         return f"it holds no {title} (no tensor is called `{'` or `'.join(parts)}`)"
     magnitudes = any(_has(name, LENGTHS) for name in header.shapes)
-    if made.kind in ("lora", "dora") and magnitudes != (made.kind == "dora"):
+    if made.kind in LORAS and magnitudes != (made.kind == "dora"):
         return "it is a DoRA" if magnitudes else "it is a LoRA without magnitudes"
     if "train_norm" in ADAPTERS[made.kind].keys:
         norms = any(name.endswith(".w_norm") for name in header.shapes)
@@ -353,6 +427,6 @@ def _size(made: Adapter, name: str, shape: tuple[int, ...]) -> int | None:
 def _wanted(made: Adapter, module: str) -> int | None:
     if not ADAPTERS[made.kind].ranked:
         return made.block_size
-    if made.kind in ("lora", "dora") and not FOREIGN.match(module):
+    if made.kind in LORAS and not FOREIGN.match(module):
         return rank_of(made, module)
     return None if made.ranks else made.rank  # their names don't tell dots from underscores

@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import evolve
 
 from compiler import plan
-from compiler.adapters import CLIP_TARGETS, OF_THE_BASE
+from compiler.adapters import CLIP_TARGETS, LORAS, OF_THE_BASE
 from compiler.diagnostics import choices
 from compiler.draft import Draft
 from compiler.families.card import FamilyCard
@@ -20,7 +20,7 @@ from compiler.spans import KeyPath
 from compiler.units import Share
 
 WHERE: KeyPath = ("train", "text_encoders")
-CARRIED = ("lora", "dora")  # kinds of adapter whose files have a place for encoders
+CARRIED = LORAS  # kinds of adapter whose files have a place for encoders
 
 
 def trains(draft: Draft, name: str) -> bool:
@@ -118,10 +118,15 @@ def _adapter(draft: Draft, recipe: TextEncodersRecipe) -> plan.Adapter | None:
     if own.init == "orthogonal" and rank % 2:
         message = f"an orthogonal start halves the rank, which {rank} does not allow"
         draft.error("conflict", (*WHERE, "rank"), message, help=f"say {rank + 1}")
+    if own.block_size and rank % own.block_size:
+        message = f"a rank of {rank} can't be cut into blocks of {own.block_size}"
+        help = f"say a multiple of {own.block_size}, or a smaller `block_size` in [adapter]"
+        draft.error("conflict", (*WHERE, "rank"), message, help=help)
     share = rank / own.rank if own.scaling == "rank" else (rank / own.rank) ** 0.5
     return evolve(
         own,
         rank=rank,
+        min_rank=0,  # an encoder is told of no noise
         alpha=own.alpha * share,
         targets=CLIP_TARGETS[recipe.targets],
         exclude=(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compiler import plan
+from compiler.adapters import PLAIN
 from compiler.draft import Draft
 from compiler.machine import DEEPSPEED
 from compiler.optimizers import OPTIMIZERS
@@ -54,7 +55,7 @@ def not_by_zero(draft: Draft) -> tuple[str, KeyPath]:
     if draft.recipe.sprint is not None:
         return "a distillation trains two networks in turns", ("sprint",)
     kind = draft.adapter.kind if draft.adapter is not None else "lora"
-    if draft.sharing.stage == 3 and kind != "lora":
+    if draft.sharing.stage == 3 and kind not in PLAIN:
         why = f"stage 3 gathers weights layer by layer, and {kind} reads them from elsewhere"
         return why, ("adapter", "kind")
     return "", nothing

@@ -36,7 +36,7 @@ Each raises KeyError for a module that has no place there."""
 DOTTED = ("", "transformer.", "unet.", "diffusion_model.", "base_model.model.")
 JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")
 PART = re.compile(
-    r"(.+?)\.(lora_down\.weight|lora_up\.weight|lora_A\.weight|lora_B\.weight|alpha|dora_scale"
+    r"(.+?)\.(lora_(?:down|mid|up|A|B)\.weight|alpha|dora_scale"
     r"|lora_magnitude_vector(?:\.weight)?|(?:lokr|hada)_\w+|[ab][12]\.weight|diff|diff_b|w_norm|b_norm)"
 )
 OURS = {
@@ -45,6 +45,7 @@ OURS = {
     "dora_scale": "lora_magnitude_vector",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
+MID = "lora_mid.weight"
 A, B, LENGTHS, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
 WHOLE = frozenset({"diff", "diff_b"})  # what LyCORIS' `full` adds to a weight and a bias
 OF_COLUMNS = "the lengths of columns, and those of rows are trained"
@@ -91,10 +92,21 @@ def in_own_names(
                 found |= {f"{start}.{part}": tensor for part, tensor in held.items()}
             continue
         own = {OURS.get(part, part): tensor for part, tensor in parts.items()}
+        own = _folded(layer, own) if {A, MID} <= own.keys() else own
         for module, held in _cut(layer, own, places, ranks):
             start = f"{encoder}.{module}" if encoder else module
             found |= {f"{start}.{part}": tensor for part, tensor in held.items()}
     return found
+
+
+def _folded(layer: str, parts: Parts) -> Parts:
+    """A LoCon with a kernel of its own between two 1x1 convolutions (LyCORIS' `use_tucker`): the
+    same update of the same rank, with the kernel in the first matrix."""
+    down, mid = parts[A].float().flatten(1), parts[MID].float()
+    if mid.ndim != 4 or mid.shape[1] != down.shape[0]:
+        raise ValueError(f"`{layer}` has a kernel that does not follow its first matrix")
+    kept = {part: tensor for part, tensor in parts.items() if part != MID}
+    return kept | {A: torch.einsum("oikl,in->onkl", mid, down).contiguous()}
 
 
 def _of_lycoris(

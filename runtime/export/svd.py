@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compiler.adapters import scale_of
+from compiler.plan import Adapter
 from runtime.export.lora_keys import Layer
 from runtime.export.size import Size
 
@@ -26,6 +28,16 @@ def resized(layer: Layer, size: Size) -> Layer:
         a=(root[:, None] * (v[:rank] @ of_a.Q.T)).view(rank, *layer.a.shape[1:]).to(layer.a.dtype),
         b=((of_b.Q @ u[:, :rank]) * root).view(-1, rank, *layer.b.shape[2:]).to(layer.b.dtype),
         scale=layer.scale,
+    )
+
+
+def cut(layer: Layer, size: Size, adapter: Adapter, module: str) -> Layer:
+    """The first ranks of a layer of DyLoRA, at the strength that they were trained with."""
+    rank = min(size.rank, layer.a.shape[0])
+    return Layer(
+        a=layer.a[:rank].contiguous(),
+        b=layer.b[:, :rank].contiguous(),
+        scale=scale_of(adapter, module, rank),
     )
 
 

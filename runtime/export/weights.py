@@ -131,7 +131,7 @@ def _in_order(plan: Plan) -> list[str]:
     return list(built.trainable)
 
 
-def _adapter_of(plan: Plan, module: str) -> Adapter:
+def adapter_of(plan: Plan, module: str) -> Adapter:
     """The adapter of a module, by its name in training."""
     text, own = plan.text_training, plan.adapter
     if text is not None and module.partition(".")[0] in text.encoders:
@@ -147,7 +147,7 @@ def layers_of(plan: Plan, trained: Tensors) -> dict[str, Layer]:
         module: Layer(
             a=trained[parts["lora_A"]].read(),
             b=trained[parts["lora_B"]].read(),
-            scale=scale_of(_adapter_of(plan, module), module),
+            scale=scale_of(adapter_of(plan, module), module),
         )
         for module, parts in parts_of(list(trained)).items()
     }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compiler.adapters import ADAPTERS, LYCORIS_FILE, rank_of, scale_of
+from compiler.adapters import ADAPTERS, LORAS, LYCORIS_FILE, rank_of, scale_of
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter
 from compiler.safetensors import header_of
@@ -30,7 +30,6 @@ from runtime.methods.kinds import NAME, exactly, parts_of
 PEFT_ROOT = "base_model.model"  # what peft's own files put before a module's name
 LYCORIS_PREFIX = "lycoris_"
 Taken = Mapping[str, tuple[Tensor, Tensor]]  # module -> (B, A) that the base lacks in training
-LORAS = ("lora", "dora")
 LENGTHS = "lora_magnitude_vector"  # of DoRA's rows; under a weight's name for a text encoder
 OUTER = "text_model."  # a module of CLIP's that not all versions of transformers have
 COMFYUI_LENGTHS = "tuner_lengths_for_comfyui"
@@ -137,6 +136,11 @@ def peft_settings(values: Mapping[str, Tensor], adapter: Adapter) -> dict[str, A
         config = peft.IA3Config(target_modules=modules, feedforward_modules=[])
     else:
         config = peft.LoraConfig(target_modules=modules, **_sizes(values, adapter))
+    return settings_of(config)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """peft's settings as plain values in an order that is always the same."""
     told = config.to_dict()
     return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in told.items()}
 
@@ -172,8 +176,8 @@ def read_start(
     """The file `adapter.start` under the names in training, at the strength that it has; in our
     keys or in those of other programs.
 
-    `like` is what is trained, of a component of this `config`. Raises ValueError if the file has
-    other layers or sizes, and OSError.
+    `like` is what is trained, of a component of this `config`. Lengths of rows are the file's, see
+    `is_for_comfyui`. Raises ValueError if the file has other layers or sizes, and OSError.
     """
     path = Path(adapter.start)
     short = {name.removeprefix(OUTER) if encoder else name: name for name in like}
@@ -184,11 +188,6 @@ def read_start(
     if is_lycoris(adapter) or adapter.kind in LORAS:
         from runtime.export.foreign import in_own_names
 
-        if header_metadata(path).get(COMFYUI_LENGTHS):
-            raise ValueError(
-                f"`{path}` has the lengths of rows that ComfyUI multiplies by, not the DoRA's own: "
-                "export it with `--format diffusers` or `--format kohya`"
-            )
         modules = parts_of(list(short))
         ranks = {module: rank_of(adapter, module) for module in modules}
         given = (stored, ranks, family, config)
@@ -199,6 +198,11 @@ def read_start(
             raise ValueError(f"`{path}` does not fit: {error}") from error
     found = _read(stored, adapter, path, list(short), encoder, beside)
     return {short[name]: _as(like[short[name]], t, name, path) for name, t in found.items()}
+
+
+def is_for_comfyui(adapter: Adapter) -> bool:
+    """Whether the lengths of rows in the file `adapter.start` are such as ComfyUI multiplies by."""
+    return bool(header_metadata(Path(adapter.start)).get(COMFYUI_LENGTHS))
 
 
 def check_start(

@@ -19,6 +19,7 @@ from compiler.plan import Adapter
 from runtime.batch import Batch
 
 if TYPE_CHECKING:
+    from runtime.methods.nested import Nested
     from runtime.text_training import TrainedText
 
 LOSS = "loss"
@@ -63,6 +64,7 @@ class Built:
     taken: Mapping[str, tuple[Tensor, Tensor]] = field(factory=dict)
     """Module -> (B, A) that its adapter took over from the base, float32 on the host."""
     text: TrainedText | None = None  # encoders that are trained too, under names of their own
+    nested: tuple[Nested, ...] = ()  # what draws the rank of adapters that have another each step
 
     def copies(self) -> dict[str, nn.Parameter]:
         """Every parameter that computes, trained or not, by its name in training."""

@@ -36,7 +36,7 @@ def with_encoders(
     """
     encoders: dict[str, nn.Module] = {}
     trainable, taken = dict(built.trainable), dict(built.taken)
-    modules = built.adapted_modules
+    modules, nested = built.adapted_modules, built.nested
     for name in encoders_of(text, embeddings):
         dtype = DTYPES[component_of(model, name).dtype]
         if empty:
@@ -55,6 +55,7 @@ def with_encoders(
             trainable |= {f"{name}.{part}": parameter for part, parameter in one.trainable.items()}
             taken |= {f"{name}.{part}": pair for part, pair in one.taken.items()}
             modules += one.adapted_modules
+            nested += one.nested
         if embeddings is not None and name in embeddings.encoders:
             words = tokenizer_of(name)
             host = torch.device("cpu")
@@ -66,7 +67,14 @@ def with_encoders(
     found = TrainedText(
         family=family, text=text, embeddings=embeddings, model=model, encoders=encoders
     )
-    return evolve(built, trainable=trainable, taken=taken, adapted_modules=modules, text=found)
+    return evolve(
+        built,
+        trainable=trainable,
+        taken=taken,
+        adapted_modules=modules,
+        text=found,
+        nested=nested,
+    )
 
 
 def seed_of(seed: int, encoder: str) -> int:

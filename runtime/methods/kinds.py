@@ -15,10 +15,19 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from compiler.adapters import OF_THE_BASE, alpha_of, rank_of, rule_of, scale_of
+from compiler.adapters import (
+    ADAPTERS,
+    LORAS,
+    OF_THE_BASE,
+    alpha_of,
+    rank_of,
+    rule_of,
+    scale_of,
+)
 from compiler.plan import Adapter
 from runtime import rng
-from runtime.quantise.layers import unread
+from runtime.methods.nested import Nested, nest
+from runtime.quantise.layers import Quantised, unread
 
 NAME = "default"  # peft's and Diffusers' own name for an adapter
 KIND = "lora|lokr|hada|dora|glora|ia3|full|norm|oft|boft"  # how names of parts begin
@@ -39,8 +48,9 @@ def parts_of(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
-    """Put an adapter on the modules called `targets`.
+def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> Nested | None:
+    """Put an adapter on the modules called `targets`. Returns what draws its rank in each step,
+    where that changes.
 
     Raises ValueError for blocks that a module's inputs can't be cut into, and for a rank that one
     has not, where the start is taken from its weights.
@@ -48,7 +58,7 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         # Layers that are left out by chance would be missing in the simulated step.
         adapter = evolve(adapter, module_dropout=0.0)
-    if adapter.block_size:
+    if ADAPTERS[adapter.kind].blocked:
         for name in targets:
             _check_blocks(name, model.get_submodule(name), adapter)
     if adapter.init in OF_THE_BASE:
@@ -57,12 +67,12 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
         from runtime.methods.boft import insert_boft
 
         insert_boft(model, adapter, targets)
-        return
+        return None
     from runtime.methods.extra_layers import LAYERS, insert_extra
 
     if adapter.kind in LAYERS:
         insert_extra(model, adapter, targets)
-        return
+        return None
     from peft import inject_adapter_in_model
 
     # Of DoRA, peft takes the base's magnitudes at once; else it asks where weights are.
@@ -73,6 +83,7 @@ def insert(model: nn.Module, adapter: Adapter, targets: Sequence[str]) -> None:
         from runtime.methods.decomposed import decompose
 
         decompose(model, targets)
+    return nest(model, adapter, targets) if adapter.kind == "dylora" else None
 
 
 def _check_blocks(name: str, layer: nn.Module, adapter: Adapter) -> None:
@@ -149,7 +160,7 @@ def _config(adapter: Adapter, targets: Sequence[str]) -> Any:
         "rank_pattern": {exactly(name): rank for name, rank in ranks.items()},
         "alpha_pattern": {exactly(name): alpha for name, alpha in alphas.items()},
     }
-    if adapter.kind in ("lora", "dora"):
+    if adapter.kind in LORAS:
         config = peft.LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
@@ -205,7 +216,7 @@ def initialise(
     is of another adapter, and OSError.
     """
     if adapter.start:
-        from runtime.methods.adapter_files import check_start, read_start
+        from runtime.methods.adapter_files import check_start, is_for_comfyui, read_start
 
         config: Any = {} if encoder else getattr(model, "config", {})
         if any(tensor.is_meta for tensor in trainable.values()):
@@ -213,6 +224,8 @@ def initialise(
             return {}
         given = (adapter, trainable, family, config)
         found = read_start(*given, encoder=encoder, beside=beside)
+        if is_for_comfyui(adapter):
+            found |= _own_lengths(model, found, adapter)
         for name, tensor in found.items():
             trainable[name].copy_(tensor)
         return {}
@@ -236,6 +249,34 @@ def initialise(
             for part, tensor in tensors.items():
                 _start(tensor, part, parts[part], adapter, seed)
     return taken
+
+
+def _own_lengths(
+    model: nn.Module, values: Mapping[str, Tensor], adapter: Adapter
+) -> dict[str, Tensor]:
+    """The lengths of rows of a file in which they are multiplied by |W| / |W + s B A|, see
+    `runtime.export.dora`. Raises ValueError where W is not what it was."""
+    from runtime.methods.updates import product
+
+    own = "diffusers" if adapter.kind in LORAS else "lycoris"
+    found = {}
+    for module, parts in parts_of(list(values)).items():
+        name = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
+        if name is None:
+            continue
+        base: Any = model.get_submodule(module).base_layer
+        if isinstance(base, Quantised):
+            raise ValueError(
+                f"`{adapter.start}` has the lengths of rows that ComfyUI multiplies by, which "
+                f"quantised weights don't tell exactly: export it with `--format {own}`"
+            )
+        before = base.weight.float().flatten(1)
+        update = product({part: values[each].float() for part, each in parts.items()})
+        after = before + scale_of(adapter, module) * update
+        share = torch.linalg.vector_norm(after, dim=1) / torch.linalg.vector_norm(before, dim=1)
+        lengths = values[name]
+        found[name] = (lengths.float().flatten() * share).view(lengths.shape)
+    return found
 
 
 def split(

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compiler.adapters import ADAPTERS, INVERSION
+from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.plan import Adapter, Model, Precision
 from runtime.families.base import Family
@@ -26,6 +27,7 @@ from runtime.methods.adapter_files import PEFT_ROOT
 from runtime.methods.base import Built, check_names, masters, state
 from runtime.methods.kinds import PART, initialise, insert, parts_of
 from runtime.methods.norms import insert_norms, norms_of
+from runtime.methods.timed import mask_by_noise
 from runtime.methods.updates import adapted_bias, adapted_weight
 from runtime.new_tokens import FOLDER
 from runtime.quantise.layers import num_weights, quantised_layers
@@ -61,7 +63,9 @@ def prepare(
     norms = norms_of(model) if adapter.train_norm else []
     device = next(model.parameters()).device
     with device if device.type == "meta" else nullcontext():  # layers are made on the CPU first
-        insert(model, adapter, targets)
+        nested = insert(model, adapter, targets)
+    if adapter.min_rank:
+        mask_by_noise(model, adapter, targets, FAMILIES[family])
     insert_norms(model, norms)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(DTYPES[precision.compute])
@@ -78,6 +82,7 @@ def prepare(
         adapted_modules=len(targets) + len(norms),
         adapter=adapter,
         taken=taken,
+        nested=(nested,) if nested else (),
     )
 
 
@@ -114,10 +119,18 @@ def matching(model: nn.Module, patterns: tuple[str, ...], *, kernels: bool = Fal
     for pattern in patterns:
         hits = {name for name in layers if re.fullmatch(pattern, name)}
         if not hits:
-            near = _near(pattern, layers)
+            near = ("" if kernels else _kernels(pattern, model)) or _near(pattern, layers)
             raise ValueError(f"`{pattern}` matches none of the {len(layers)} linear layers{near}")
         found |= hits
     return [name for name in layers if name in found]
+
+
+def _kernels(pattern: str, model: nn.Module) -> str:
+    """In words, how many convolutions of several pixels `pattern` matches; ""."""
+    layers = [name for name, module in model.named_modules() if is_dense(module)]
+    count = sum(1 for name in layers if re.fullmatch(pattern, name))
+    why = "and an adapter of this kind has no form for them"
+    return f"; it matches {count} convolutions of several pixels, {why}" if count else ""
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

@@ -89,7 +89,10 @@ def _sentence(plan: Plan, step: int) -> str:
         link = f"[{link}](https://huggingface.co/{link})"
     is_average = plan.ema is not None and plan.ema.save == "average"
     averaged = ", averaged over the last of them (EMA)" if is_average else ""
-    return f"{method} {link}, trained for {step:,} steps{averaged}."
+    masked = ""
+    if plan.adapter and plan.adapter.min_rank:
+        masked = " Loaded as below it has all of its rank at all noise levels (T-LoRA)."
+    return f"{method} {link}, trained for {step:,} steps{averaged}.{masked}"
 
 
 def _pictures(samples: Sequence[tuple[str, str]]) -> str:

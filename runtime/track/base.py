@@ -79,5 +79,5 @@ def settings(plan: Plan) -> dict[str, str | int | float]:
         row = ADAPTERS[plan.adapter.kind]
         sizes = {"rank": plan.adapter.rank, "alpha": plan.adapter.alpha}
         found |= sizes if row.ranked else {}
-        found |= {"block_size": plan.adapter.block_size} if row.blocked else {}
+        found |= {"block_size": plan.adapter.block_size} if plan.adapter.block_size else {}
     return found

@@ -31,9 +31,9 @@ def test_each_kind_plans_with_its_defaults(tmp_path: Path, kind: str) -> None:
     adapter = planned(tmp_path, f'[adapter]\nkind = "{kind}"\n')
     row = ADAPTERS[adapter.kind]
     assert (adapter.rank, adapter.alpha) == ((16, 16.0) if row.ranked else (0, 0.0))
-    assert adapter.block_size == {"oft": 32, "boft": 8}.get(kind, 0)
+    assert adapter.block_size == {"oft": 32, "boft": 8, "dylora": 4}.get(kind, 0)
     assert adapter.butterfly_factors == (1 if kind == "boft" else 0)
-    assert adapter.init == ("gaussian" if kind in ("lora", "dora") else "")
+    assert adapter.init == ("gaussian" if kind in ("lora", "dora", "dylora") else "")
     assert described(adapter).startswith(row.title)
 
 
@@ -50,6 +50,41 @@ def test_all_of_a_kind_s_keys_reach_the_plan(tmp_path: Path) -> None:
     assert adapter.exclude == (".*to_k",)
     assert adapter.ranks == (Ranked(pattern=".*to_q", rank=32),)
     assert adapter.alphas == (Scaled(pattern=".*to_v", alpha=2.0),)
+
+
+@pytest.mark.parametrize(
+    ("more", "size"),
+    [
+        ("rank = 6", 2),
+        ("rank = 5", 1),
+        ('ranks = { ".*to_q" = 6 }', 2),
+        ("rank = 6\nblock_size = 3", 3),
+    ],
+)
+def test_dylora_s_blocks_divide_its_ranks(tmp_path: Path, more: str, size: int) -> None:
+    assert planned(tmp_path, f'[adapter]\nkind = "dylora"\n{more}\n').block_size == size
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words", "help"),
+    [
+        (
+            'kind = "dylora"\nrank = 6\nranks = { ".*to_q" = 4 }\nblock_size = 6',
+            "conflict",
+            "rank of 4 can't be cut into blocks of 6",
+            "say 2,",
+        ),
+        ('kind = "dylora"\nrank = 4\nblock_size = 4', "no-effect", "the whole rank", '"lora"'),
+        ('kind = "dylora"\ninit = "pissa"', "conflict", "can't start as", "`gaussian`"),
+        ('kind = "oft"\nblock_size = 1', "out-of-range", "can't be rotated", "2 at least"),
+        ('kind = "boft"\nblock_size = 1', "out-of-range", "can't be rotated", "2 at least"),
+    ],
+)
+def test_blocks_that_can_t_be_had(
+    tmp_path: Path, more: str, code: str, words: str, help: str
+) -> None:
+    message, told = refused(tmp_path, f"[adapter]\n{more}\n", code)
+    assert words in message and help in told
 
 
 def test_alpha_follows_the_rank_where_it_is_open(tmp_path: Path) -> None:
@@ -228,7 +263,7 @@ def test_a_start_besides_the_file_s_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "meant"), [("dylora", "lora"), ("tlora", "lora"), ("locon", "lora"), ("diff", "full")]
+    ("kind", "meant"), [("t-lora", "lora"), ("locon", "lora"), ("diff", "full")]
 )
 def test_kinds_of_other_trainers_are_known_by_name(tmp_path: Path, kind: str, meant: str) -> None:
     _, help = refused(tmp_path, f'[adapter]\nkind = "{kind}"\n', "unknown-value")
@@ -270,3 +305,30 @@ def test_a_file_of_another_rank_is_one_mistake_with_the_right_one(
         text = RECIPE + '[adapter]\nkind = "lora"\nfrom = "a.safetensors"\nrank = 16\n'
         path.write_text(text)
         assert compiled(path).plan is not None
+
+
+def test_a_rank_that_depends_on_the_noise(tmp_path: Path) -> None:
+    """T-LoRA is told as one; what can't be masked is refused."""
+    table = '[adapter]\nkind = "lora"\nrank = 8\n'
+    made = compiled(project(tmp_path, RECIPE + table + "min_rank = 2\n"))
+    assert codes(made) == ["rank-by-noise"]
+    assert made.plan is not None and made.plan.adapter is not None
+    assert made.plan.adapter.min_rank == 2
+    assert described(made.plan.adapter) == "LoRA of rank 8, of 2 at full noise"
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ('kind = "lora"\nrank = 8\nmin_rank = 8', "conflict", "leaves nothing to grow"),
+        ('kind = "lora"\nranks = { ".*to_q" = 2 }\nmin_rank = 3', "conflict", "in a rank of 2"),
+        ('kind = "lora"\nmin_rank = 2\ninit = "orthogonal"', "conflict", "`orthogonal`"),
+        ('kind = "lora"\nmin_rank = 2\ninit = "pissa"', "conflict", "`pissa`"),
+        ('kind = "dylora"\nmin_rank = 2', "no-effect", "takes no `min_rank`"),
+    ],
+)
+def test_a_rank_that_can_t_depend_on_the_noise(
+    tmp_path: Path, more: str, code: str, words: str
+) -> None:
+    message, _ = refused(tmp_path, f"[adapter]\n{more}\n", code)
+    assert words in message

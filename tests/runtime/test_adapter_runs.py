@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compiler.adapters import ADAPTERS, AdapterKind
+from compiler.adapters import ADAPTERS, LORAS, AdapterKind
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 from runtime.events import Silent
@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "oft": {"dropout": 0.5},
     "boft": {"dropout": 0.5},
+    "dylora": {"dropout": 0.2, "block_size": 1},
 }
 PAIRS = [(kind, "sana") for kind in CASES]  # and of the other two families, one after the other
 PAIRS += [
@@ -99,7 +100,7 @@ def check_exports(plan: Plan, tmp_path: Path) -> None:
     trained = export(requested(chosen(run, ema=False), out=tmp_path / "trained" / file))
     place = trained if trained.is_dir() else trained.parent
     assert apart(output(LOADERS[file](base, place), family), output(stock, family)) < 1e-5
-    if plan.adapter.kind in ("lora", "dora"):
+    if plan.adapter.kind in LORAS:
         out = export(requested(chosen(run), format="peft", out=tmp_path / "peft"))
         assert apart(output(by_peft(base, out), family), result) < 1e-5
     if plan.adapter.kind == "full" and family != "sana":

@@ -15,6 +15,7 @@ from tests.runtime.test_memory_exact import check
 CHANGES: dict[str, dict[str, Any]] = {
     "lora": {"init": "orthogonal"},
     "dora": {"dropout": 0.2},
+    "dylora": {"dropout": 0.2, "block_size": 2},
     "lokr": {"rank_dropout": 0.2, "init": "", "decompose_both": True},
     "loha": {"rank_dropout": 0.2, "init": ""},
     "glora": {"init": ""},
@@ -40,6 +41,13 @@ def test_with_lengths_of_rows_apart(kind: AdapterKind, checkpointing: int) -> No
     assert case.adapter is not None
     changes = {**CHANGES[kind], "weight_decompose": True}
     check(evolve(case, adapter=evolve(case.adapter, kind=kind, **changes)))
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_with_a_rank_that_depends_on_the_noise(checkpointing: int) -> None:
+    case = small("sana", rank=4, checkpointing=checkpointing)
+    assert case.adapter is not None
+    check(evolve(case, adapter=evolve(case.adapter, min_rank=1)))
 
 
 @pytest.mark.parametrize("kind", ["glora", "full"])

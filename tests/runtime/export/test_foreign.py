@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,10 +23,10 @@ from compiler.plan import Adapter, Layout, Plan, Ranked, Scaled
 from runtime.build import build
 from runtime.events import Silent
 from runtime.execute import execute
-from runtime.export import lora_keys
+from runtime.export import dora, lora_keys
 from runtime.export.conventions import FUSED, LORA
 from runtime.export.export import COMFYUI, KOHYA, export, in_kohya
-from runtime.export.foreign import in_own_names
+from runtime.export.foreign import PART, in_own_names
 from runtime.export.lazy import held
 from runtime.export.lora_keys import Layer
 from runtime.export.request import chosen, requested
@@ -236,9 +237,72 @@ def test_a_dora_of_lycoris_keeps_its_lengths(bases: Callable[[str], Path], tmp_p
     columns = tensors | {key: tensors[key].reshape(1, -1)}
     with pytest.raises(ValueError, match="has the lengths of columns"):
         started(built, folder, adapter, stored(columns, tmp_path / "y.safetensors"))
-    save_file(load_file(file), tmp_path / "z.safetensors", {adapter_files.COMFYUI_LENGTHS: "true"})
-    with pytest.raises(ValueError, match="that ComfyUI multiplies by"):
-        started(built, folder, adapter, tmp_path / "z.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha"])
+def test_the_lengths_that_comfyui_multiplies_by_are_turned_back(
+    kind: AdapterKind, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By the base's own weights; where those are quantised it is refused."""
+    folder, part = bases("sd"), "lora_magnitude_vector" if kind == "dora" else "dora_scale"
+    adapter = adapter_of(kind, "sd", weight_decompose=kind == "loha")
+    built, own = trained(folder, adapter, tmp_path / "own")
+    tensors, base = load_file(own), held(plain(folder).state_dict())
+    for module, parts in parts_of(list(built.trainable)).items():
+        values = {name: built.trainable[full].detach() for name, full in parts.items()}
+        if kind == "dora":
+            update = values["lora_B"].flatten(1) @ values["lora_A"].flatten(1)
+            key = f"unet.{module}.{part}"
+        else:
+            first = values["hada_w1_a"] @ values["hada_w1_b"]
+            update = first * (values["hada_w2_a"] @ values["hada_w2_b"])
+            key = f"lycoris_{module.replace('.', '_')}.{part}"
+
+        assert key in tensors
+        tensors[key] = dora.of_the_base(
+            {"x": 1.5 * update}, {"x": tensors[key]}, as_x(base, module)
+        )["x"]
+    with safe_open(own, "pt") as file:
+        metadata = {**(file.metadata() or {}), adapter_files.COMFYUI_LENGTHS: "true"}
+    save_file(tensors, tmp_path / "z.safetensors", metadata)
+    start = evolve(adapter, start=str(tmp_path / "z.safetensors"))
+    _, _, again = made(folder, start)
+    for name, parameter in built.trainable.items():
+        torch.testing.assert_close(again.trainable[name], parameter, rtol=2e-6, atol=1e-7, msg=name)
+    format = "diffusers" if kind == "dora" else "lycoris"
+    with pytest.raises(ValueError, match=f"quantised weights don't tell .* `--format {format}`"):
+        made(folder, start, quantize="int8")
+
+
+def as_x(base: Mapping[str, Any], module: str) -> dict[str, Any]:
+    return {"x.weight": base[f"{module}.weight"]}
+
+
+def test_a_kernel_of_its_own_goes_into_the_first_matrix(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """LyCORIS' LoCon with `use_tucker`: its update, of a LoRA of the same rank and file keys."""
+    from lycoris.modules.locon import LoConModule
+
+    folder, module = bases("sd"), "down_blocks.0.resnets.0.conv1"
+    adapter = adapter_of("lora", "sd", targets=(re.escape(module),))
+    layer: Any = plain(folder).get_submodule(module)
+    theirs = LoConModule("x", layer, 1.0, 4, 2.0, use_tucker=True)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+    name = f"lora_unet_{module.replace('.', '_')}"
+    tensors = {f"{name}.{key}": tensor for key, tensor in theirs.state_dict().items()}
+    assert f"{name}.lora_mid.weight" in tensors
+    tensors = {key: tensor for key, tensor in tensors.items() if PART.fullmatch(key)}
+    start = evolve(adapter, start=str(stored(tensors, tmp_path / "x.safetensors")))
+    _, _, built = made(folder, start)
+    update = dict(lora.merged(built))[f"{module}.weight"] - layer.weight
+    expected, _ = theirs.get_diff_weight()
+    torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-4)
+    kept = {key: tensor for key, tensor in tensors.items() if "lora_down" not in key}
+    with pytest.raises(ValueError, match="one of the two matrices"):
+        made(folder, evolve(adapter, start=str(stored(kept, tmp_path / "y.safetensors"))))
 
 
 @pytest.mark.parametrize("family", sorted(FUSED["kohya"]))

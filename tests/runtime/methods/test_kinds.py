@@ -55,7 +55,7 @@ def adapter_of(kind: AdapterKind, family: str, **changes: Any) -> Adapter:
         dropout=0.0,
         init="gaussian" if ADAPTERS[kind].inits else "",
         targets=family_of(family).card.target_sets["all-linear"],
-        block_size=4 if ADAPTERS[kind].blocked else 0,
+        block_size=4 if ADAPTERS[kind].blocked else 2 if kind == "dylora" else 0,
         butterfly_factors=1 if kind == "boft" else 0,
     )
     return evolve(found, **changes)
@@ -287,6 +287,9 @@ FORMULAS: dict[str, Callable[[Tensor, Parts], Tensor]] = {
         weight + SCALE * parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
     ),
     "dora": dora,
+    "dylora": lambda weight, parts: (
+        weight + SCALE * parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
+    ),
     "lokr": lokr,
     "loha": loha,
     "glora": glora,

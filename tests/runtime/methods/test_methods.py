@@ -14,7 +14,7 @@ from attrs import evolve
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiler.plan import Adapter, Layout, Model, Precision, Text
 from runtime.build import Built, build, load_state, state
@@ -215,6 +215,17 @@ def test_a_pattern_that_matches_nothing_is_named(tiny_sana: Path, pattern: str) 
     with pytest.raises(ValueError) as caught:
         made(tiny_sana, adapter)
     assert f"`{pattern}` matches none of the 37 linear layers" in str(caught.value)
+
+
+def test_a_pattern_of_convolutions_alone_is_told() -> None:
+    """Rotations of inputs have no form for kernels; a LoRA does."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
+    assert lora.matching(model, ("0",), kernels=True) == ["0"]
+    with pytest.raises(ValueError) as caught:
+        lora.matching(model, ("0",))
+    assert "matches none of the 2 linear layers; it matches 1 convolutions of" in str(caught.value)
+    with pytest.raises(ValueError, match=r"2 linear layers$"):
+        lora.matching(model, ("nope",))
 
 
 def test_weights_can_be_set_and_read(folder: Path) -> None:
