@@ -2,6 +2,7 @@
 
 Source: black-forest-labs/flux2, src/flux2/model.py. Single blocks have one layer for query, key,
 value and the feed-forward's start in both; double blocks have query, key and value in one there.
+The last modulation gives shift before scale (Diffusers: scale before shift).
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ OUTER: Mapping[str, Place] = {
     "context_embedder": Place("txt_in"),
     "time_guidance_embed.timestep_embedder.linear_1": Place("time_in.in_layer"),
     "time_guidance_embed.timestep_embedder.linear_2": Place("time_in.out_layer"),
+    "time_guidance_embed.guidance_embedder.linear_1": Place("guidance_in.in_layer"),
+    "time_guidance_embed.guidance_embedder.linear_2": Place("guidance_in.out_layer"),
+    "double_stream_modulation_img.linear": Place("double_stream_modulation_img.lin"),
+    "double_stream_modulation_txt.linear": Place("double_stream_modulation_txt.lin"),
+    "single_stream_modulation.linear": Place("single_stream_modulation.lin"),
+    "norm_out.linear": Place("final_layer.adaLN_modulation.1", swapped=True),
     "proj_out": Place("final_layer.linear"),
 }
 

@@ -3,14 +3,15 @@ them down. Imports no torch, so that what does not exist is refused at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from compiler.adapters import ADAPTERS, LYCORIS_FILE, AdapterKind
+from compiler.adapters import ADAPTERS, LORAS, LYCORIS_FILE, AdapterKind
 from compiler.families import FAMILIES
 
-Format = Literal["diffusers", "kohya", "comfyui", "peft"]
-FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui", "peft")
+Format = Literal["diffusers", "kohya", "comfyui", "peft", "lycoris"]
+FORMATS: tuple[Format, ...] = ("diffusers", "kohya", "comfyui", "peft", "lycoris")
 Config = Mapping[str, Any]
 
 LORA: Mapping[Format, Mapping[str, str]] = {
@@ -37,6 +38,7 @@ LORA: Mapping[Format, Mapping[str, str]] = {
         # Diffusers refuses, so the strength stands in the weights: both load the same.
         "sd3": "ComfyUI, comfy/lora.py (model_lora_keys_unet) and comfy/utils.py",
         "flux": "ComfyUI, comfy/lora.py (model_lora_keys_unet) and comfy/utils.py",
+        "pixart": "ComfyUI, comfy/lora.py (model_lora_keys_unet), pixart_to_diffusers",
         # The keys of sd-scripts, with `.alpha`.
         "sd": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
         "sdxl": "ComfyUI, comfy/lora.py (model_lora_keys_unet)",
@@ -73,7 +75,6 @@ NO_KEYS: Mapping[str, Mapping[str, str]] = {
         "sana": "sd-scripts don't train Sana",
     },
     "comfyui": {
-        "pixart": "ComfyUI reads peft's own keys of PixArt",
         "sana": "ComfyUI has no Sana of its own",
     },
 }
@@ -131,18 +132,19 @@ ARCHITECTURES: Mapping[str, Callable[[Config], str]] = {
 OF_KIND: Mapping[AdapterKind, tuple[Format, ...]] = {
     "lora": ("diffusers", "kohya", "comfyui", "peft"),
     "dora": ("diffusers", "kohya", "comfyui", "peft"),
-    # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores; in
-    # sd-scripts LyCORIS has `lora_unet_` and their own names (lycoris/kohya.py).
-    "lokr": ("comfyui", "kohya"),
-    "loha": ("comfyui", "kohya"),
-    "glora": ("comfyui", "kohya"),
-    "full": ("comfyui", "kohya"),
+    "dylora": ("diffusers", "kohya", "comfyui", "peft"),
+    # ComfyUI knows the modules of Diffusers by `lycoris_` and their names with underscores, as
+    # LyCORIS itself does; in sd-scripts it has `lora_unet_` and their own names (lycoris/kohya.py).
+    "lokr": ("comfyui", "kohya", "lycoris"),
+    "loha": ("comfyui", "kohya", "lycoris"),
+    "glora": ("comfyui", "kohya", "lycoris"),
+    "full": ("comfyui", "kohya", "lycoris"),
     "ia3": ("peft",),
     "oft": ("peft",),
     "boft": ("peft",),
     "textual-inversion": ("diffusers",),
 }
-"""What an adapter of each kind can be written as; the first is what its result is."""
+"""What an adapter of each kind can be written as; see `usual` for which, if none is asked for."""
 _TURNED = (
     "peft's turns a layer's inputs, as it was trained, and that of LyCORIS, whose keys ComfyUI and "
     "sd-scripts read, its outputs"
@@ -164,6 +166,32 @@ FUSED: Mapping[Format, frozenset[str]] = {
 """Where several layers are one under a format's names, for which DoRA's lengths of rows and the
 updates of LyCORIS' kinds have no form; whole matrices lie one upon the other."""
 
+NO_LYCORIS: Mapping[str, str] = {
+    "lumina2": "ComfyUI knows its layers by their published names, where query, key and value are "
+    "one layer",
+    "pixart": "ComfyUI has none that begin with `lycoris_` there",
+    "sana": NO_KEYS["comfyui"]["sana"],
+}
+"""Families whose layers ComfyUI does not know by LyCORIS' names (comfy/lora.py,
+model_lora_keys_unet): why."""
+_OUTSIDE = re.compile(r"time_guidance_embed\..*|.*_modulation(_img|_txt)?\..*")
+_NO_LAYERS: Mapping[str, re.Pattern[str]] = {"flux2": _OUTSIDE, "flux2_dev": _OUTSIDE}
+"""Layers that are missing there in other families (comfy/utils.py, flux_to_diffusers)."""
+
+
+def unread(family: str, modules: Iterable[str]) -> list[str]:
+    """Those of `modules` whose adapters of LyCORIS' kinds ComfyUI would pass over."""
+    pattern = _NO_LAYERS.get(family)
+    return [m for m in modules if pattern is not None and pattern.fullmatch(m)]
+
+
+def usual(family: str, kind: AdapterKind) -> Format:
+    """What an adapter of this kind is written as where nothing else is asked for."""
+    first = OF_KIND[kind][0]
+    if not refusal(first, family, kind):
+        return first
+    return "peft" if kind in LORAS else "lycoris"
+
 
 def refusal(format: Format, family: str, kind: AdapterKind) -> str:
     """Why an adapter of this kind for `family` can't be written in `format`; "" if it can."""
@@ -171,13 +199,15 @@ def refusal(format: Format, family: str, kind: AdapterKind) -> str:
         can = " or ".join(f"`--format {name}`" for name in OF_KIND[kind])
         why = f": {OTHERWISE[kind]}" if kind in OTHERWISE else ""
         return f"there are no {format} keys for {ADAPTERS[kind].title}{why}; there is {can}"
+    title = ADAPTERS[kind].title
+    if ADAPTERS[kind].file == LYCORIS_FILE and format == "comfyui" and family in NO_LYCORIS:
+        return f"there are no comfyui keys for {title} of {family}: {NO_LYCORIS[family]}"
     if ADAPTERS[kind].file == LYCORIS_FILE and format == "kohya":
-        title = ADAPTERS[kind].title
         if family in LORA[format] and (kind == "full" or family not in FUSED[format]):
             return ""
         why = NO_KEYS[format].get(family, "query, key and value are one layer there")
         return f"there are no kohya keys for {title} of {family}: {why}"
-    if format == "peft" or kind not in ("lora", "dora"):
+    if format == "peft" or kind not in LORAS:
         return ""
     if format == "diffusers" and FAMILIES[family].lora_loader == "peft":
         return f"Diffusers loads no LoRA of {family}; there is `--format peft`"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,15 +19,16 @@ from runtime import files
 from runtime.errors import RunFailed
 from runtime.export import dora, encoders, lora_keys
 from runtime.export.base import STEM, base_tensors
-from runtime.export.conventions import FUSED, Config
+from runtime.export.conventions import FUSED, Config, Format, unread
 from runtime.export.foreign import PLACES
 from runtime.export.lazy import Lazy, Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.metadata import described
 from runtime.export.mmdit import Place, in_rows
 from runtime.export.request import Request, config_of
-from runtime.export.svd import resized
-from runtime.export.weights import layers_of, merged, trained_weights
+from runtime.export.size import Size
+from runtime.export.svd import cut, resized
+from runtime.export.weights import adapter_of, layers_of, merged, trained_weights
 from runtime.export.whole import laid_out
 from runtime.families.common import DTYPES, base_folder, copy_component
 from runtime.families.sana_sprint import few_steps
@@ -37,7 +39,10 @@ from runtime.methods.lora import PEFT_FILES
 from runtime.methods.student import OF_LOSS, settings_of
 from runtime.methods.updates import product
 from runtime.new_tokens import FOLDER, is_rows
+from runtime.samplers import as_trained
 
+NOTHING = Layer(a=torch.zeros(1, 1), b=torch.zeros(1, 1), scale=1.0)
+"""To ask by for the names of a layer."""
 Kohya = Callable[[Mapping[str, Layer], Config], dict[str, Tensor]]
 """From the layers and the trained component's configuration. Raises KeyError for a module that the
 layout does not have."""
@@ -45,7 +50,7 @@ KOHYA: Mapping[str, Kohya] = {
     "flux": lora_keys.kohya_flux,
     "flux2": lora_keys.kohya_flux2,
     "flux2_dev": lora_keys.kohya_flux2,
-    "kolors": lora_keys.kohya_own,
+    "kolors": lora_keys.kohya_kolors,
     "lumina2": lora_keys.kohya_lumina2,
     "qwen_image": lora_keys.kohya_own,
     "sd": lora_keys.kohya_own,
@@ -57,7 +62,7 @@ KOHYA: Mapping[str, Kohya] = {
 COMFYUI: Mapping[str, Kohya] = {
     "flux2": lora_keys.generic_flux2,
     "flux2_dev": lora_keys.generic_flux2,
-    "kolors": lora_keys.kohya_own,
+    "kolors": lora_keys.kohya_kolors,
     "lumina2": lora_keys.generic_lumina2,
     "sd": lora_keys.kohya_own,
     "sdxl": lora_keys.kohya_sgm,
@@ -65,6 +70,17 @@ COMFYUI: Mapping[str, Kohya] = {
 }
 """Where ComfyUI reads other keys than Diffusers' own: those of sd-scripts, alpha included, or its
 own for any model under its published names."""
+
+
+def has_place(format: Format, family: str, module: str, config: Config) -> bool:
+    """Whether the keys of `format` have a name for the module called `module`."""
+    write = {"kohya": KOHYA, "comfyui": COMFYUI}.get(format, {}).get(family)
+    try:
+        if write is not None:
+            write({module: NOTHING}, config)
+    except KeyError:
+        return False
+    return True
 
 
 def export(request: Request) -> Path:
@@ -118,8 +134,7 @@ def _lora(request: Request) -> None:
     if request.format == "peft" or adapter_files.is_lycoris(adapter):
         values = {name: lazy.read() for name, lazy in trained.items()}
         if request.size is not None:
-            small = {m: resized(one, request.size) for m, one in layers_of(plan, trained).items()}
-            values = in_training(small)
+            values = in_training(_smaller(plan, layers_of(plan, trained), request.size), adapter)
         _of_kind(request, values)
         return
     metadata = described(request)
@@ -146,7 +161,7 @@ def _lora(request: Request) -> None:
         return
     every = layers_of(plan, trained)
     if request.size is not None:
-        every = {module: resized(layer, request.size) for module, layer in every.items()}
+        every = _smaller(plan, every, request.size)
     layers = text_files.of_model(every)
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(request.format, {})
     if plan.model.family in foreign:
@@ -166,6 +181,13 @@ def _lora(request: Request) -> None:
     found = {**found, **held(words)}
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     write(request.out, kept, metadata)
+
+
+def _smaller(plan: Plan, layers: Mapping[str, Layer], size: Size) -> dict[str, Layer]:
+    """The LoRA of `size`: of DyLoRA the first ranks, else what is nearest to all of them."""
+    if plan.adapter is None or plan.adapter.kind != "dylora":
+        return {module: resized(layer, size) for module, layer in layers.items()}
+    return {m: cut(layer, size, adapter_of(plan, m), m) for m, layer in layers.items()}
 
 
 def _dora(request: Request, trained: Tensors) -> dict[str, Tensor]:
@@ -191,6 +213,8 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
     plan, adapter, dtype = request.weights.plan, request.weights.plan.adapter, _dtype(request)
     assert adapter is not None
     metadata = described(request)
+    if request.format == "comfyui":
+        check_read(plan.model.family, values)
     if adapter.weight_decompose and request.format == "comfyui":
         values = _for_comfyui(plan, adapter, values)
         metadata |= {adapter_files.COMFYUI_LENGTHS: "true"}
@@ -198,15 +222,31 @@ def _of_kind(request: Request, values: Mapping[str, Tensor]) -> None:
     kept = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in found.items()}
     if request.format == "kohya":
         kept = in_kohya(plan.model.family, kept, list(parts_of(list(values))), config_of(plan))
-    if request.format in ("comfyui", "kohya"):
+    if request.format != "peft":
         write(request.out, kept, metadata)
         return
-    settings = {**adapter_files.peft_settings(values, adapter), "inference_mode": True}
-    with files.partial_folder(request.out) as folder:
-        theirs = lora_keys.prefixed(kept, adapter_files.PEFT_ROOT)
-        write(folder / PEFT_FILES[0], theirs, described(request))
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    settings = adapter_files.peft_settings(values, adapter)
+    write_peft(request.out, kept, settings, described(request))
+
+
+def write_peft(
+    place: Path, tensors: Tensors, settings: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """A folder that peft loads, of tensors by their names in the trained component."""
+    with files.partial_folder(place) as folder:
+        theirs = lora_keys.prefixed(tensors, adapter_files.PEFT_ROOT)
+        write(folder / PEFT_FILES[0], theirs, dict(metadata))
+        text = json.dumps({**settings, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
         (folder / PEFT_FILES[1]).write_text(text, encoding="utf-8")
+
+
+def check_read(family: str, values: Mapping[str, Tensor]) -> None:
+    """Raise RunFailed for a layer of a LyCORIS' kind that ComfyUI would pass over."""
+    if missing := unread(family, parts_of(list(values))):
+        raise RunFailed(
+            f"the comfyui layout has no place for '{missing[0]}'",
+            help="use `--format lycoris`, or `--merge` for a whole model",
+        )
 
 
 def _for_comfyui(plan: Plan, adapter: Adapter, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -233,7 +273,7 @@ def in_kohya(
         places = {module: _place(family, module, config) for module in modules}
     except KeyError as error:
         raise RunFailed(
-            f"the kohya layout has no place for {error}", help="use `--format comfyui`"
+            f"the kohya layout has no place for {error}", help="use `--format lycoris`"
         ) from error
     starts = {adapter_files.LYCORIS_PREFIX + m.replace(".", "_"): m for m in modules}
     shared: dict[tuple[str, str], list[tuple[Place, Lazy]]] = {}
@@ -249,18 +289,20 @@ def _place(family: str, module: str, config: Config) -> Place:
     """Raises KeyError."""
     if family in FUSED["kohya"]:
         return PLACES[family](module, config)
-    none = Layer(a=torch.zeros(1, 1), b=torch.zeros(1, 1), scale=1.0)
-    key = next(iter(KOHYA[family]({module: none}, config)))
+    key = next(iter(KOHYA[family]({module: NOTHING}, config)))
     return Place(key.partition(".")[0].removeprefix("lora_unet_"))
 
 
-def in_training(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """The layers under the names that they have in training."""
-    return {
-        f"{module}.lora_{which}.{NAME}.weight": tensor
-        for module, layer in layers.items()
-        for which, tensor in (("A", layer.a), ("B", layer.b))
-    }
+def in_training(layers: Mapping[str, Layer], adapter: Adapter) -> dict[str, Tensor]:
+    """The layers under the names that they have in training, at the scale that `adapter` gives a
+    layer; B takes up the rest."""
+    found = {}
+    for module, layer in layers.items():
+        share = layer.scale / scale_of(adapter, module)
+        b = layer.b if share == 1 else (layer.b.float() * share).to(layer.b.dtype)
+        for which, tensor in (("A", layer.a), ("B", b)):
+            found[f"{module}.lora_{which}.{NAME}.weight"] = tensor
+    return found
 
 
 def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dict[str, Tensor]:
@@ -274,7 +316,7 @@ def _renamed(write: Kohya, layers: Mapping[str, Layer], request: Request) -> dic
 
 
 def _single(request: Request) -> None:
-    model, dtype = request.weights.plan.model, _dtype(request)
+    model, dtype = as_trained(request.weights.plan), _dtype(request)
     tensors = {name: lazy.to(dtype) for name, lazy in _whole(request).items()}
     try:
         found = laid_out(
@@ -293,7 +335,7 @@ def _single(request: Request) -> None:
 
 def _pipeline(request: Request) -> None:
     """A folder in the Diffusers layout: the base's, with the trained component's new weights."""
-    model = request.weights.plan.model
+    model = as_trained(request.weights.plan)
     component = model.trained_component
     source = base_folder(model, [c.name for c in model.components])
     tensors = {name: lazy.to(_dtype(request)) for name, lazy in _whole(request).items()}

@@ -16,7 +16,7 @@ from compiler.plan import Dtype
 from runtime.errors import RunFailed
 from runtime.export import encoders, lora_keys
 from runtime.export.conventions import Format, refusal
-from runtime.export.export import COMFYUI, KOHYA
+from runtime.export.export import COMFYUI, KOHYA, has_place, write_peft
 from runtime.export.lazy import Lazy, Tensors, held, write
 from runtime.export.lora_keys import Layer
 from runtime.export.opened import Opened, opened
@@ -58,16 +58,24 @@ def extract(
         raise Refused(f"`{base}` and `{tuned}` are not of one shape", help="take models alike")
     if why := refusal(format, one.card.name, "lora"):
         raise Refused(why, help="use another `--format`")
-    dense = one.dense()
+    dense = frozenset(m for m in one.dense() if has_place(format, one.card.name, m, one.config))
     layers, left = _difference(one.tensors[component], other.tensors[component], dense, size)
     text: dict[str, Layer] = {}
     for name in one.card.text_encoders:
         if name not in one.tensors or name not in other.tensors:
             continue
-        theirs, rest = _of_encoder(one, other, name, size)
+        # peft's folder is of one model.
+        whole = name not in one.card.trainable_encoders or format == "peft"
+        theirs, rest = _of_encoder(one, other, name, size, whole=whole)
         text |= {f"{name}.{module}": layer for module, layer in theirs.items()}
         left += rest
     if not layers and not text:
+        if left:
+            raise Refused(
+                f"nothing in which `{tuned}` differs from `{base}` has a place in a LoRA with "
+                f"{format} keys, such as `{left[0]}`",
+                help="use `--format diffusers`" if format != "diffusers" else "",
+            )
         raise Refused(f"`{tuned}` has no layer that differs from `{base}`", help="name two models")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +107,14 @@ def _difference(
 
 
 def _of_encoder(
-    one: Opened, other: Opened, name: str, size: Size
+    one: Opened, other: Opened, name: str, size: Size, *, whole: bool
 ) -> tuple[dict[str, Layer], list[str]]:
-    """The same of a text encoder; of one that has no LoRA, the encoder itself if it differs."""
+    """The same of a text encoder; if only a `whole` one can be, the encoder itself if it
+    differs."""
     if {p.resolve() for p in one.files[name]} == {p.resolve() for p in other.files[name]}:
         return {}, []
     first, second = (_plain(each.tensors[name]) for each in (one, other))
-    if name not in one.card.trainable_encoders:
+    if whole:
         return {}, [] if _equal(first, second) else [name]
     modules = {key.removesuffix(".weight") for key in first if key.endswith(".weight")}
     known = frozenset(module for module in modules if IN_ENCODERS.fullmatch(module))
@@ -134,17 +143,18 @@ def _write(
     dtype: Dtype | None,
     out: Path,
 ) -> None:
+    wanted = DTYPES[dtype] if dtype else None
+    if format == "peft":
+        named = held({k: v.contiguous() for k, v in lora_keys.bare(layers).items()})
+        kept = {name: lazy.to(wanted) for name, lazy in named.items()}
+        write_peft(out, kept, lora_keys.of_peft(layers), {})
+        return
     card, metadata = model.card, {}
     component, trained = card.trained_component, card.trainable_encoders
     tensors: dict[str, Tensor]
     foreign = {"kohya": KOHYA, "comfyui": COMFYUI}.get(format, {})
     if card.name in foreign:
-        try:
-            tensors = foreign[card.name](layers, model.config)
-        except KeyError as error:
-            raise RunFailed(
-                f"the {format} layout has no place for {error}", help="use `--format diffusers`"
-            ) from error
+        tensors = foreign[card.name](layers, model.config)
         tensors |= encoders.kohya(card.name, text, trained)
     elif format == "comfyui":
         tensors = lora_keys.folded(layers, component)
@@ -154,7 +164,6 @@ def _write(
         tensors = lora_keys.diffusers(layers, component) | more
         own = [lora_keys.settings(layers, component)] if layers else []
         metadata = encoders.joined([*own, *told])
-    wanted = DTYPES[dtype] if dtype else None
     found = held({k: v.contiguous() for k, v in tensors.items()})
     kept = {k: v if k.endswith(".alpha") else v.to(wanted) for k, v in found.items()}
     write(out, kept, metadata)

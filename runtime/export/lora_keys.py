@@ -14,7 +14,7 @@ from torch import Tensor
 from runtime.export import bfl, bfl2, mmdit, nextdit
 from runtime.export.mmdit import Place, halves_swapped
 from runtime.export.sgm import published
-from runtime.methods.adapter_files import lora_sizes
+from runtime.methods.adapter_files import lora_sizes, settings_of
 
 T = TypeVar("T")
 
@@ -37,8 +37,13 @@ Layers = Mapping[str, Layer]  # by module name
 
 def diffusers(layers: Layers, component: str) -> dict[str, Tensor]:
     """As `load_lora_weights` takes them; the strength stands in the metadata, see `settings`."""
+    return prefixed(bare(layers), component)
+
+
+def bare(layers: Layers) -> dict[str, Tensor]:
+    """The same without the component's name, as peft has it below a root of its own."""
     return {
-        f"{component}.{module}.lora_{which}.weight": tensor
+        f"{module}.lora_{which}.weight": tensor
         for module, layer in layers.items()
         for which, tensor in (("A", layer.a), ("B", layer.b))
     }
@@ -46,10 +51,20 @@ def diffusers(layers: Layers, component: str) -> dict[str, Tensor]:
 
 def settings(layers: Layers, component: str) -> dict[str, str]:
     """The metadata by which Diffusers knows ranks, alphas and targets."""
+    return told(_sizes(layers), component)
+
+
+def of_peft(layers: Layers) -> dict[str, Any]:
+    """peft's settings of a LoRA, for the file beside its tensors."""
+    import peft
+
+    return settings_of(peft.LoraConfig(**_sizes(layers)))
+
+
+def _sizes(layers: Layers) -> dict[str, Any]:
     ranks = {module: layer.a.shape[0] for module, layer in layers.items()}
     alphas = {module: layer.scale * ranks[module] for module, layer in layers.items()}
-    sizes = lora_sizes(ranks, alphas)
-    return told({**sizes, "target_modules": sorted(layers)}, component)
+    return {**lora_sizes(ranks, alphas), "target_modules": sorted(layers)}
 
 
 def told(config: Mapping[str, Any], component: str) -> dict[str, str]:
@@ -157,6 +172,17 @@ def kohya_own(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return _kohya(layers, lambda module: module)
 
 
+def kohya_kolors(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`kohya_own`, but for `add_embedding`, which Diffusers reads by its name in the UNet that was
+    published, as ComfyUI does too. Raises KeyError for `encoder_hid_proj`, which has none."""
+    return _kohya(layers, partial(_of_kolors, config=config))
+
+
+def _of_kolors(module: str, config: Mapping[str, Any]) -> str:
+    outside = module.startswith(("add_embedding.", "encoder_hid_proj"))
+    return published(module, config) if outside else module
+
+
 def kohya_sgm(layers: Layers, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """sd-scripts' keys for Stable Diffusion XL (networks/lora.py, library/sdxl_original_unet.py):
     the names of the UNet that was published. Raises KeyError for a module that it does not have."""
@@ -187,14 +213,27 @@ def _of_one_alpha(layers: Layers) -> Layers:
     return {module: _with_alpha(layer, max(alphas)) for module, layer in layers.items()}
 
 
+def _of_one_scale(found: Mapping[int, Layer]) -> Mapping[int, Layer]:
+    scale = max(layer.scale for layer in found.values())
+    return {index: _with_scale(layer, scale) for index, layer in found.items()}
+
+
 def _with_alpha(layer: Layer, alpha: float) -> Layer:
-    scale = alpha / layer.a.shape[0]
+    return _with_scale(layer, alpha / layer.a.shape[0])
+
+
+def _with_scale(layer: Layer, scale: float) -> Layer:
+    """The same update at another scale; as it is, bit for bit, where that is its own."""
+    if layer.scale == scale:
+        return layer
     b = (layer.b.float() * (layer.scale / scale)).to(layer.b.dtype)
     return Layer(a=layer.a, b=b, scale=scale)
 
 
 def _stacked(found: Mapping[int, Layer], rows: Sequence[int] = ()) -> dict[str, Tensor]:
-    """Of the layers that share one, by their place in it; `rows` are those of each place."""
+    """Of the layers that share one, by their place in it; `rows` are those of each place. They
+    share alpha / rank too: where theirs differ, B takes up the rest."""
+    found = _of_one_scale(found)
     present = [found[index] for index in sorted(found)]
     down = torch.cat([layer.a for layer in present])
     up = _diagonal(found, rows) if len(rows) > 1 else present[0].b

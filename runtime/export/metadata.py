@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 
+from compiler.adapters import PLAIN
 from compiler.data.geometry import edge_of
 from compiler.plan import Plan
 from runtime.export.conventions import ARCHITECTURES, NETWORK_MODULES, SINGLE_FILE
@@ -38,7 +39,9 @@ def _modelspec(request: Request, *, lora: bool) -> dict[str, str]:
     weights, plan = request.weights, request.weights.plan
     family = plan.model.family
     foreign = request.single_file or (request.format == "kohya" and family not in KEPT)
-    edge = max(round(edge_of(s.geometry)) for s in plan.sources if not s.regularisation)
+    sources = [source for source in plan.sources if source.images]
+    own = [source for source in sources if not source.regularisation] or sources
+    edge = max(round(edge_of(source.geometry)) for source in own)
     triggers = dict.fromkeys(s.captions.trigger for s in plan.sources if s.captions.trigger)
     found = {
         "sai_model_spec": "1.0.1",
@@ -81,7 +84,7 @@ def _training(request: Request) -> dict[str, str]:
 
 def _network(plan: Plan) -> dict[str, str]:
     assert plan.adapter is not None
-    known = NETWORK_MODULES.get(plan.model.family) if plan.adapter.kind == "lora" else None
+    known = NETWORK_MODULES.get(plan.model.family) if plan.adapter.kind in PLAIN else None
     sizes = {
         "ss_network_dim": str(plan.adapter.rank),
         "ss_network_alpha": f"{plan.adapter.alpha:g}",

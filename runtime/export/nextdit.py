@@ -24,13 +24,22 @@ BLOCK: Mapping[str, Place] = {
 }
 """Within `layers.N`, `noise_refiner.N` and `context_refiner.N`, which are called alike."""
 
+OUTER: Mapping[str, Place] = {
+    "x_embedder": Place("x_embedder"),
+    "time_caption_embed.timestep_embedder.linear_1": Place("t_embedder.mlp.0"),
+    "time_caption_embed.timestep_embedder.linear_2": Place("t_embedder.mlp.2"),
+    "time_caption_embed.caption_embedder.1": Place("cap_embedder.1"),
+    "norm_out.linear_1": Place("final_layer.adaLN_modulation.1"),
+    "norm_out.linear_2": Place("final_layer.linear"),
+}
+
 
 def place(module: str, config: Mapping[str, Any]) -> Place:
     """Where the module called `module` goes, in a transformer of this configuration. Raises
     KeyError."""
     match = re.fullmatch(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)", module)
     if match is None:
-        raise KeyError(module)
+        return OUTER[module]
     found = BLOCK[match[2]]
     head = int(config["hidden_size"]) // int(config["num_attention_heads"])
     less = head * int(config.get("num_kv_heads") or config["num_attention_heads"])

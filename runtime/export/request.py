@@ -9,12 +9,12 @@ from typing import Any
 from attrs import evolve, frozen
 
 from compiler import lock
-from compiler.adapters import INVERSION, result_name
+from compiler.adapters import INVERSION, LORAS, PLAIN, result_name
 from compiler.families import FAMILIES
-from compiler.plan import Dtype, Plan, lock_path
+from compiler.plan import Adapter, Dtype, Plan, lock_path
 from runtime import saved
 from runtime.errors import RunFailed
-from runtime.export.conventions import FORMATS, OF_KIND, SINGLE_FILE, Format, refusal
+from runtime.export.conventions import FORMATS, OF_KIND, SINGLE_FILE, Format, refusal, usual
 from runtime.export.size import Size, parsed
 from runtime.result_step import result_step
 
@@ -133,7 +133,7 @@ def requested(
     plan, whole = weights.plan, merge or weights.plan.adapter is None
     if not format:
         kind = None if whole or plan.adapter is None else plan.adapter.kind
-        format = OF_KIND[kind][0] if kind else "diffusers"
+        format = usual(plan.model.family, kind) if kind else "diffusers"
     if format not in FORMATS:
         raise Refused(f"unknown format `{format}`", help=f"one of: {', '.join(FORMATS)}")
     if precision and precision not in PRECISIONS:
@@ -152,8 +152,10 @@ def requested(
     if single_file and not everything:
         _check_encoders(plan)
     size = size_of(resize) if resize else None
-    if size and (whole or plan.adapter is None or plan.adapter.kind != "lora"):
+    if size and (whole or plan.adapter is None or plan.adapter.kind not in PLAIN):
         raise Refused("only a LoRA can be resized", help="leave out `--resize`")
+    if size and plan.adapter is not None:
+        _check_cut(plan.adapter, size)
     request = Request(
         weights=weights,
         format=format,
@@ -178,16 +180,15 @@ def extraction(
 
     Raises Refused.
     """
-    if (format or "diffusers") not in ("diffusers", "kohya", "comfyui"):
-        raise Refused(f"no LoRA is extracted as `{format}`", help="diffusers, kohya or comfyui")
+    chosen_format: Format | None = next((f for f in OF_KIND["lora"] if f == format), None)
+    if format and chosen_format is None:
+        raise Refused(f"no LoRA is extracted as `{format}`", help=" or ".join(OF_KIND["lora"]))
     if precision and precision not in PRECISIONS:
         raise Refused(f"unknown precision `{precision}`", help=f"one of: {', '.join(PRECISIONS)}")
-    place = out or Path(f"{tuned.name}-lora.safetensors")
+    chosen_format = chosen_format or "diffusers"
+    place = out or Path(f"{tuned.name}-lora{'' if format == 'peft' else '.safetensors'}")
     if place.exists() or place.is_symlink():
         raise Refused(f"`{place}` is there already", help="name another place with `--out`")
-    chosen_format: Format = "kohya" if format == "kohya" else "diffusers"
-    if format == "comfyui":
-        chosen_format = "comfyui"
     return chosen_format, size_of(resize or "64"), place
 
 
@@ -199,11 +200,29 @@ def size_of(text: str) -> Size:
     return found
 
 
+def _check_cut(adapter: Adapter, size: Size) -> None:
+    """Raise Refused for a size that is none of those that a DyLoRA was trained for, and of a LoRA
+    whose ranks come one after the other."""
+    if adapter.min_rank:
+        why = "a LoRA with `min_rank` has its ranks in an order, which another rank does not keep"
+        raise Refused(why, help="leave out `--resize`")
+    if adapter.kind != "dylora" or not (size.energy or size.rank % adapter.block_size):
+        return
+    ranks = range(adapter.block_size, adapter.rank + 1, adapter.block_size)
+    some = ", ".join(map(str, ranks[:3])) + (f" and so on, up to {ranks[-1]}" if ranks[3:] else "")
+    raise Refused("a DyLoRA is cut to one of the ranks that it was trained for", help=some)
+
+
 def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -> None:
     family = plan.model.family
     if plan.adapter is None and merge:
         raise Refused(
             "there is nothing to merge: the run trained the whole model", help="leave out `--merge`"
+        )
+    if plan.adapter is not None and plan.adapter.min_rank and merge:
+        raise Refused(
+            "with `min_rank` the rank depends on the noise, and a merged model has one for all",
+            help="leave out `--merge`",
         )
     if plan.adapter is not None and single_file and not merge:
         raise Refused(
@@ -226,7 +245,7 @@ def _check_form(plan: Plan, format: Format, *, merge: bool, single_file: bool) -
         and not merge
         and (why := refusal(format, family, plan.adapter.kind))
     ):
-        first = OF_KIND[plan.adapter.kind][0]
+        first = usual(family, plan.adapter.kind)
         other = f"use `--format {first}`, or" if format != first else "use"
         raise Refused(why, help=f"{other} `--merge` for a whole model")
 
@@ -251,7 +270,7 @@ def _check_bundle(plan: Plan, format: Format, *, whole: bool) -> None:
     """Raise Refused for vectors of new tokens that can't lie in the file of a LoRA."""
     if plan.embeddings is None:
         raise Refused("the run learned no new tokens to bundle", help="leave out `--bundle`")
-    if whole or plan.adapter is None or plan.adapter.kind not in ("lora", "dora"):
+    if whole or plan.adapter is None or plan.adapter.kind not in LORAS:
         raise Refused("`--bundle` puts new tokens into a LoRA's file", help="leave it out")
     if format != "kohya":
         raise Refused(

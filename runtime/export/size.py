@@ -41,4 +41,4 @@ def parsed(text: str) -> Size | None:
             return Size(rank=rank) if 1 <= rank <= LARGEST else None
     except ValueError:
         return None
-    return Size(energy=energy) if 0 < energy < 1 else None
+    return Size(energy=energy) if 0 < energy <= 1 else None

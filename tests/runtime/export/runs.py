@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 
 from compiler.families import FAMILIES
-from compiler.plan import Plan
+from compiler.plan import Plan, Scaled
 from runtime.events import Silent
 from runtime.execute import execute
 from tests.runtime.plans import LORA, PICTURES, draw_data, tiny_plan
@@ -23,6 +23,7 @@ EVERYTHING: dict[str, tuple[str, ...]] = {
     "sd3": FAMILIES["sd3"].target_sets["all-linear"],
     "sd": FAMILIES["sd"].target_sets["all-linear"],
     "sdxl": FAMILIES["sdxl"].target_sets["all-linear"],
+    "pixart": FAMILIES["pixart"].target_sets["all-linear"],
     "sana": (r"transformer_blocks\.\d+\.attn\d\.to_[qkv]", r"transformer_blocks\.\d+\.ff\..*point"),
 }
 PROMPT = "a photo of sks dog"
@@ -30,12 +31,14 @@ VALIDATION = evolve(PICTURES, negative="a cat", seeds=(42, 43), every=0, at_star
 
 
 def finished(folder: Path, family: str, *, full: bool = False, **changes: Any) -> Plan:
-    """Train a tiny pipeline for four steps in `folder`; alpha is not the rank."""
+    """Train a tiny pipeline for four steps in `folder`; alpha is not the rank, nor the same for
+    all that other programs have in one layer."""
     base = folder / f"{family}-base"
     if not base.exists():
         make_tiny(family, base, **(SD35 if family == "sd3" else {}))
         draw_data(folder / "dog", ((64, 64),) * 4)
-    adapter = evolve(LORA, rank=2, alpha=3.0, targets=EVERYTHING[family])
+    keys = (Scaled(pattern=r".*(to_k|add_k_proj)", alpha=1.0),)
+    adapter = evolve(LORA, rank=2, alpha=3.0, alphas=keys, targets=EVERYTHING[family])
     name = f"{family}-{'full' if full else 'lora'}" + "".join(f"-{key}" for key in changes)
     name += f"-{sum(1 for _ in folder.glob(f'{name}*'))}"  # another's run, with other values
     settings: dict[str, Any] = {

@@ -31,7 +31,7 @@ ADAPTER = evolve(
 )
 
 
-@pytest.mark.parametrize("format", ["comfyui", "kohya"])
+@pytest.mark.parametrize("format", ["comfyui", "kohya", "lycoris"])
 def test_programs_come_to_the_merged_weights(runs: Any, format: str, tmp_path: Path) -> None:
     """ComfyUI (comfy/weight_adapter/base.py) multiplies the rows of V = W + alpha / rank * D by
     `dora_scale` over the lengths of W's, LyCORIS (functional/general.py) over those of V's."""
@@ -43,7 +43,7 @@ def test_programs_come_to_the_merged_weights(runs: Any, format: str, tmp_path: P
     file = export(requested(weights, format=format, out=tmp_path / "x.safetensors"))
     with safe_open(file, "pt") as opened:
         assert (COMFYUI_LENGTHS in opened.metadata()) == (format == "comfyui")
-    root = "lycoris_" if format == "comfyui" else "lora_unet_"
+    root = "lora_unet_" if format == "kohya" else "lycoris_"
     names = {root + k.rpartition(".")[0].replace(".", "_"): k.rpartition(".")[0] for k in base}
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(file).items():

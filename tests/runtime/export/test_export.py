@@ -24,9 +24,11 @@ from runtime.errors import RunFailed
 from runtime.export.export import export
 from runtime.export.metadata import described
 from runtime.export.request import Refused, chosen, requested
-from tests.runtime.export.runs import drawn, pipeline_of
+from tests.runtime.export.runs import EVERYTHING, drawn, pipeline_of
+from tests.runtime.plans import LORA
 
 CLOSE = 1e-4
+LOKR = evolve(LORA, kind="lokr", init="", factor=4, targets=EVERYTHING["sana"])
 
 
 def exported(plan, out, *, step=None, ema=None, **options) -> Path:
@@ -67,6 +69,38 @@ def test_comfyui_keys_have_the_strength_in_them(runs, tmp_path):
         assert "lora_adapter_metadata" not in opened.metadata()
     assert all(key.startswith("transformer.") for key in load_file(file))
     assert apart(drawn(with_lora(plan, file)), own(plan)) < CLOSE
+
+
+def test_pixart_s_keys_for_comfyui_have_the_strength_in_them(runs, tmp_path):
+    """Its own result has it beside the file, where ComfyUI does not look."""
+    plan = runs("pixart")
+    file = exported(plan, tmp_path / "lora.safetensors", format="comfyui")
+    merged = pipeline_of(plan, exported(plan, tmp_path / "merged", merge=True)).transformer
+    base = pipeline_of(plan).transformer.state_dict()
+    found, changed = load_file(file), set()
+    for name, tensor in merged.state_dict().items():
+        if not torch.equal(tensor, base[name]):
+            module = f"transformer.{name.removesuffix('.weight')}"
+            a, b = (found.pop(f"{module}.lora_{which}.weight").double() for which in "AB")
+            update = tensor.double() - base[name].double()
+            torch.testing.assert_close(b @ a, update, rtol=0, atol=1e-6)
+            changed.add(name)
+    assert not found and any("attn2.to_k" in name for name in changed)
+    assert exported(plan, tmp_path / "usual").is_dir()  # peft's: Diffusers loads no LoRA of it
+
+
+def test_a_lokr_of_sana_is_for_lycoris(runs, tmp_path):
+    """ComfyUI has no Sana of its own."""
+    plan = runs("sana", adapter=LOKR)
+    weights = chosen(Path(plan.run_folder))
+    with pytest.raises(Refused, match="no comfyui keys for LoKr of sana: ComfyUI has no") as caught:
+        requested(weights, format="comfyui")
+    assert "`--format lycoris`" in caught.value.help
+    assert requested(weights).out.name.endswith("-lycoris.safetensors")
+    found = load_file(exported(plan, tmp_path / "x.safetensors", format="lycoris"))
+    result = load_file(Path(plan.run_folder) / "lokr" / "lycoris.safetensors")
+    assert found.keys() == result.keys()
+    assert all(torch.equal(tensor, result[name]) for name, tensor in found.items())
 
 
 def test_kohya_keys_applied_to_the_published_layout_draw_the_same(runs, tmp_path):
@@ -330,7 +364,8 @@ def test_a_single_file_holds_the_vae_as_published(runs, tmp_path):
             "names the keys of a LoRA",
         ),
         ("sd3", True, {"single_file": True, "format": "comfyui"}, "names the keys of a LoRA"),
-        ("sd3", False, {"format": "lycoris"}, "unknown format"),
+        ("sd3", False, {"format": "a1111"}, "unknown format"),
+        ("sd3", False, {"format": "lycoris"}, "no lycoris keys for LoRA"),
         ("sd3", False, {"precision": "int8"}, "unknown precision"),
         ("sd3", False, {"step": 3}, "no checkpoint of step 3"),
     ],

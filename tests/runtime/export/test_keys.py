@@ -3,34 +3,49 @@ of them, which make of the file the updates that were written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_lumina2_to_diffusers,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compiler.families import FAMILIES
+from runtime.errors import RunFailed
 from runtime.export import lora_keys
-from runtime.export.conventions import ARCHITECTURES, LORA, NETWORK_MODULES, NO_KEYS, refusal
-from runtime.export.export import COMFYUI, KOHYA
+from runtime.export.conventions import (
+    ARCHITECTURES,
+    LORA,
+    NETWORK_MODULES,
+    NO_KEYS,
+    Format,
+    refusal,
+    unread,
+    usual,
+)
+from runtime.export.export import COMFYUI, KOHYA, check_read, has_place
 from runtime.export.lora_keys import Layer
 from runtime.methods.lora import matching
 from tests.runtime.tiny import make_tiny
 
 READ = ["flux2", "flux2_dev", "kolors", "qwen_image", "sdxl_refiner", "z_image"]
 """Those whose tiny models Diffusers' readers take."""
+KOLORS = FAMILIES["kolors"].known[0].configs["unet"]
+FORMATS: tuple[Format, ...] = ("kohya", "comfyui")
 
 
 def layers_of(
     model: nn.Module, targets: tuple[str, ...], columns: int | None = None
 ) -> dict[str, Layer]:
-    """Random ones, ranks by turns 2 and 3, on what `targets` match; of so many `columns`, where
-    that is given: layouts only move rows."""
+    """Random ones, ranks by turns 2 and 3 and a scale of three for each, on what `targets` match;
+    of so many `columns`, where that is given: layouts only move rows."""
     found = {}
     for number, module in enumerate(matching(model, targets)):
         generator = torch.Generator().manual_seed(number)
@@ -38,7 +53,7 @@ def layers_of(
         rank, inputs = 2 + number % 2, columns or inputs
         one = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         other = torch.randn(outputs, rank, generator=generator) / 10
-        found[module] = Layer(a=one, b=other, scale=1.5)
+        found[module] = Layer(a=one, b=other, scale=(1.5, 0.5, 1.0)[number % 3])
     return found
 
 
@@ -57,21 +72,35 @@ def tinies(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {family: make_tiny(family, root / family) for family in READ}
 
 
-@pytest.mark.parametrize("format", ["kohya", "comfyui"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", READ)
 def test_diffusers_reads_the_same_updates(
-    family: str, format: str, tinies: Mapping[str, Path], tmp_path: Path
+    family: str, format: Format, tinies: Mapping[str, Path], tmp_path: Path
+) -> None:
+    targets = FAMILIES[family].target_sets["all-linear"]
+    updates_are_read(family, format, tinies[family], targets, tmp_path)
+
+
+def test_kolors_layers_outside_its_blocks(tinies: Mapping[str, Path], tmp_path: Path) -> None:
+    """Diffusers passes over `add_embedding` by its own name, and `encoder_hid_proj` by any."""
+    targets = (r"(add|time)_embedding\..*",)
+    for format in FORMATS:
+        updates_are_read("kolors", format, tinies["kolors"], targets, tmp_path)
+        assert not has_place(format, "kolors", "encoder_hid_proj", KOLORS)
+    assert has_place("diffusers", "kolors", "encoder_hid_proj", KOLORS)
+
+
+def updates_are_read(
+    family: str, format: Format, folder: Path, targets: tuple[str, ...], place: Path
 ) -> None:
     card = FAMILIES[family]
-    pipeline = getattr(diffusers, card.pipeline).from_pretrained(tinies[family])
+    pipeline = getattr(diffusers, card.pipeline).from_pretrained(folder)
     model = getattr(pipeline, card.trained_component)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    layers = layers_of(model, card.target_sets["all-linear"])
+    layers = layers_of(model, targets)
     file = written(family, format, layers, dict(model.config))
-    save_file(
-        {key: tensor.contiguous() for key, tensor in file.items()}, tmp_path / "x.safetensors"
-    )
-    pipeline.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in file.items()}, place / "x.safetensors")
+    pipeline.load_lora_weights(str(place), weight_name="x.safetensors")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     after = dict(model.named_parameters())
@@ -135,12 +164,67 @@ def dotted(name: str) -> str:
     return bare.replace("adaLN_modulation_1", "adaLN_modulation.1")
 
 
+PUBLISHED: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "flux2": convert_flux2_transformer_checkpoint_to_diffusers,
+    "flux2_dev": convert_flux2_transformer_checkpoint_to_diffusers,
+    "lumina2": convert_lumina2_to_diffusers,
+}
+DEPTHS = ("num_layers", "num_single_layers", "num_refiner_layers")
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_every_layer_has_its_published_name(family: str) -> None:
+    """A whole fine-tune changes all of them. Both formats are applied to the published layout, as
+    their programs do it, and Diffusers reads that: its own reader of these LoRAs knows fewer, and
+    does not turn the halves of the last modulation."""
+    config = dict(FAMILIES[family].known[0].configs["transformer"])
+    config |= {depth: 1 for depth in DEPTHS if depth in config}
+    with torch.device("meta"):
+        cls = getattr(diffusers, FAMILIES[family].components["transformer"].rpartition(".")[2])
+        model: nn.Module = cls.from_config(config)
+    layers = layers_of(model, (".*",), 4)
+    generic, kohya = (written(family, format, layers, config) for format in ("comfyui", "kohya"))
+    sums: dict[str, dict[str, Tensor]] = {"comfyui": {}, "kohya": {}}
+    for name in {key.rpartition(".lora_")[0] for key in generic}:
+        there = f"{name.removeprefix('diffusion_model.')}.weight"
+        a, b = (generic[f"{name}.lora_{which}.weight"].double() for which in "AB")
+        sums["comfyui"][there] = b @ a
+        own = "lora_unet_" + there.removesuffix(".weight").replace(".", "_")
+        down, up = (kohya.pop(f"{own}.lora_{way}.weight").double() for way in ("down", "up"))
+        sums["kohya"][there] = kohya.pop(f"{own}.alpha").item() / down.shape[0] * (up @ down)
+    assert not kohya
+    for tensors in sums.values():
+        found = PUBLISHED[family](tensors)
+        assert found.keys() == {f"{module}.weight" for module in layers}
+        for module, layer in layers.items():
+            update = layer.scale * (layer.b.double() @ layer.a.double())
+            torch.testing.assert_close(found[f"{module}.weight"], update, rtol=1e-5, atol=1e-6)
+
+
 def test_modules_without_a_place_are_refused() -> None:
     layer = Layer(a=torch.zeros(1, 4), b=torch.zeros(4, 1), scale=1.0)
     for family in ("flux2", "lumina2"):
         config = FAMILIES[family].known[0].configs["transformer"]
-        with pytest.raises(KeyError, match="norm_out"):
-            written(family, "kohya", {"norm_out.linear": layer}, config)
+        with pytest.raises(KeyError, match="norm_in"):
+            written(family, "kohya", {"norm_in.linear": layer}, config)
+
+
+def test_lycoris_kinds_where_comfyui_does_not_know_the_layers() -> None:
+    """By `model_lora_keys_unet` of its comfy/lora.py, which has `lycoris_` names for UNets, SD3,
+    Flux, Qwen-Image, and for Z-Image's names; Lumina-Image 2.0 is the same class under others."""
+    known = {family for family in FAMILIES if not refusal("comfyui", family, "lokr")}
+    assert FAMILIES.keys() - known == {"lumina2", "pixart", "sana"}
+    for family in FAMILIES:
+        assert not refusal("lycoris", family, "loha")
+        assert usual(family, "loha") == ("comfyui" if family in known else "lycoris")
+        assert "no comfyui keys for LoHa" in refusal("comfyui", family, "loha") or family in known
+    assert (usual("pixart", "lora"), usual("sd", "lora")) == ("peft", "diffusers")
+    names = ["x_embedder", "single_stream_modulation.linear", "double_stream_modulation_img.linear"]
+    assert unread("flux2", names) == names[1:] and not unread("sd3", names)
+    assert not unread("flux2", ["transformer_blocks.0.attn.to_q"])
+    with pytest.raises(RunFailed, match="no place for 'single_stream_modulation") as caught:
+        check_read("flux2", {f"{names[1]}.lokr_w1.default": torch.zeros(1)})
+    assert "--format lycoris" in caught.value.help
 
 
 def test_every_family_has_keys_or_a_reason() -> None:

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from attrs import evolve
+from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from compiler.families import FAMILIES
@@ -41,7 +43,8 @@ def layer(rank: int = 6, outputs: int = 20, inputs: int = 30) -> Layer:
 def test_the_words_for_a_size() -> None:
     assert parsed("32") == Size(rank=32)
     assert parsed("95%") == parsed("0.95") == Size(energy=0.95)
-    assert [parsed(t) for t in ("0", "-1", "x", "1.5", "100%", "0%", "99999", "")] == [None] * 8
+    assert parsed("100%") == Size(energy=1)
+    assert [parsed(t) for t in ("0", "-1", "x", "1.5", "101%", "0%", "99999", "")] == [None] * 8
     with pytest.raises(Refused, match="`x` is no size"):
         size_of("x")
 
@@ -64,6 +67,14 @@ def test_a_share_is_kept_with_the_smallest_rank() -> None:
     for rank in range(1, 6):
         found = resized(whole, Size(energy=shares[rank - 1] - 1e-6))
         assert found.a.shape[0] == rank
+
+
+def test_all_of_it_is_kept_without_what_is_empty() -> None:
+    whole = layer()
+    twice = Layer(a=torch.cat([whole.a] * 2), b=torch.cat([whole.b] * 2, 1) / 2, scale=whole.scale)
+    found = resized(twice, Size(energy=1))
+    assert found.a.shape[0] == 6
+    torch.testing.assert_close(found.update(), whole.update(), rtol=0, atol=1e-4)
 
 
 def test_a_difference_is_cut_like_a_matrix() -> None:
@@ -137,7 +148,7 @@ def test_models_that_are_not_alike_are_refused(
         ([base, "--extract", str(tmp_path)], "is no model in the Diffusers layout"),
         ([base, "--extract", other, "--merge"], "takes two models, no run"),
         ([base, "--extract", other, "--resize", "x"], "no size of a LoRA"),
-        ([base, "--extract", other, "--format", "peft"], "no LoRA is extracted as `peft`"),
+        ([base, "--extract", other, "--format", "lycoris"], "no LoRA is extracted as `lycoris`"),
     ):
         assert run_command(["export", *words, "--out", str(tmp_path / "x")]) == REFUSED
         assert message in capsys.readouterr().err
@@ -151,6 +162,57 @@ def changed(folder: Path, *names: str) -> None:
     for name in names:
         state[name] = state[name] + torch.randn(state[name].shape, generator=generator)
     save_file(state, file, metadata={"format": "pt"})
+
+
+def test_a_lora_of_pixart_is_extracted_for_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Diffusers loads none of it; to say so without a way out went in a circle."""
+    base, tuned = make_tiny("pixart", tmp_path / "base"), tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    names = [f"transformer_blocks.0.attn{n}.to_{x}.weight" for n, x in ((1, "q"), (2, "v"))]
+    changed(tuned / "transformer", *names)
+    call = ["export", str(base), "--extract", str(tuned), "--resize", "90%"]
+    assert run_command(call) == REFUSED
+    assert "Diffusers loads no LoRA of pixart; there is `--format peft`" in capsys.readouterr().err
+    assert run_command([*call, "--format", "peft", "--out", str(tmp_path / "x")]) == DONE
+    model = PixArtTransformer2DModel.from_pretrained(base, subfolder="transformer")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(model, str(tmp_path / "x")).merge_and_unload()
+    wanted = load_file(tuned / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in merged.state_dict().items():
+        difference, left = wanted[name] - before[name], wanted[name] - tensor
+        if name in names:
+            assert 0 < left.square().sum() <= 0.1001 * difference.square().sum()
+        else:
+            assert not difference.any() and not left.any()
+
+
+@pytest.mark.parametrize("family", ["flux2", "kolors"])
+@pytest.mark.parametrize("format", ["kohya", "comfyui"])
+def test_layers_without_a_place_refuse_no_file(
+    family: str, format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole fine-tune changes them all."""
+    base, tuned = make_tiny(family, tmp_path / "base"), tmp_path / "tuned"
+    shutil.copytree(base, tuned)
+    component = FAMILIES[family].trained_component
+    (file,) = (base / component).glob("*.safetensors")
+    names = list(load_file(file))
+    changed(tuned / component, *names)
+    call = ["export", str(base), "--extract", str(tuned), "--resize", "1", "--format", format]
+    assert run_command([*call, "--out", str(tmp_path / "x.safetensors")]) == DONE
+    keys = "".join(load_file(tmp_path / "x.safetensors"))
+    assert ("single_stream_modulation" in keys) == (family == "flux2")
+    assert ("label_emb" in keys) == (family == "kolors") and "encoder_hid_proj" not in keys
+    assert "a LoRA can't hold all that differs" in capsys.readouterr().err
+    shutil.rmtree(tuned)
+    shutil.copytree(base, tuned)
+    changed(tuned / component, "encoder_hid_proj.weight" if family == "kolors" else names[0])
+    code = run_command([*call, "--out", str(tmp_path / "y.safetensors")])
+    assert code == (REFUSED if family == "kolors" else DONE)
+    if family == "kolors":
+        assert f"has a place in a LoRA with {format} keys" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sdxl_refiner", "kolors"])
