@@ -235,6 +235,14 @@ CODES: Mapping[str, Code] = {
         "[sprint]",
         "",
     ),
+    "fp16-cache": Code(
+        "a cache in float16 of a family that overflows",
+        "What its encoders make may exceed 65504, the largest float16 number. The run ends at the "
+        "first prompt or picture of which that is so. bfloat16 has the range of float32, and takes "
+        "as much room.",
+        '[cache]\nprecision = "fp16"',
+        '[cache]\nprecision = "bf16"',
+    ),
     "fp16-overflow": Code(
         "float16 on a family that overflows",
         "Activations of this family exceed 65504, the largest float16 number; the loss becomes "
@@ -530,6 +538,14 @@ CODES: Mapping[str, Code] = {
         '[model.text_encoder]\ninit = "random"',
         '[model.transformer]\ninit = "random"',
     ),
+    "rank-by-noise": Code(
+        "a LoRA whose rank other programs don't mask",
+        "`min_rank` gives a LoRA less rank where there is more noise, in training and in the run's "
+        "own pictures. Its file is an ordinary LoRA's, which has no place for that: a program that "
+        "loads it has all ranks everywhere, those too that were not trained at such noise levels.",
+        '[adapter]\nkind = "lora"\nmin_rank = 1',
+        '[adapter]\nkind = "lora"',
+    ),
     "schedule-too-long": Code(
         "a warm-up longer than the run",
         "The learning rate would never reach its peak. A share of the run always fits.",
@@ -545,8 +561,8 @@ CODES: Mapping[str, Code] = {
     ),
     "several-splits": Code(
         "a data set of several splits, of which none is picked",
-        "The shards' names speak of training and of test or validation data. Which of them are "
-        "trained on must be said, so that no test data are by chance.",
+        "The names of shards or folders speak of training and of test or validation data. Which "
+        "of them are trained on must be said, so that no test data are by chance.",
         '[[data.source]]\npath = "splits"  # with train.jsonl and test.jsonl\nformat = "table"',
         '[[data.source]]\npath = "splits"\nformat = "table"\nfiles = ["train*"]',
     ),
@@ -599,6 +615,17 @@ CODES: Mapping[str, Code] = {
         "They are skipped, as the recipe asks. The message counts and names them.",
         "[data]\nmin_size = 512  # above the size of the images",
         "[data]\nmin_size = 0",
+    ),
+    "uneven-rounding": Code(
+        "small buckets that give a source more samples than was said",
+        "Each bucket's share of an epoch is made whole by rounding it up. Where buckets are many "
+        "and small, that adds up: the source is seen more often, beside others, than its "
+        "`repeats` or `weight` say.",
+        '[[data.source]]\npath = "mixed"  # four squares and one panorama\n'
+        'captions = { from = "instance", prompt = "a photo" }\nrepeats = 1.2',
+        '[[data.source]]\npath = "mixed"\n'
+        'captions = { from = "instance", prompt = "a photo" }\nrepeats = 1.2\n'
+        'crop = { aspect = "square" }',
     ),
     "unknown-key": Code(
         "a key that the recipe language does not have",

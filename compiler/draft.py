@@ -133,13 +133,15 @@ class Draft:
     copies: list[Remote] = Factory(list)  # sources that lie elsewhere, and whose copy is here
     remotes: list[Remote] = Factory(list)  # sources that are not copied here yet
     absent: list[str] = Factory(list)  # URLs of pictures that are not
+    later: list[str] = Factory(list)  # those that nobody gave, and that the plan does without
     fetched: list[str] = Factory(list)  # URLs of pictures whose copies are here
     unlisted: list[Unlisted] = Factory(list)  # streamed containers nobody has looked into yet
     sources: tuple[plan.DataSource, ...] = ()
     manifest: Manifest | None = None
     evaluation: plan.Evaluation | None = None
-    skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
+    skips: list[tuple[int, tuple[str, ...], str]] = Factory(list)  # (source's number, names, why)
     hidden: list[tuple[str, int, tuple[str, ...]]] = Factory(list)  # (source, count, some names)
+    batch_sizes: tuple[int, ...] = ()  # of each of `sources`
     buckets: tuple[plan.Bucket, ...] = ()
     steps: plan.Steps | None = None
     sharing: plan.Sharing = Factory(plan.Sharing)

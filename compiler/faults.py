@@ -33,7 +33,7 @@ from compiler.kinds import (
 )
 from compiler.source import Merged, Source, dotted
 from compiler.spans import KeyPath
-from compiler.synonyms import ELSEWHERE, WORDS
+from compiler.synonyms import ABSENT, ELSEWHERE, WORDS
 
 MAX_SHOWN = 200
 """Diagnostics of one recipe; a file of megabytes may hold a fault in every line."""
@@ -344,6 +344,8 @@ def placed_elsewhere(fault: Fault, cls: type, synonyms: Mapping[str, str]) -> Fa
         return fault
     if fault.unknown.lower().replace("-", "_") in _SECRETS:
         return fault._replace(help=_NO_SECRETS, meant="")
+    if (why := ABSENT.get(fault.unknown.lower().replace("-", "_"))) is not None:
+        return fault._replace(help=why, meant="")
     known = nearest(fault.unknown, [], synonyms)
     if known is not None and (not fault.meant or fault.meant != known.rpartition(".")[2]):
         table, _, key = known.rpartition(".")

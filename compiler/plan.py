@@ -113,6 +113,7 @@ class Adapter:
     init: str  # a name of `compiler.adapters.Init`; "": the only one of its kind
     targets: tuple[str, ...]  # module name patterns (regular expressions, full match)
     exclude: tuple[str, ...] = ()  # such patterns: what they match is not adapted
+    min_rank: int = 0  # of LoRA: what is left of the rank where all is noise; 0: all of it
     ranks: tuple[Ranked, ...] = ()  # the first that matches a module counts
     alphas: tuple[Scaled, ...] = ()
     scaling: Literal["rank", "sqrt-rank"] = "rank"
@@ -124,7 +125,7 @@ class Adapter:
     tucker: bool = False  # of LoKr and LoHa: kernels of several pixels apart (Tucker's)
     weight_decompose: bool = False  # of LoKr and LoHa: lengths of rows apart
     train_norm: bool = False  # norms beside the targets; of kinds in LyCORIS' files
-    block_size: int = 0  # of OFT and BOFT
+    block_size: int = 0  # of OFT and BOFT: inputs; of DyLoRA: ranks that a step trains
     block_share: bool = False
     butterfly_factors: int = 0  # of BOFT
     start: str = ""  # file of an adapter to start from
@@ -350,6 +351,15 @@ class Schedule:
 
 
 @frozen(kw_only=True)
+class FarShift:
+    """The line that mu is on where a picture has more than `tokens` tokens."""
+
+    tokens: int
+    slope: float
+    start: float  # mu at no token
+
+
+@frozen(kw_only=True)
 class ShiftRule:
     """A shift that follows from a picture's tokens, see `compiler.noise`."""
 
@@ -359,6 +369,7 @@ class ShiftRule:
     base_shift: float  # mu at `base_tokens`
     max_shift: float  # mu at `max_tokens`
     kind: Literal["exponential", "linear"]
+    far: FarShift | None = None
 
 
 @frozen(kw_only=True)
@@ -655,8 +666,12 @@ def plain(value: Any) -> dict[str, Any]:
 
 def digest_of(tree: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `tree`."""
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical(tree).encode()).hexdigest()
+
+
+def canonical(tree: Any) -> str:
+    """JSON in ASCII, without spaces, keys sorted."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def _without_none(tree: Any) -> Any:

@@ -14,8 +14,6 @@ WORDS = (
     ("float", "fp32"),
     ("locon", "lora"),
     ("embedding", "textual-inversion"),
-    ("dylora", "lora"),
-    ("tlora", "lora"),
     ("diff", "full"),
     ("(ia)^3", "ia3"),
     ("diag-oft", "oft"),
@@ -45,9 +43,17 @@ ELSEWHERE = {
         "schedule-free",
         "cosine",
     ): 'an optimizer does that, on a constant rate: `train.optimizer.name = "adamw-schedulefree"`',
+    ("tlora", "lora"): 'a `lora` with `min_rank = 1` is one: `kind = "lora"`',
 }
 """What gives what a value asks for, though another key has it; by the value, and by one of those
 that its own key does take."""
+
+ABSENT = {
+    "clip_skip": "prompts are encoded as the pipeline does by default, and there is no key for "
+    "another layer. For Stable Diffusion 1 and 2, `num_hidden_layers` less by one in the base's "
+    "text_encoder/config.json is the same as `clip_skip=1` in Diffusers, 2 in other programs",
+}
+"""Names of what is not here, and what to do instead."""
 
 SYNONYMS = {
     "training": "train",

@@ -28,10 +28,10 @@ from runtime.batch import Batch
 from runtime.data import masks
 from runtime.data.cache import Cache
 from runtime.data.feed import MOMENTS, frames
-from runtime.data.fill import sample_keys
 from runtime.data.keys import text_keys
+from runtime.data.leaks import copies
+from runtime.data.located import captions_located, latents_located
 from runtime.data.order import Rows
-from runtime.data.packed import Keys
 from runtime.ema import Ema
 from runtime.events import Events
 from runtime.families.base import Family
@@ -66,10 +66,16 @@ class Judge:
         self._family, self._cache, self._device = family, cache, device
         self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
         keys = text_keys(plan, family, cache)
-        self._latents = cache.locate(sample_keys(plan, self._manifest, family, cache))
-        self._captions = cache.locate(Keys.of(keys.key(text) for text in self._manifest.texts))
+        self._latents = latents_located(plan, self._manifest, family, cache)
+        self._captions = captions_located(self._manifest, keys, cache)
         cache.used_by(plan.run_folder, self._latents, self._captions)
         self._tokenizers = tokenizers(plan, family)
+        trained_too = copies(plan, manifest, cache)
+        self._rows = [
+            np.array([row for row in members.samples if row not in trained_too], np.int64)
+            for members in self._manifest.buckets
+        ]
+        """Of each bucket those that are judged."""
         told = rows(Path(plan.run_folder) / METRICS, done)
         self.measured = {int(row["step"]) for row in told if LOSS in row}
         """Steps whose loss is among the metrics already."""
@@ -89,7 +95,7 @@ class Judge:
         the samples. `words` are the text encoders that are trained too."""
         if step in self.measured:
             return
-        events.phase("evaluate", sum(group.images for group in self._facts.groups), "pictures")
+        events.phase("evaluate", sum(map(len, self._rows)), "pictures")
         averaged = ema if self._facts.weights == "average" else None
         unchanged = words.inference() if words else nullcontext()
         with averaged.swapped() if averaged else nullcontext(), inference(model), unchanged:
@@ -115,13 +121,15 @@ class Judge:
         by_source: dict[str, list[Tensor]] = {}
         names: dict[str, list[str]] = {}
         done = 0
-        for group, members in zip(self._facts.groups, self._manifest.buckets, strict=True):
+        for group, judged in zip(self._facts.groups, self._rows, strict=True):
+            if not len(judged):
+                continue
             found = by_source.setdefault(group.source, [])
             whose = names.setdefault(group.source, [])
-            for start in range(0, group.images, group.batch_size):
+            for start in range(0, len(judged), group.batch_size):
                 if stop.asked:
                     return None
-                chosen = np.array(members.samples[start : start + group.batch_size], np.int64)
+                chosen = judged[start : start + group.batch_size]
                 for batch in self._batches(chosen):
                     found.append(
                         forward_losses(

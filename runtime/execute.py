@@ -114,7 +114,7 @@ def _executed(plan: Plan, manifest: Manifest, events: Events, recipe: str, ranks
                 plan=plan,
                 manifest=manifest,
                 family=family_of(plan.model.family),
-                cache=Cache(Path(plan.cache_folder)),
+                cache=Cache(Path(plan.cache_folder), run=plan.run_folder),
                 device=device,
                 folder=run_folder,
                 events=events,
@@ -288,10 +288,11 @@ def _fill(context: Context) -> None:
     plan, clock, team = context.plan, context.clock, team_of(context.ranks)
     given = (plan, context.manifest, context.family, context.cache, context.events)
     with clock.phase("text"):
-        fill_text(*given, phase=clock.phase, team=team)
+        fill_text(*given, phase=clock.phase, team=team, gauge=clock.gauge)
     with clock.phase("latents"):
-        fill_latents(*given, team=team)
+        fill_latents(*given, team=team, gauge=clock.gauge)
         if (judged := context.manifest.held_out) is not None:
-            fill_latents(plan, judged, context.family, context.cache, context.events, team=team)
+            given = (plan, judged, context.family, context.cache, context.events)
+            fill_latents(*given, team=team, gauge=clock.gauge)
             if context.ranks.leads:
                 warn_of_leaks(plan, context.manifest, context.cache, context.events)

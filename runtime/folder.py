@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from compiler.plan import Plan, lock_path
 from runtime import files
 from runtime.errors import InUse, PlanChanged, RunFailed
 from runtime.result_step import RESULT
+from runtime.speeds import METRICS
 
 MEASURED = "measured.json"
+RUNG = "rung.json"
+"""With what the run went down the ladder, when its device ran out of memory."""
 LOCK = ".lock"
 ACCEPTED = ".accepted"
 """A plan, with its recipe, that a person lets a begun run go on with although it trains otherwise.
@@ -31,8 +34,9 @@ ASKING_SECONDS = 1.0  # `is_held` has a folder for an instant: a run waits that 
 def opened(plan: Plan, recipe: str) -> Iterator[Path]:
     """The plan's run folder, made if need be, with `recipe.toml` and `plan.lock.toml` in it.
 
-    No other process can have it open meanwhile. Raises PlanChanged if it holds another plan that
-    was not accepted, InUse if another process has it open, and RunFailed if it can't be written.
+    No other process can have it open meanwhile. Raises PlanChanged if it holds what another plan
+    has trained and this one was not accepted, InUse if another process has it open, and RunFailed
+    if it can't be written.
     """
     folder = Path(plan.run_folder)
     with ExitStack() as stack:
@@ -88,6 +92,18 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+@contextmanager
+def idle(folder: Path) -> Iterator[bool]:
+    """Inside, no other process can begin the run in `folder`; False if one is running it."""
+    with (folder / LOCK).open("a+b") as held:
+        try:
+            _lock(held.fileno())
+            free = True
+        except OSError:
+            free = False
+        yield free
+
+
 def _write_lock(folder: Path, plan: Plan, recipe: str) -> None:
     path = lock_path(folder)
     if path.exists():
@@ -136,8 +152,22 @@ def _write_changed(path: Path, text: str) -> None:
         files.write_whole(path, text)
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether there is anything that the run's plan has made, but for what it says: a checkpoint,
+    metrics, pictures, a result. A run that ended while its caches were filled has nothing yet."""
+    with suppress(FileNotFoundError):
+        if (folder / METRICS).stat().st_size:
+            return True
+    made = (path for name in ("checkpoints", "samples") for path in (folder / name).glob("*"))
+    if any(not path.name.startswith(files.PARTIAL) for path in made):
+        return True
+    results = (name for result in RESULTS for name in (result, f"{result}_ema"))
+    return any((folder / name).exists() for name in (MEASURED, RUNG, *results))
+
+
 def compare(path: Path, plan: Plan) -> None:
-    """Raises PlanChanged if the plan locked at `path` trains otherwise than `plan`."""
+    """Raises PlanChanged if the plan locked at `path` trains otherwise than `plan`, and its run
+    has begun to."""
     try:
         locked = lock.read(path)
     except lock.LockError as error:
@@ -148,7 +178,7 @@ def compare(path: Path, plan: Plan) -> None:
     changes = tuple(
         change for change in lock.differences(locked, plan) if lock.alters(plan, change[0])
     )
-    if changes:
+    if changes and has_trained(path.parent):
         listed = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changes)
         raise PlanChanged(
             f"{path.parent} was begun with another plan; what differs:\n{listed}",

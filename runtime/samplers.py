@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from attrs import evolve
+
 from compiler.families import FAMILIES
-from compiler.plan import Model
+from compiler.noise import sampled_so
+from compiler.plan import Model, Plan
 from compiler.samplers import SAMPLERS
 from runtime.families.common import component_class, config_of
+
+
+def as_trained(plan: Plan) -> Model:
+    """The model with a scheduler that draws on the noise levels that were trained: what an adapter
+    is merged into is sampled by its own."""
+    config = sampled_so(config_of(plan.model, "scheduler"), plan.objective.table)
+    configs = {**plan.model.configs, "scheduler": json.dumps(config, sort_keys=True)}
+    return evolve(plan.model, configs=configs)
 
 
 def sampler(model: Model, name: str = "") -> Any:

@@ -27,7 +27,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from compiler.adapters import LAYERED, AdapterKind
+from compiler.adapters import LAYERED, LORAS, AdapterKind
 from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
@@ -81,7 +81,13 @@ CASES = {  # adapter, compute, checkpointing
     "full-bf16": ("", "bf16", 0),
 }
 
-SIZES = {"ia3": "", "full": "", "oft": "block_size = 4\n", "boft": "block_size = 4\n"}
+SIZES = {
+    "dylora": "rank = 2\nblock_size = 1\n",
+    "ia3": "",
+    "full": "",
+    "oft": "block_size = 4\n",
+    "boft": "block_size = 4\n",
+}
 
 
 def adapted(kind: AdapterKind) -> str:
@@ -90,7 +96,7 @@ def adapted(kind: AdapterKind) -> str:
     return f'[adapter]\nkind = "{kind}"\n{size}'
 
 
-METHODS = {"model": "", **{kind: adapted(kind) for kind in LAYERED}}
+METHODS: dict[str, str] = {"model": "", **{kind: adapted(kind) for kind in LAYERED}}
 EVERY = {
     f"{method}-{compute}-{checkpointing}": (METHODS[method], compute, checkpointing)
     for method, compute, checkpointing in product(METHODS, ("fp32", "bf16"), (0, 1))
@@ -139,19 +145,23 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def planned(folder: Path, name: str, case: str) -> tuple[Plan, Manifest]:
-    adapter, compute, checkpointing = CASES[case]
-    path = folder / f"{name}.toml"
-    path.write_text(
-        RECIPE.format(
-            name=name,
-            family=folder.name,
-            adapter=adapter,
-            compute=compute,
-            checkpointing=checkpointing,
-            drawing=f'steps = 7\npicture = "{FIRST}"' if refines(folder) else "steps = 2",
-        )
+def told(folder: Path, name: str, adapter: str, compute: str, checkpointing: int) -> str:
+    """The recipe's text."""
+    text = RECIPE.format(
+        name=name,
+        family=folder.name,
+        adapter=adapter,
+        compute=compute,
+        checkpointing=checkpointing,
+        drawing=f'steps = 7\npicture = "{FIRST}"' if refines(folder) else "steps = 2",
     )
+    # In three steps at less than this an adapter moves a picture no more than rounding does.
+    return text.replace("lr = 1e-2", "lr = 1e-1") if adapter else text
+
+
+def planned(folder: Path, name: str, case: str) -> tuple[Plan, Manifest]:
+    path = folder / f"{name}.toml"
+    path.write_text(told(folder, name, *CASES[case]))
     result: Compiled = compiled(path, machine=MACHINE)
     assert result.plan is not None and result.manifest is not None, result.diagnostics
     return result.plan, result.manifest
@@ -191,7 +201,7 @@ def loaded(family: Path, plan: Plan, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, card.pipeline)
     if plan.adapter is None:
         return kind.from_pretrained(run / "model", dtype=dtype)
-    if plan.adapter.kind not in ("lora", "dora"):
+    if plan.adapter.kind not in LORAS:
         merged = export(requested(chosen(run), merge=True, out=run / "merged"))
         return kind.from_pretrained(merged, dtype=dtype)
     pipeline = kind.from_pretrained(family / "base", dtype=dtype)
@@ -241,8 +251,8 @@ def check_picture(family: Path, plan: Plan) -> None:
     assert found.std() > 1, "a picture without contrast proves nothing"
     # The pipeline's VAE runs in bf16 too, ours in its own float32.
     difference = np.abs(found - drawn).mean()
-    assert difference < (0.05 if exact else 6.0), difference
-    if exact:
-        base = getattr(diffusers, FAMILIES[family.name].pipeline).from_pretrained(family / "base")
-        changed = np.abs(found - pictured(family, base)).mean()
-        assert changed > max(0.01, 4 * difference), (changed, difference)
+    assert difference < (0.05 if exact else 2.0), difference
+    base = getattr(diffusers, FAMILIES[family.name].pipeline)
+    untrained = pictured(family, base.from_pretrained(family / "base", dtype=dtype))
+    changed = np.abs(found - untrained).mean()
+    assert changed > max(0.01, (4 if exact else 2) * difference), (changed, difference)

@@ -29,16 +29,14 @@ from runtime.new_tokens import FOLDER, file_of
 from tests.compiler.recipes import MACHINE, compiled, make_pictures
 from tests.runtime.tiny import make_tiny
 from tests.test_matrix import (
-    FIRST,
     LORA,
     PROMPT,
-    RECIPE,
     KillAfter,
     Killed,
     adapted,
     loaded,
     pictured,
-    refines,
+    told,
 )
 
 WORD = '\n[[embeddings.token]]\nname = "<k4>"\nvectors = 2\n'
@@ -48,6 +46,7 @@ TABLES = {  # the recipe's first table, and its last
     "inversion": ('[adapter]\nkind = "textual-inversion"\n', WORD),
     "pivotal": (LORA, WORD),
     "text": (LORA, TEXT),
+    "text-dylora": (adapted("dylora"), TEXT),
     "text-model": ("", TEXT),
     "text-pivotal": (LORA, WORD + TEXT),
     "sprint": ("[sprint]\n", ""),
@@ -63,7 +62,7 @@ def families_of(case: str) -> list[str]:
         return [name for name, card in cards if card.embedding_keys]
     if case == "text-pivotal":
         return [name for name, card in cards if card.embedding_keys and card.trainable_encoders]
-    if case in ("text", "text-model"):
+    if case in ("text", "text-dylora", "text-model"):
         return [name for name, card in cards if card.trainable_encoders]
     if case == "norms":
         return [name for name, card in cards if card.trained_component == "unet"]
@@ -117,16 +116,9 @@ def planned(
     folder: Path, name: str, case: str, compute: str, checkpointing: int
 ) -> tuple[Plan, Manifest]:
     first, last = TABLES[case]
-    told = RECIPE.format(
-        name=name,
-        family=folder.name,
-        adapter=first,
-        compute=compute,
-        checkpointing=checkpointing,
-        drawing=f'steps = 7\npicture = "{FIRST}"' if refines(folder) else "steps = 2",
-    )
+    text = told(folder, name, first, compute, checkpointing)
     path = folder / f"{name}.toml"
-    path.write_text((told.replace(PROMPT, WORDS) if "[[embeddings" in last else told) + last)
+    path.write_text((text.replace(PROMPT, WORDS) if "[[embeddings" in last else text) + last)
     result = compiled(path, machine=MACHINE)
     assert result.plan is not None and result.manifest is not None, result.diagnostics
     return result.plan, result.manifest
@@ -172,15 +164,16 @@ def check_picture(family: Path, plan: Plan) -> None:
     """Diffusers alone draws what the run drew, and something else without the result."""
     run, exact = Path(plan.run_folder), plan.precision.compute == "float32"
     prompt = WORDS if plan.embeddings is not None else PROMPT
-    pipeline = by_diffusers(family, plan, torch.float32 if exact else torch.bfloat16)
+    dtype = torch.float32 if exact else torch.bfloat16
+    pipeline = by_diffusers(family, plan, dtype)
     drawn = pictured(family, pipeline, prompt)
     (ours,) = (run / "samples").rglob("*.png")
     with Image.open(ours) as image:
         found = np.asarray(image.convert("RGB"), np.float32)
     assert found.std() > 1, "a picture without contrast proves nothing"
     difference = np.abs(found - drawn).mean()
-    assert difference < (0.05 if exact else 6.0), difference
-    if exact:
-        base = getattr(diffusers, FAMILIES[family.name].pipeline).from_pretrained(family / "base")
-        changed = np.abs(found - pictured(family, base, prompt)).mean()
-        assert changed > max(0.01, 4 * difference), (changed, difference)
+    assert difference < (0.05 if exact else 2.0), difference
+    base = getattr(diffusers, FAMILIES[family.name].pipeline)
+    untrained = pictured(family, base.from_pretrained(family / "base", dtype=dtype), prompt)
+    changed = np.abs(found - untrained).mean()
+    assert changed > max(0.01, (4 if exact else 2) * difference), (changed, difference)

@@ -417,7 +417,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            metavar="diffusers|kohya|comfyui|peft",
+            metavar="diffusers|kohya|comfyui|peft|lycoris",
             help="An adapter's keys; else as its kind is kept.",
             show_default=False,
         ),

@@ -20,13 +20,17 @@ def compile_copied(path: Path, overrides: Sequence[str], *, offline: bool) -> Co
 
     Copies only where nothing else is wrong: local checks first, the network last; never with
     `offline`. What was copied before is copied again where it has changed, but not under a run that
-    was begun: it could not go on. Raises RunFailed where something can't be copied.
+    was begun: it could not go on. Nor is such a run's plan without images that nobody gave changed
+    by those coming; any other run asks for them again. Raises RunFailed where something can't be
+    copied.
     """
     first = compiling.compile_here(path, overrides)
     compiled = _copied(first, path, overrides, offline)
+    fresh = frozenset(first.draft.absent if first.draft else ())
+    if not offline and _came(compiled, fresh):
+        compiled = compiling.compile_here(path, overrides)
     if compiled.plan is None or compiled.draft is None:
         return compiled
-    fresh = frozenset(first.draft.absent if first.draft else ())
     if not _renewed(compiled.plan, compiled.draft, offline, fresh):
         return compiled
     return _copied(compiling.compile_here(path, overrides), path, overrides, offline)
@@ -52,6 +56,26 @@ def _copied(compiled: Compiled, path: Path, overrides: Sequence[str], offline: b
     return compiled
 
 
+def _came(compiled: Compiled, fresh: Set[str]) -> bool:
+    """Whether images that could not be had before are here now, of a run that is not begun. Those
+    that are `fresh` were asked for a moment ago."""
+    errors = {fault.code for fault in compiled.diagnostics if fault.severity == "error"}
+    if compiled.draft is None or errors - {"no-images"} or _begun(compiled.plan):
+        return False
+    later = [url for url in compiled.draft.later if url not in fresh]
+    if not later:
+        return False
+    from runtime.data.pictures import copy_pictures
+
+    copy_pictures(later, compiled.draft.downloads, err)
+    return True
+
+
+def _begun(plan: Plan | None) -> str:
+    """The run folder, if the run was begun."""
+    return plan.run_folder if plan and lock_path(Path(plan.run_folder)).exists() else ""
+
+
 def _renewed(plan: Plan, draft: Draft, offline: bool, fresh: Set[str]) -> bool:
     """Whether copies were made again, because what they were made of has changed. Images that are
     `fresh` were copied a moment ago."""
@@ -64,7 +88,7 @@ def _renewed(plan: Plan, draft: Draft, offline: bool, fresh: Set[str]) -> bool:
                 "(--offline)"
             )
         return False
-    begun = plan.run_folder if lock_path(Path(plan.run_folder)).exists() else ""
+    begun = _begun(plan)
     sources = _renewed_sources(draft, begun)
     pictures = [url for url in draft.fetched if url not in fresh]
     if not pictures:

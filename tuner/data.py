@@ -26,9 +26,11 @@ def show_data(
     from runtime.files import write_whole
     from tuner.data_page import page
 
+    skips = compiled.draft.skips if compiled.draft else []
+    names = [(plan.sources[number].id, left, why) for number, left, why in skips]
     target = path or Path(f"{plan.name}-data.html")
     try:
-        write_whole(target, page(plan, manifest, compiled.outlook, diagnostics, most))
+        write_whole(target, page(plan, manifest, compiled.outlook, diagnostics, most, names))
     except OSError as error:
         err(f"error: `{target}` can't be written: {error.strerror or error}")
         return FAILED

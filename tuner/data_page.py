@@ -18,6 +18,10 @@ from tuner.html import document, table
 
 SHEETS = 40  # buckets with pictures; of the others the table tells
 FORMS = 6  # of one picture's captions that are written out
+OPEN = 8  # names that are not folded away
+
+Left = tuple[str, Sequence[str], str]
+"""A source, images that are left out of it, and why."""
 
 
 def page(
@@ -26,14 +30,16 @@ def page(
     outlook: Outlook | None,
     warnings: Sequence[Diagnostic],
     most: int,
+    left: Sequence[Left] = (),
 ) -> str:
-    """The whole document, with at most `most` pictures of each bucket."""
+    """The whole document, with at most `most` pictures of each bucket. What is `left` out is
+    named."""
     body = "".join(
         (
             _header(plan, manifest),
             "<main>",
             _sources(plan),
-            _left_out(plan, outlook, warnings),
+            _left_out(plan, outlook, warnings, left),
             _sizes(manifest),
             _buckets(plan),
             *_sheets(plan, manifest, most),
@@ -72,7 +78,7 @@ def _sources(plan: Plan) -> str:
             (
                 f"{escape(source.id)}<br><span class='soft small'>{_rules(source)}</span>",
                 f"{source.images:,}",
-                escape(source.repeats),
+                escape(source.repeats) if source.images else "-",
                 f"{samples:,}",
                 f"{samples / whole:.1%}",
                 f"{source.held_out:,}" if source.held_out else "-",
@@ -132,11 +138,13 @@ def _rules(source: DataSource) -> str:
     return "; ".join(words)
 
 
-def _left_out(plan: Plan, outlook: Outlook | None, warnings: Sequence[Diagnostic]) -> str:
+def _left_out(
+    plan: Plan, outlook: Outlook | None, warnings: Sequence[Diagnostic], left: Sequence[Left]
+) -> str:
     """Everything that is not trained, and why."""
     rows = [
-        (escape(row.source), f"{row.images:,}", escape(row.why))
-        for row in (outlook.skipped if outlook else ())
+        (escape(source), f"{len(names):,}", f"{escape(spelt(why))}{_names(names)}")
+        for source, names, why in left
     ]
     rows += [
         (escape(row.source), f"{row.count:,}", f"hidden: {escape(', '.join(row.names))}")
@@ -149,14 +157,29 @@ def _left_out(plan: Plan, outlook: Outlook | None, warnings: Sequence[Diagnostic
     ]
     said = [fault for fault in warnings if fault.path.startswith("data")]
     words = "".join(
-        f'<details><summary class="warning">{escape(fault.message)}</summary>'
-        f"<p class='small soft'>{escape(fault.help)}</p></details>"
+        f'<details><summary class="warning">{escape(fault.message)}</summary>{_advice(fault)}'
+        "</details>"
         for fault in said
     )
     if not rows and not words:
         return "<h2>Left out</h2><p class='soft'>Nothing: every image found is trained.</p>"
     titles = (("Source", ""), ("Images", "number"), ("Why", ""))
     return f"<h2>Left out</h2>{table(titles, rows) if rows else ''}{words}"
+
+
+def _names(names: Sequence[str]) -> str:
+    """All names, behind a fold where they are many."""
+    listed = "<br>".join(escape(spelt(name)) for name in names)
+    if len(names) <= OPEN:
+        return f"<br><span class='soft small'>{listed}</span>"
+    count = counted(len(names), "name")
+    return f"<details><summary>{count}</summary><span class='soft small'>{listed}</span></details>"
+
+
+def _advice(fault: Diagnostic) -> str:
+    lines = [*fault.notes, *fault.help.splitlines()]
+    listed = "<br>".join(escape(line) for line in lines)
+    return f"<p class='small soft'>{listed}</p>" if lines else ""
 
 
 def _sizes(manifest: Manifest) -> str:

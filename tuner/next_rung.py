@@ -11,6 +11,7 @@ from attrs import asdict, evolve, frozen
 from compiler import lock
 from compiler.families import FAMILIES
 from compiler.plan import Plan, lock_path
+from runtime.folder import RUNG
 from tuner.compiling import compile_here
 from tuner.plan_memory import peak
 from tuner.screen import err
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from runtime.errors import OutOfMemory
     from tuner.run import Job
 
-RUNG = "rung.json"
-"""In a run folder: with what the run went down the ladder."""
 BATCHES = "steps.micro_batch"
 """With the bits of the base, what another rung may change of a plan that a run has begun with: an
 adapter on a base in fewer bits, and sums in parts, go on from the weights that are there."""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from compiler.adapters import INVERSION, result_name
 from compiler.costs import Outlook
+from compiler.noise import entries_of, trained_entries
 from compiler.occasions import validation_steps
 from compiler.plan import (
     Adapter,
@@ -239,6 +240,8 @@ def adapter_words(adapter: Adapter) -> str:
     others = f", {counted(len(adapter.ranks), 'pattern')} of other ranks" if adapter.ranks else ""
     scale = number(adapter.alpha / root)
     sizes = f"rank {adapter.rank}, alpha {number(adapter.alpha)} (scale {scale})"
+    sizes += f", blocks of {adapter.block_size}" if adapter.block_size else ""
+    sizes += f", {adapter.min_rank} at full noise" if adapter.min_rank else ""
     return f"{adapter.kind}, {sizes}{others}{begun}"
 
 
@@ -435,8 +438,17 @@ def _levels(objective: Objective) -> str:
     else:
         words += ", shift by resolution" if by_size else f", shift {number(objective.shift)}"
     if (objective.min_sigma, objective.max_sigma) != (0.0, 1.0):
-        words += f", sigma {number(objective.min_sigma)} to {number(objective.max_sigma)}"
+        words += f", {_range(objective)}"
     return words + (", stratified" if objective.stratified else "")
+
+
+def _range(objective: Objective) -> str:
+    """The noise levels that are trained: sigma of a flow, timesteps of a table."""
+    inside = trained_entries(objective, 1.0)
+    if objective.table is None or inside is None:
+        return f"sigma {number(objective.min_sigma)} to {number(objective.max_sigma)}"
+    last = entries_of(objective) - 1
+    return f"timesteps {last - inside[1]} to {last - inside[0]} of {last + 1}"
 
 
 def _loss(objective: Objective) -> str:

@@ -229,17 +229,36 @@ def _execute(job: Job) -> Outcome:
 
 
 def _keep_manifest(job: Job) -> None:
-    """Save the list of samples beside the plan, so that `tuner run plan.lock.toml` has it."""
+    """Save the list of samples beside the plan, so that `tuner run plan.lock.toml` has it. One of
+    another plan stays where that is at work, or has trained."""
     from runtime.errors import RunFailed
+    from runtime.folder import idle
 
     folder = Path(job.plan.run_folder)
-    if lock_path(folder).exists() or (folder / MANIFEST).exists():
+    if not _is_new(job.plan):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        job.manifest.save(folder / MANIFEST)
+        with idle(folder) as free:
+            if free and _is_new(job.plan):
+                lock_path(folder).unlink(missing_ok=True)  # of the other list
+                job.manifest.save(folder / MANIFEST)
     except OSError as error:
         raise RunFailed(f"can't write the run folder: {error}") from error
+
+
+def _is_new(plan: Plan) -> bool:
+    """Whether the run folder has yet to be given the plan's list of samples: it has none, or that
+    of another plan, which has trained nothing."""
+    from runtime.folder import has_trained
+
+    folder = Path(plan.run_folder)
+    if not lock_path(folder).exists():
+        return not ((folder / MANIFEST).exists() and has_trained(folder))
+    try:
+        return lock.read(lock_path(folder)).manifest != plan.manifest and not has_trained(folder)
+    except lock.LockError:  # it is refused
+        return False
 
 
 def _note_copies(job: Job) -> None:

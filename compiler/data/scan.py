@@ -85,6 +85,7 @@ class Scan:
     lines: Mapping[str, tuple[str, ...] | Fault] | None = None
     """By key: lines of a caption that stand in the container; None: they stand beside the file."""
     absent: tuple[str, ...] = ()  # URLs that are not downloaded yet
+    later: tuple[tuple[str, Fault], ...] = ()  # those that were asked for and that nobody gave
     fetched: tuple[str, ...] = ()  # URLs that are
     unlisted: tuple[Unlisted, ...] = ()  # streamed containers nobody has looked into yet
 

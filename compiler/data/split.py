@@ -2,9 +2,10 @@
 
 Pictures are ranked by a hash of (seed, key), and the first of them are held out: `holdout` below 1
 is a share, of which `share * images` rounded half up, but at least one, is taken; a whole number is
-a count. The images are those that a source could train. The split depends on nothing else: not on
-resolutions, mirror images or other sources, so that all samples of a picture lie on one side of it.
-A larger `holdout` holds out what a smaller one does, and more.
+a count. The images are those that a source could train; one that several rows of a table name is
+one picture, called by the first of its keys, so that all its rows go where it goes. The split
+depends on nothing else: not on resolutions, mirror images or other sources, so that all samples of
+a picture lie on one side of it. A larger `holdout` holds out what a smaller one does, and more.
 """
 
 from __future__ import annotations

@@ -148,14 +148,15 @@ CARD = FamilyCard(
     default_resolution=1024,
     sampling="logit-normal",
     default_shift=3.0,
-    # Flux2KleinPipeline's `compute_empirical_mu` for 50 steps, whatever its scheduler says: on a
-    # line up to 4300 tokens (16 x 16 pixels each); above, it samples with less.
+    # Flux2KleinPipeline's `compute_empirical_mu`, whatever its scheduler says: on the line for 50
+    # steps up to 4300 tokens (16 x 16 pixels each), and above on one for any number of steps.
     token_shift=TokenShift(
         base_tokens=256,
         max_tokens=4096,
         base_shift=1.6216074698534737,
         max_shift=2.0233511571292637,
         stated=False,
+        far=(4300, 0.00016927, 0.45666666),
     ),
     prediction="flow",
     guidance=4.0,
@@ -181,7 +182,8 @@ CARD = FamilyCard(
         "The distilled models (FLUX.2-klein-4B, -9B) draw in four steps, which training undoes: "
         "train the base of the same size, and load its LoRA there.",
         "The pipeline shifts noise levels far more than its scheduler's configuration says; here "
-        "training follows the pipeline.",
+        "training follows the pipeline, at 50 steps. Above 4300 tokens (1024 x 1024 pixels have "
+        "4096) it shifts them much less at once.",
     ),
     packed=2,
     few_steps_key="is_distilled",

@@ -98,6 +98,7 @@ CARD = FamilyCard(
     default_shift=1.0,
     token_shift=None,  # the pipeline counts channels in place of tokens; the base states a shift
     prediction="flow",
+    time="1 - sigma",
     guidance=4.0,
     inference_steps=30,
     target_sets={

@@ -141,6 +141,7 @@ CARD = FamilyCard(
     runs=lambda config: [max(int(config.get("num_layers", 0)) - 1, 0)],
     shortened=lambda config, counts: {**config, "num_layers": counts[0] + 1},
     latent_channels_key="z_dim",
+    latent_statistics=True,
     moments=("mean", "std"),
     embedding_shapes=_embedding_shapes,
     unpadded_text=True,

@@ -169,6 +169,7 @@ CARD = FamilyCard(
     default_shift=3.0,
     token_shift=None,  # SanaPipeline hands no mu to its scheduler
     prediction="flow",
+    time="1000 sigma",
     few_step_pipeline="SanaSprintPipeline",
     guidance=4.5,
     inference_steps=20,

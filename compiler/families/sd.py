@@ -100,7 +100,7 @@ def _first(base: str) -> KnownModel:
     )
 
 
-def _second(base: str, resolution: int) -> KnownModel:
+def _second(base: str, resolution: int, **unet_facts: Any) -> KnownModel:
     """The models of 768 pixels predict v, those of 512 the noise."""
     scheduler = DDIM_V if resolution == 768 else PNDM
     return KnownModel(
@@ -109,7 +109,7 @@ def _second(base: str, resolution: int) -> KnownModel:
         configs={
             "scheduler": scheduler,
             "text_encoder": CLIP_H,
-            "unet": {**UNET_2, "sample_size": resolution // 8},
+            "unet": {**UNET_2, "sample_size": resolution // 8, **unet_facts},
             "vae": {**VAE, "sample_size": resolution},
         },
         parameters={"text_encoder": 340_387_840, "unet": 865_910_724, "vae": VAE_PARAMETERS},
@@ -172,7 +172,7 @@ CARD = FamilyCard(
         _second("stabilityai/stable-diffusion-2-base", 512),
         _second("stabilityai/stable-diffusion-2-1-base", 512),
         _second("stabilityai/stable-diffusion-2", 768),
-        _second("stabilityai/stable-diffusion-2-1", 768),
+        _second("stabilityai/stable-diffusion-2-1", 768, upcast_attention=True),
     ),
     traps=(
         "Stable Diffusion 2 at 768 pixels predicts v; its scheduler says so, and training follows.",

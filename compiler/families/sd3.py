@@ -215,6 +215,7 @@ CARD = FamilyCard(
     # The defaults in StableDiffusion3Pipeline.__call__.
     token_shift=TokenShift(base_tokens=256, max_tokens=4096, base_shift=0.5, max_shift=1.16),
     prediction="flow",
+    time="1000 sigma",
     guidance=7.0,
     inference_steps=28,
     target_sets={

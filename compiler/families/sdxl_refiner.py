@@ -78,8 +78,8 @@ CARD = evolve(
     },
     text_encoders=("text_encoder_2",),
     trainable_encoders=("text_encoder_2",),
-    runs_together=False,
-    embedding_keys={},
+    places=None,
+    embedding_keys={"text_encoder_2": "clip_g"},  # as in a file for SDXL
     kohya_encoders={"text_encoder_2": "lora_te"},  # ComfyUI's, of the larger CLIP alone
     runs=None,
     embedding_shapes=_embedding_shapes,

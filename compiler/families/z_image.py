@@ -126,6 +126,7 @@ CARD = FamilyCard(
     # The defaults in ZImagePipeline.__call__.
     token_shift=TokenShift(base_tokens=256, max_tokens=4096, base_shift=0.5, max_shift=1.15),
     prediction="flow",
+    time="1 - sigma",
     guidance=5.0,
     inference_steps=50,
     target_sets={

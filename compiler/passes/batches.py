@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from math import ceil
 
 from compiler.data.counts import bucket_rows, samples_per_epoch
@@ -27,8 +28,9 @@ def resolve_batches(draft: Draft) -> None:
     draft.decide(("train", "accumulate"), train.accumulate)
     if sizes is None or not _batch_fits(draft, sizes):
         return
+    draft.batch_sizes = tuple(sizes)
     draft.buckets = bucket_rows(draft.manifest, draft.sources, sizes)
-    spans = {source.id: _span(source) for source in draft.sources}
+    spans = {source.id: _span(source) for source in draft.sources if source.images}
     try:
         every = stages_of(
             draft.buckets,
@@ -38,17 +40,14 @@ def resolve_batches(draft: Draft) -> None:
             total=train.steps,
         )
     except Gap as gap:
-        draft.error(
-            "conflict",
-            _last_to_leave(draft),
-            f"no source trains in epoch {gap.epoch + 1}, and the run goes on",
-            help=f"let one go on longer, or let the run end there: epochs = {gap.epoch}",
-        )
+        _report_gap(draft, gap)
         return
     if not _all_train(draft, every):
         return
     first, last = every[0], every[-1]
     total = last_step(last, train.epochs or 0) if train.steps is None else train.steps
+    if not _all_leave(draft, last, total):
+        return
     draft.steps = Steps(
         total=total,
         per_epoch=first.per_epoch,
@@ -66,11 +65,56 @@ def resolve_batches(draft: Draft) -> None:
     _long_window(draft, draft.steps)
 
 
-def _last_to_leave(draft: Draft) -> KeyPath:
-    """The last `until` of the recipe, which leaves nothing to train."""
+def _report_gap(draft: Draft, gap: Gap) -> None:
+    """Blame the first `from` of the recipe where nothing trains at the start, else the last
+    `until`."""
     recipes = draft.recipe.data.source
+    joining = [number for number, recipe in enumerate(recipes) if recipe.start is not None]
     leaving = [number for number, recipe in enumerate(recipes) if recipe.until is not None]
-    return ("data", "source", leaving[-1], "until") if leaving else ("data", "source")
+    where: KeyPath = ("data", "source")
+    if gap.epoch == 0 and joining:
+        where, help = (*where, joining[0], "from"), "leave `from` out of one of the sources"
+    elif gap.epoch == 0:
+        help = "leave `until` out of one of the sources"
+    else:
+        help = f"let one go on longer, or let the run end there: epochs = {gap.epoch}"
+    if len(where) == 2 and leaving:
+        where = (*where, leaving[-1], "until")
+    draft.error(
+        "conflict",
+        where,
+        f"no source trains in epoch {gap.epoch + 1}, and the run goes on",
+        help=help,
+    )
+
+
+def _all_leave(draft: Draft, last: Stage, total: int) -> bool:
+    """Refuse an `until` within the last epoch of `total` steps: none begins at which a source could
+    leave. One that the run does not reach is none."""
+    end = last.first_epoch + Fraction(total - last.first_step, last.per_epoch)
+    for source in draft.sources:
+        until = _span(source).until
+        if until is None or source.id not in last.sources:
+            continue
+        if (until.steps or 0) < total if until.epochs is None else until.epochs < end:
+            draft.error(
+                "no-effect",
+                ("data", "source", _entry(draft, source), "until"),
+                f"source `{source.id}` never leaves: no epoch begins between that and the run's "
+                "end",
+                help="sources join and leave only where an epoch begins",
+            )
+            return False
+    return True
+
+
+def _entry(draft: Draft, source: DataSource) -> int:
+    """The number of an entry of the recipe that says of `source` when it trains."""
+    return next(
+        number
+        for number, recipe in enumerate(draft.recipe.data.source)
+        if (str(recipe.start or ""), str(recipe.until or "")) == (source.first, source.until)
+    )
 
 
 def _span(source: DataSource) -> Span:
@@ -83,17 +127,12 @@ def _span(source: DataSource) -> Span:
 def _all_train(draft: Draft, every: Sequence[Stage]) -> bool:
     """Refuse a source that no epoch of the run takes."""
     ever = {name for stage in every for name in stage.sources}
-    idle = [source for source in draft.sources if source.id not in ever]
+    idle = [source for source in draft.sources if source.images and source.id not in ever]
     for source in idle:
         key = "from" if source.first else "until"
-        number = next(
-            n
-            for n, recipe in enumerate(draft.recipe.data.source)
-            if (str(recipe.start or ""), str(recipe.until or "")) == (source.first, source.until)
-        )
         draft.error(
             "no-effect",
-            ("data", "source", number, key),
+            ("data", "source", _entry(draft, source), key),
             f"source `{source.id}` never trains: it joins and leaves between two epochs, or the "
             "run ends before",
             help="sources join and leave only where an epoch begins",
@@ -177,6 +216,8 @@ def _batch_fits(draft: Draft, sizes: list[int]) -> bool:
     that can, trains in short batches, and so does a bucket."""
     held: dict[KeyPath, list[tuple[int, int, int]]] = {}  # samples, number and size of each source
     for number, (source, size) in enumerate(zip(draft.sources, sizes, strict=True)):
+        if not source.images:  # nothing of it is trained
+            continue
         samples = samples_per_epoch(source.images, source.repeats)
         held.setdefault(_place_of_size(draft, source), []).append((samples, -number, size))
     fits = True

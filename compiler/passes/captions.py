@@ -10,6 +10,7 @@ from attrs import frozen
 from compiler import plan
 from compiler.data.captions import COMPANION, all_captions, from_name, tidy
 from compiler.data.scan import Fault, Picture, Scan, shown
+from compiler.data.sources.spots import metadata_tables
 from compiler.data.variants import PLACEHOLDER, forms, is_random, named, says, tags_of
 from compiler.draft import Draft
 from compiler.passes.inherited import Effects, inherited, path_of
@@ -28,8 +29,8 @@ class Captioned:
     """The pictures that are trained, with all that each may be told."""
 
     pictures: tuple[tuple[Picture, tuple[str, ...]], ...]
-    skipped: int  # for want of a caption
-    broken: int  # skipped because theirs can't be read
+    skipped: tuple[str, ...]  # for want of a caption
+    broken: tuple[str, ...]  # skipped because theirs can't be read
     fallbacks: int  # told what `missing` says instead
 
 
@@ -173,8 +174,10 @@ def captioned(
     instead = {p.key: texts for p in without if (texts := _fallback(p.key, captions))}
     told = [(p, texts or instead.get(p.key, ())) for p, texts in pairs]
     left = [picture.key for picture, texts in told if not texts]
-    if left and not _without(draft, where, recipe, left, len(pictures), captions):
-        return Captioned(pictures=(), skipped=len(left), broken=len(faults), fallbacks=len(instead))
+    skipped, unread = tuple(left), tuple(fault.path for fault in faults)
+    tables = metadata_tables(str(folder)) if left and scan.lines is None else []
+    if left and not _without(draft, where, recipe, left, len(pictures), captions, tables):
+        return Captioned(pictures=(), skipped=skipped, broken=unread, fallbacks=len(instead))
     _judge(draft, where, recipe, [texts for _, texts in told if any(texts)], captions)
     return Captioned(
         pictures=tuple(
@@ -182,8 +185,8 @@ def captioned(
             for p, texts in told
             if texts
         ),
-        skipped=len(left),
-        broken=len(faults),
+        skipped=skipped,
+        broken=unread,
         fallbacks=len(instead),
     )
 
@@ -230,8 +233,10 @@ def _without(
     left: Sequence[str],
     count: int,
     captions: plan.Captions,
+    tables: Sequence[str],
 ) -> bool:
-    """Say that pictures have no caption; returns whether to go on without them."""
+    """Say that pictures have no caption, which the `tables` beside them may hold; returns whether
+    to go on without them."""
     message = f"{len(left)} of {count} images in `{recipe.path}` have no caption"
     if captions.missing == "skip":
         draft.warn(
@@ -242,9 +247,17 @@ def _without(
         "missing-captions",
         (*where, "path"),
         message,
-        help=listed(left) + "\n" + _ways(captions),
+        help="\n".join((listed(left), *_table(tables), _ways(captions))),
     )
     return False
+
+
+def _table(names: Sequence[str]) -> list[str]:
+    """How captions are read that stand in a table beside the images."""
+    if not names:
+        return []
+    files = ", ".join(f'"{shown(name)}"' for name in names[:LISTED])
+    return [f"they may stand in a table that lies there: files = [{files}]"]
 
 
 def _ways(captions: plan.Captions) -> str:

@@ -9,6 +9,7 @@ from attrs import evolve
 from compiler import plan
 from compiler.diagnostics import choices
 from compiler.draft import Draft, ModelFacts
+from compiler.noise import sampled_so
 from compiler.passes.precision import FORMATS, refuse_half
 from compiler.passes.weights_file import resolve_file
 from compiler.quantisers import QUANTISERS
@@ -71,7 +72,9 @@ def settle(draft: Draft, name: str, kind: plan.Quantisation, *, why: str = "") -
 def model_plan(draft: Draft) -> plan.Model:
     """The model as the plan states it."""
     assert draft.model is not None and draft.precision is not None
-    facts, family = draft.model, draft.model.family
+    facts, family, configs = draft.model, draft.model.family, dict(draft.model.configs)
+    if draft.adapter is None and draft.objective is not None:  # else the base's own is sampled with
+        configs["scheduler"] = sampled_so(configs["scheduler"], draft.objective.table)
     return plan.Model(
         family=family.name,
         base=facts.base,
@@ -93,9 +96,7 @@ def model_plan(draft: Draft) -> plan.Model:
             )
             for name, class_name in family.components.items()
         ),
-        configs={
-            name: json.dumps(config, sort_keys=True) for name, config in facts.configs.items()
-        },
+        configs={name: json.dumps(each, sort_keys=True) for name, each in configs.items()},
     )
 
 

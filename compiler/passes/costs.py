@@ -37,7 +37,7 @@ def judge_costs(draft: Draft, plan: Plan) -> Outlook:
 
 def _skipped(draft: Draft) -> tuple[Skipped, ...]:
     names = [source.id for source in draft.sources]
-    rows = [Skipped(source=names[n], images=count, why=why) for n, count, why in draft.skips]
+    rows = [Skipped(source=names[n], images=len(left), why=why) for n, left, why in draft.skips]
     return tuple(rows)
 
 

@@ -5,7 +5,10 @@ Each entry of the recipe becomes one source of the plan, or one for each of its 
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from attrs import Factory, define, evolve
@@ -30,12 +33,12 @@ from compiler.spans import KeyPath
 class Found:
     """What one entry of the recipe gives."""
 
-    trained: set[str]  # pictures, by where they lie
-    held_out: set[str]
+    trained: set[str]  # identities of pictures, where any source holds some out
+    held_out: dict[str, str]  # with what each is called
     judged: list[Sample] = Factory(list)  # of those held out
     sources: list[plan.DataSource] = Factory(list)
     samples: list[Sample] = Factory(list)
-    skips: list[tuple[int, int, str]] = Factory(list)  # (number of the source, images, why)
+    skips: list[tuple[int, tuple[str, ...], str]] = Factory(list)  # as in a Draft
 
 
 def resolve_data(draft: Draft) -> None:
@@ -64,7 +67,7 @@ def resolve_data(draft: Draft) -> None:
         return
     judge_leaks(draft, [(each.trained, each.held_out) for each in found])
     judge_targets(draft)
-    groups = with_repeats(draft, [each.sources for each in found])
+    groups = with_repeats(draft, [each.sources for each in found], [_counts(e) for e in found])
     if groups is None or not _differ(draft, [source for group in groups for source in group]):
         return
     draft.skips = [row for each in found for row in each.skips]
@@ -77,6 +80,12 @@ def resolve_data(draft: Draft) -> None:
         (sample for each in found for sample in each.samples),
         _judged(draft, found),
     )
+
+
+def _counts(found: Found) -> list[int]:
+    """The images of each bucket."""
+    places = ((each.source, each.placement) for each in found.samples)
+    return list(Counter((source, at.width, at.height) for source, at in places).values())
 
 
 def _judged(draft: Draft, found: Sequence[Found]) -> list[Sample] | None:
@@ -151,13 +160,15 @@ def _source(
         draft, where, recipe, folder, evolve(found, pictures=tuple(pictures)), captions, broken
     )
     if told.skipped:
-        skips.append(Skip(images=told.skipped, why="no caption"))
+        skips.append(Skip(names=told.skipped, why="no caption"))
     if told.broken:
-        skips.append(Skip(images=told.broken, why="a caption that can't be read"))
-    kept = trained(draft, where, recipe, told.pictures)
+        skips.append(Skip(names=told.broken, why="a caption that can't be read"))
+    identities = _identities(draft, spot, [picture for picture, _ in told.pictures])
+    kept = trained(draft, where, recipe, told.pictures, identities)
     if kept is None:
         return None
-    if not judge_masks(draft, where, recipe, masks, [one for one, _ in kept], folder):
+    masked = [picture for picture, _ in kept or told.pictures]
+    if not judge_masks(draft, where, recipe, masks, masked, folder):
         return None
     base = plan.DataSource(
         id=name,
@@ -180,14 +191,18 @@ def _source(
         first=moment(draft, where, "from", recipe.start),
         until=moment(draft, where, "until", recipe.until),
     )
-    made = Found(
-        trained=(seen := {_identity(spot, picture) for picture, _ in kept}),
-        held_out={_identity(spot, picture) for picture, _ in told.pictures} - seen,
-    )
+    made = Found(trained=set(), held_out={})
+    seen = {picture.key for picture, _ in kept} if identities else set()
+    for (picture, _), identity in zip(told.pictures, identities, strict=False):  # or there are none
+        if picture.key in seen:
+            made.trained.add(identity)
+        else:
+            made.held_out[identity] = _called(spot, picture)
     for geometry in geometries:
         source = first + len(made.sources)
         samples, left = placed(draft, where, recipe, kept, geometry, source)
-        if not samples:
+        judged = held_out(draft, told.pictures, kept, geometry, source)
+        if not (samples or (recipe.holdout == "all" and judged)):
             _report_none(draft, where, recipe, spot, found, [*skips, *left])
             return None
         made.sources.append(
@@ -201,9 +216,9 @@ def _source(
             )
         )
         made.samples += masks.given(samples)
-        made.judged += masks.given(held_out(draft, told.pictures, kept, geometry, source))
+        made.judged += masks.given(judged)
         number = first + len(made.sources) - 1
-        made.skips += [(number, skip.images, skip.why) for skip in (*skips, *left)]
+        made.skips += [(number, skip.names, skip.why) for skip in (*skips, *left)]
     return made
 
 
@@ -225,8 +240,22 @@ def _report_none(
         )
 
 
-def _identity(spot: Spot, picture: Picture) -> str:
-    """The same for a file whether it was found in a folder or named by a table."""
+def _identities(draft: Draft, spot: Spot, pictures: Sequence[Picture]) -> list[str]:
+    """Of each picture what is the same by whatever path, link or row it is found: its file, and its
+    place where that is a container. Empty where no source holds any out, and nobody asks."""
+    if not any(recipe.holdout for recipe in draft.recipe.data.source):
+        return []
+    folder = lru_cache(maxsize=256)(os.path.realpath)
+    found = []
+    for picture in pictures:
+        above, name = os.path.split(picture.file or f"{spot.root}/{picture.key}")
+        path = os.path.join(folder(above), name)
+        path = os.path.realpath(path) if os.path.islink(path) else path
+        found.append(path if picture.at == ALONE else f"{path}/{picture.at}")
+    return found
+
+
+def _called(spot: Spot, picture: Picture) -> str:
     if not picture.file:
         return f"{spot.root}/{picture.key}"
     return picture.file if picture.at == ALONE else f"{picture.file}/{picture.key}"

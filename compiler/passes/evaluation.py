@@ -62,11 +62,9 @@ def judged_weights(draft: Draft, where: KeyPath, asked: str) -> plan.Judged:
 
 def _groups(draft: Draft, judged: Manifest) -> tuple[plan.HeldOut, ...]:
     """The held-out images of each source and size, in batches as large as those in which the
-    source trains; without gradients they need less."""
-    sizes: dict[str, int] = {}
-    for bucket in draft.buckets:
-        least = sizes.get(bucket.source, bucket.batch_size)
-        sizes[bucket.source] = min(least, bucket.batch_size)
+    source trains, or would; without gradients they need less."""
+    ids = (source.id for source in draft.sources)
+    sizes = dict(zip(ids, draft.batch_sizes, strict=True))
     return tuple(
         plan.HeldOut(
             source=judged.folders[members.source].id,

@@ -261,8 +261,9 @@ def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]
         channels = configs["vae"][family.latent_channels_key]
         family.embedding_shapes(configs, family.prompt_length)
         good = 0 < multiple <= 1024 and 0 < shift < inf and type(channels) is int and channels > 0
-        noise_table(family, configs["scheduler"])
         predicted(family, configs["scheduler"])
+        noise_table(family, configs["scheduler"])
+        _same_latents(family, configs["vae"])
         why = "sizes or the shift in them are out of range"
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
         good, why = False, f"{type(error).__name__}: {error}"
@@ -276,6 +277,13 @@ def _usable(draft: Draft, family: FamilyCard, configs: dict[str, dict[str, Any]]
             help="copy the config.json files of the published pipeline, as they are",
         )
     return good
+
+
+def _same_latents(family: FamilyCard, vae: dict[str, Any]) -> None:
+    """Raises ValueError for an autoencoder whose latents are normalised as the family's are not."""
+    stated = [key for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
+    if stated and not family.latent_statistics:
+        raise ValueError(f"its vae normalises latents by `{stated[0]}`, as none of its models does")
 
 
 def _json(path: Path) -> dict[str, Any] | None:

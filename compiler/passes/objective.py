@@ -10,7 +10,15 @@ from attrs import evolve
 from compiler import plan
 from compiler.draft import Draft
 from compiler.families.card import FamilyCard
-from compiler.noise import entries_of, level, noise_table, predicted, shift_of, trained_entries
+from compiler.noise import (
+    entries_of,
+    knows_zero_snr,
+    level,
+    noise_table,
+    predicted,
+    shift_of,
+    trained_entries,
+)
 from compiler.schema.ranges import LEAST_SHIFT, MOST_SHIFT
 from compiler.spans import KeyPath
 
@@ -160,13 +168,28 @@ def _table(draft: Draft, prediction: str) -> plan.NoiseTable | None:
             help="leave `zero_terminal_snr` out, or train a base that predicts v",
         )
     elif zero != table.zero_terminal_snr:
-        draft.warn(
-            "shift-differs",
-            (*where, "zero_terminal_snr"),
-            f"trained with zero_terminal_snr = {str(zero).lower()}, but the base's scheduler "
-            "samples otherwise",
-        )
+        _judge_sampling(draft, zero)
     return evolve(table, zero_terminal_snr=zero)
+
+
+def _judge_sampling(draft: Draft, zero: bool) -> None:
+    """Warn where pictures are drawn on other noise levels than are trained. A whole model brings a
+    scheduler of its own, which says them."""
+    assert draft.model is not None
+    scheduler = draft.model.configs["scheduler"]
+    kind, able = scheduler.get("_class_name", "scheduler"), knows_zero_snr(scheduler)
+    if draft.recipe.adapter is None and able:
+        return
+    taken = kind if able else "DDIMScheduler"
+    spacing = ', timestep_spacing="trailing"' if zero else ""
+    stated = f"rescale_betas_zero_snr={zero}{spacing}"
+    draft.warn(
+        "shift-differs",
+        ("train", "noise", "zero_terminal_snr"),
+        f"trained with zero_terminal_snr = {str(zero).lower()}, but the base's scheduler "
+        "samples otherwise",
+        help=f"draw with `{taken}.from_config(pipeline.scheduler.config, {stated})`",
+    )
 
 
 def _shift(draft: Draft) -> tuple[float, plan.ShiftRule | None]:
@@ -225,6 +248,9 @@ def _rule(draft: Draft, scheduler: Mapping[str, Any]) -> plan.ShiftRule | None:
         base_shift=float(stated("base_shift", facts.base_shift)),
         max_shift=float(stated("max_shift", facts.max_shift)),
         kind="linear" if scheduler.get("time_shift_type") == "linear" else "exponential",
+        far=plan.FarShift(tokens=facts.far[0], slope=facts.far[1], start=facts.far[2])
+        if facts.far is not None
+        else None,
     )
 
 

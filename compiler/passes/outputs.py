@@ -403,4 +403,5 @@ def _near(edge: int, multiple: int) -> int:
 
 
 def _training_edge(draft: Draft, multiple: int) -> int:
-    return _near(round(edge_of(draft.sources[0].geometry)), multiple)
+    first = next(source for source in draft.sources if source.images)
+    return _near(round(edge_of(first.geometry)), multiple)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from attrs import evolve
+
 from compiler import plan
 from compiler.data.scan import Scan, scan, shown
-from compiler.data.sources.listing import SourceUnfit, Wanted
+from compiler.data.sources.listing import PATH, SourceUnfit, Wanted
 from compiler.data.sources.remote import HUB, Remote, copied, hub_parts, is_remote
 from compiler.data.sources.spots import Spot, spot_of
 from compiler.data.sources.streams import judge
 from compiler.draft import Draft
-from compiler.passes.captions import listed
+from compiler.passes.captions import LISTED, listed
+from compiler.passes.inherited import own_or_data
 from compiler.passes.masks import stated
 from compiler.schema import SourceRecipe
 from compiler.spans import KeyPath
@@ -118,7 +121,11 @@ def _path(draft: Draft, where: KeyPath, recipe: SourceRecipe) -> Path | None:
 
 
 def _have(count: int, path: str) -> str:
-    return f"1 image of `{path}` has" if count == 1 else f"{count} images of `{path}` have"
+    return f"{_images(count, path)} {'has' if count == 1 else 'have'}"
+
+
+def _images(count: int, path: str) -> str:
+    return f"1 image of `{path}`" if count == 1 else f"{count} images of `{path}`"
 
 
 _HOW = "`tuner run` copies it first, once; a plan opens no connection"
@@ -161,8 +168,9 @@ def scanned(
         return None
     draft.decide((*where, "image"), column or "none", by="decided", why="by its name")
     draft.fetched += found.fetched
+    urls = [url for url, _ in found.later]
     if found.absent:
-        draft.absent += found.absent
+        draft.absent += [*found.absent, *urls]
         draft.error(
             "not-downloaded",
             (*where, "path"),
@@ -170,7 +178,19 @@ def scanned(
             help=f"{_HOW}: {listed(found.absent)}",
         )
         return None
-    return found, column
+    if urls and own_or_data(draft, where, "broken") == "error":
+        draft.absent += urls
+        draft.error(
+            "not-downloaded",
+            (*where, "path"),
+            f"{_images(len(urls), recipe.path)} could not be reached when last asked for",
+            help='`tuner run` asks again; to go on without, broken = "skip"',
+            notes=tuple(str(fault) for _, fault in found.later[:LISTED]),
+        )
+        return None
+    draft.later += urls
+    faults = sorted((*found.faults, *(fault for _, fault in found.later)), key=lambda f: f.path)
+    return evolve(found, faults=tuple(faults)), column
 
 
 def _judge_image(draft: Draft, where: KeyPath, recipe: SourceRecipe, spot: Spot) -> bool:
@@ -207,4 +227,5 @@ def _report(draft: Draft, where: KeyPath, recipe: SourceRecipe, error: SourceUnf
     message = error.message
     if error.code in ("missing-path", "unreadable-source"):
         message = f"`{recipe.path}`: {message}"
-    draft.report("error", error.code, path, message, help=error.help)
+    help = error.help.replace(PATH, recipe.path.rstrip("/"))
+    draft.report("error", error.code, path, message, help=help)

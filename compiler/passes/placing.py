@@ -26,8 +26,13 @@ Told = tuple[Picture, tuple[str, ...]]
 class Skip:
     """Pictures of one source that are left out, for one reason."""
 
-    images: int
+    names: tuple[str, ...]
     why: str
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.names)
 
 
 def usable(
@@ -40,8 +45,10 @@ def usable(
     faults = [*found.faults, *odd]
     if faults:
         _report_faults(draft, where, recipe, faults, broken)
-    reasons = [fault.why for fault in faults]
-    skips = [Skip(images=reasons.count(why), why=why) for why in dict.fromkeys(reasons)]
+    reasons: dict[str, list[str]] = {}
+    for fault in faults:
+        reasons.setdefault(fault.why, []).append(fault.path)
+    skips = [Skip(names=tuple(names), why=why) for why, names in reasons.items()]
     pictures = [p for p in found.pictures if not unusable(p.width, p.height)]
     least = own_or_data(draft, where, "min_size")
     for code, why, fits in (
@@ -51,7 +58,7 @@ def usable(
         pictures, left = _parted(pictures, fits)
         if left:
             _report_skipped(draft, where, recipe, code, why, left, len(pictures) + len(left))
-            skips.append(Skip(images=len(left), why=why))
+            skips.append(Skip(names=tuple(p.key for p in left), why=why))
     return pictures, skips
 
 
@@ -100,8 +107,8 @@ def placed(
     if small and not geometry.upscale:
         why = f"smaller than {'its' if len(small) == 1 else 'their'} bucket"
         _report_skipped(draft, where, recipe, "too-small", why, small, len(told))
-        skips.append(Skip(images=len(small), why="smaller than the bucket"))
-        left = {p.key for p in small}
+        left = {p.key: None for p in small}
+        skips.append(Skip(names=tuple(left), why="smaller than the bucket"))
         pairs = [pair for pair in pairs if pair[0][0].key not in left]
     elif small and geometry.resize == "none":
         _report_too_large(draft, where, recipe, small, places, told)

@@ -84,6 +84,14 @@ def _conflicts(draft: Draft, precision: Precision) -> None:
     for key in halves[:1]:
         if family is not None and family.fp16_overflows:
             refuse_half(draft, family.title, ("precision", key))
+    if family is not None and family.fp16_overflows and draft.recipe.cache.precision == "fp16":
+        draft.warn(
+            "fp16-cache",
+            ("cache", "precision"),
+            f"what {family.title}'s encoders make may exceed what fp16 holds (65504): a run ends "
+            "where it does",
+            help='say "bf16", which takes as much room, or "fp32"',
+        )
     if precision.trained == "float16":
         draft.error(
             "fp16-trained",

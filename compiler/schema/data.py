@@ -129,10 +129,12 @@ class SourceRecipe:
     """Of shards and tables: the column with the image, its path or its URL. "auto": the one that is
     called like it."""
     repeats: Annotated[float, Range(gt=0, le=1_000_000)] = 1.0
-    """Passes over the source in each epoch; fractions are allowed."""
+    """Passes over the source in each epoch; fractions are allowed, and each bucket's share is
+    rounded up."""
     weight: PositiveFloat | None = None
-    """Instead of `repeats`, for all sources: they are seen in the ratio of their weights, and an
-    epoch is as long as it takes to see each image at least once."""
+    """Instead of `repeats`, for all sources: they are seen in the ratio of their weights, as nearly
+    as their buckets can be divided, and an epoch is as long as it takes to see each image at least
+    once."""
     regularisation: RegularisationRecipe | None = None
     """These are images of the class, not of the subject, so that the class is not forgotten."""
     start: Interval | None = field(default=None, metadata={"key": "from"})
@@ -141,8 +143,10 @@ class SourceRecipe:
     """When it leaves: after so many steps or epochs, at the next epoch that begins."""
     mask: MaskRecipe | Literal["none"] | None = None
     """Learn only a part of each image. "none": all of it, whatever `[data]` says."""
-    holdout: Annotated[float, Range(ge=0, le=1_000_000)] = 0.0
-    """Images that are not trained on: a share below 1, or a whole number of them."""
+    holdout: Annotated[float, Range(ge=0, le=1_000_000)] | Literal["all"] = 0.0
+    """Images that are not trained on: a share below 1, or a whole number of them. Rows of a table
+    that name one image count once, and are held out together. "all": a source that nothing is
+    trained on, to be judged by."""
     resolution: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     """Pixels (megapixels for resolution_type = "area"). Of a list, each image is a sample of
     each."""

@@ -70,38 +70,52 @@ class AdapterRecipe:
     """An adapter on the frozen base. Leave the table out for a full fine-tune."""
 
     kind: Literal[
-        "lora", "dora", "lokr", "loha", "glora", "ia3", "full", "oft", "boft", "textual-inversion"
+        "lora",
+        "dora",
+        "dylora",
+        "lokr",
+        "loha",
+        "glora",
+        "ia3",
+        "full",
+        "oft",
+        "boft",
+        "textual-inversion",
     ]
     """Low-rank adaptation (arXiv 2106.09685), the same with the lengths of rows apart ("dora",
-    2402.09353), Kronecker's ("lokr", 2309.14859) and Hadamard's product ("loha", 2108.06098), two
-    updates of which one is a product with the weight ("glora", 2306.07967), a factor for each
-    output ("ia3", 2205.05638), a whole matrix ("full"), or rotations of blocks ("oft", 2306.07280)
-    and products of such ("boft", 2311.06243). There is no "dylora": `tuner export --resize` cuts
-    one LoRA to any smaller rank. "textual-inversion" (2208.01618) leaves the model as it is and
-    learns the new tokens of `[embeddings]` alone."""
+    2402.09353), LoRA that can be cut to smaller ranks ("dylora", 2210.07558: a step trains a block
+    of ranks on top of those before it), Kronecker's ("lokr", 2309.14859) and Hadamard's product
+    ("loha", 2108.06098), two updates of which one is a product with the weight ("glora",
+    2306.07967), a factor for each output ("ia3", 2205.05638), a whole matrix ("full"), or rotations
+    of blocks ("oft", 2306.07280) and products of such ("boft", 2311.06243). "textual-inversion"
+    (2208.01618) leaves the model as it is and learns the new tokens of `[embeddings]` alone."""
     rank: Annotated[int, Range(ge=1, le=16_384)] = 16
     """Rank of the update."""
     alpha: PositiveFloat | Auto = "auto"
     """The update is scaled by alpha / rank. "auto": alpha = rank."""
     ranks: dict[str, Annotated[int, Range(ge=1, le=16_384)]] = field(factory=dict)
     """Module name pattern -> rank, where it is not `rank`. The first that matches counts."""
+    min_rank: Annotated[int, Range(ge=1, le=16_384)] | None = None
+    """Of "lora": train and draw with this rank where all is noise, and with more of `rank` the less
+    noise there is (T-LoRA, arXiv 2507.05964), against learning few pictures by heart. Programs that
+    load the file know nothing of it. By default `rank` at all noise levels."""
     alphas: dict[str, PositiveFloat] = field(factory=dict)
     """Module name pattern -> alpha, where it is not `alpha`."""
     scaling: Literal["rank", "sqrt-rank"] = "rank"
-    """Of "lora" and "dora": scale by alpha / rank, or by alpha / sqrt(rank), which keeps large
-    ranks from learning less (rsLoRA, arXiv 2312.03732)."""
+    """Of "lora", "dora" and "dylora": scale by alpha / rank, or by alpha / sqrt(rank), which keeps
+    large ranks from learning less (rsLoRA, arXiv 2312.03732)."""
     dropout: Rate = 0.0
-    """Dropout on the input of "lora" and "dora"; share of the blocks that "oft" and "boft" leave
-    unrotated in a step."""
+    """Dropout on the input of "lora", "dora" and "dylora"; share of the blocks that "oft" and
+    "boft" leave unrotated in a step."""
     rank_dropout: Rate = 0.0
     """Of "lokr" and "loha": chance of each row of the update to be left out in a step."""
     module_dropout: Rate = 0.0
     """Of "lokr" and "loha": chance of a layer to go without its update in a step."""
     init: Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"] = "gaussian"
-    """Of "lora" and "dora": how the first matrix starts (the second one starts at zero). Of "lora":
-    "orthogonal" starts both so that their product is zero; "pissa" (arXiv 2404.02948) starts with
-    the largest singular values of the base's weights and "olora" (2406.01775) with their QR
-    decomposition, both of which the result gives back to the base."""
+    """Of "lora", "dora" and "dylora": how the first matrix starts (the second one starts at zero).
+    Of "lora": "orthogonal" starts both so that their product is zero; "pissa" (arXiv 2404.02948)
+    starts with the largest singular values of the base's weights and "olora" (2406.01775) with
+    their QR decomposition, both of which the result gives back to the base."""
     factor: Annotated[int, Range(ge=2, le=65_536)] | None = None
     """Of "lokr": edges are split into two numbers, one of which is near to this; by default both
     are near to the root."""
@@ -118,9 +132,10 @@ class AdapterRecipe:
     train_norm: bool = False
     """Of "lokr", "loha", "glora" and "full": train weights and biases of all layer norms and group
     norms too (LyCORIS' key of this name). Most transformers have none, UNets have many."""
-    block_size: Annotated[int, Range(ge=2, le=16_384)] | None = None
+    block_size: Annotated[int, Range(ge=1, le=16_384)] | None = None
     """Of "oft" and "boft", which have no rank: inputs that are rotated together. Must divide their
-    number. By default 32 and 8."""
+    number. By default 32 and 8. Of "dylora": ranks that a step trains together; divides `rank`. By
+    default the largest of 4, 2 and 1 that does."""
     block_share: bool = False
     """Of "oft": rotate all blocks of a layer alike."""
     butterfly_factors: Annotated[int, Range(ge=1, le=16)] = 1

@@ -115,8 +115,8 @@ class TimestepsRecipe:
     beta: Annotated[float, Range(ge=0.05, le=1000)] = 2.0
     """Of "beta": more means more noise."""
     min: Probability = 0.0
-    """Least noise that is trained, as sigma after the shift. Inside `min` and `max` the density
-    keeps its shape."""
+    """Least noise that is trained, as sigma after the shift; of a model with a table of T noise
+    levels, timestep t is (t + 1) / T. Inside `min` and `max` the density keeps its shape."""
     max: Probability | Auto = "auto"
     """Most noise that is trained, as sigma after the shift. "auto": 1, pure noise; for an expert
     for little noise (SDXL's refiner) what it was made for."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from runtime.families.base import Family, Framed, TextEmbedding
 
 TILE, STRIDE = 512, 448  # pixels
+SAMPLED = ("rescale_betas_zero_snr", "timestep_spacing")
+"""What `compiler.noise.sampled_so` says anew of a scheduler."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -80,7 +82,7 @@ def load_component(
     if model.revision:
         place["revision"] = model.revision
     if not issubclass(cls, nn.Module):
-        return cls.from_pretrained(model.base, **place)
+        return cls.from_pretrained(model.base, **place, **_restated(model, name))
     part = component_of(model, name)
     if part.quantize != "none" or name == model.trained_component:
         found = _streamed(model, part, dtype, device)
@@ -109,6 +111,13 @@ def in_tiles(component: Any, part: Component) -> Any:
         else:
             component.enable_tiling(TILE, TILE, STRIDE, STRIDE)
     return component
+
+
+def _restated(model: Model, name: str) -> dict[str, Any]:
+    """What the plan says of a scheduler and its folder perhaps otherwise: a model that is trained
+    on other noise levels than the base is sampled on these."""
+    config = config_of(model, name) if name == "scheduler" else {}
+    return {key: config[key] for key in SAMPLED if key in config}
 
 
 def _where(part: Component, device: torch.device) -> torch.device:
@@ -404,4 +413,9 @@ def copy_component(model: Model, name: str, source: Path, folder: Path) -> bool:
     if not (source / name).is_dir():
         return False
     shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    if told := _restated(model, name):
+        place = folder / name / "scheduler_config.json"
+        config = json.loads(place.read_text(encoding="utf-8"))
+        if config != config | told:
+            place.write_text(json.dumps(config | told, indent=2) + "\n", encoding="utf-8")
     return True

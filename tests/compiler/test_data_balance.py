@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from fractions import Fraction
 from math import ceil
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
 from compiler.data.split import count_held_out, held_out
-from compiler.passes.balance import spelt
+from compiler.passes.balance import nearest_passes, samples_of, spelt
 from compiler.plan import Plan
 from runtime.data.order import Order
 from tests.compiler.recipes import codes, compiled, make_base, make_pictures
@@ -191,6 +192,25 @@ def test_no_other_source_trains_what_is_held_out(tmp_path: Path) -> None:
     assert len(manifest) == 6 and len({sample.key for sample in manifest}) == 3
 
 
+def test_no_link_hides_a_picture_that_is_held_out(tmp_path: Path) -> None:
+    """A linked folder, and a link beside its picture."""
+    path = project(tmp_path, (5, "holdout = 2"), (2, ""))
+    (tmp_path / "link").symlink_to("s0", target_is_directory=True)
+    path.write_text(path.read_text().replace('path = "s1"', 'path = "link"'))
+    result = compiled(path)
+    assert result.plan is None and codes(result) == ["holdout-leak"]
+    path.write_text(path.read_text().replace('path = "link"', 'path = "s1"'))
+    for number in range(5):
+        (tmp_path / f"s0/x{number}.png").symlink_to(f"{number:03}.png")
+    _, manifest = made(compiled(path))
+    assert manifest.held_out is not None
+    names = [sample.key.removeprefix("x") for sample in manifest.held_out]
+    digits = Counter(int(name.removesuffix(".png")) for name in names)
+    assert sorted(digits.values()) == [2, 2]  # two pictures, each under both its names
+    trained = {int(s.key.removeprefix("x").removesuffix(".png")) for s in manifest if s.source == 0}
+    assert trained == set(range(5)) - set(digits)
+
+
 keys_of = st.lists(st.text(min_size=1), unique=True, max_size=40)
 holdouts = st.fractions(0, 1).filter(lambda x: x < 1) | st.integers(0, 50).map(Fraction)
 
@@ -204,6 +224,64 @@ def test_the_split(keys: list[str], one: Fraction, other: Fraction, seed: int, r
     assert held_out(shuffled, one, seed) == out  # the order on disk does not matter
     more = held_out(keys, other, seed)
     assert out <= more or more <= out  # a larger one holds out more, never others
+
+
+counts_of = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+
+
+@given(counts_of, st.fractions(1, 6, max_denominator=50))
+def test_the_nearest_passes(buckets: list[int], passes: Fraction) -> None:
+    """Against all passes at which a bucket's samples change."""
+    samples = passes * sum(buckets)
+    found = nearest_passes(samples, buckets)
+    assert 1 <= found <= passes
+    every = {Fraction(k, n) for n in buckets for k in range(n, int(n * passes) + 1)} | {passes}
+    best = min(abs(samples_of(each, buckets) - samples) for each in every)
+    if samples_of(passes, buckets) == ceil(samples):
+        assert found == passes  # no rounding but to whole samples
+    else:
+        assert abs(samples_of(found, buckets) - samples) == best
+
+
+SHAPES = [(128 + 32 * n, 128) for n in range(17)]
+SMALL = ("resolution = 64", "resolution = 128\nmultiple = 32\nupscale = false")
+
+
+def test_weights_where_buckets_are_small(tmp_path: Path) -> None:
+    """17 images in 7 buckets beside 18 in one: with exact passes 24 samples to 18."""
+    path = project(tmp_path, (1, "weight = 1"), (18, "weight = 1"))
+    path.write_text(path.read_text().replace(*SMALL))
+    for number, sizes in enumerate((SHAPES, [(128, 128)] * 18)):
+        shutil.rmtree(tmp_path / f"s{number}")
+        make_pictures(tmp_path / f"s{number}", sizes)
+    result = compiled(path)
+    plan, manifest = made(result)
+    own = [bucket for bucket in plan.buckets if bucket.source == "s0"]
+    assert len(own) == 7 and codes(result) == []
+    assert sum(ceil(b.images * Fraction(18, 17)) for b in own) == 24
+    assert [source.repeats for source in plan.sources] == ["1", "1"]
+    seen = epoch(plan, manifest, 0)
+    assert sum(seen.values()) == 35 and set(seen.values()) == {1}
+    why = next(d for d in plan.decisions if d.key == "data.source[0].repeats").why
+    assert "weight 1: 18 samples of 17 images; 17 come nearest" in why
+
+
+def test_repeats_where_buckets_are_small_are_warned_of(tmp_path: Path) -> None:
+    path = project(tmp_path, (1, "repeats = 0.25"), (18, ""))
+    path.write_text(path.read_text().replace(*SMALL))
+    for number, sizes in enumerate((SHAPES, [(128, 128)] * 18)):
+        shutil.rmtree(tmp_path / f"s{number}")
+        make_pictures(tmp_path / f"s{number}", sizes)
+    result = compiled(path)
+    plan, _ = made(result)
+    own = [bucket.samples for bucket in plan.buckets if bucket.source == "s0"]
+    fault = next(d for d in result.diagnostics if d.code == "uneven-rounding")
+    assert f"`s0` gives {sum(own)} samples an epoch, not 5" in fault.message
+    assert fault.path == "data.source[0].repeats" and fault.severity == "warning"
+    path.write_text(path.read_text().replace("[data]", '[data]\ncrop = { aspect = "square" }'))
+    result = compiled(path)
+    assert codes(result) == []
+    assert [bucket.samples for bucket in made(result)[0].buckets] == [5, 18]
 
 
 @given(st.fractions(0, 100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,6 +157,56 @@ def test_a_table_and_its_folder_share_what_is_held_out(attempt: Try) -> None:
     both = 'path = "folder"\nholdout = 2\n[[data.source]]\npath = "folder/t.jsonl"'
     assert codes(attempt(both)) == ["holdout-leak"]
     assert codes(attempt(both + "\nholdout = 2")) == []
+
+
+def test_a_folder_as_datasets_lays_them_out(attempt: Try, tmp_path: Path) -> None:
+    """ImageFolder: pictures in folders named after splits, captions in tables called metadata."""
+    for split in ("train", "test"):
+        folder = containers.as_folder(tmp_path / "set" / split, TOLD)
+        for path in folder.glob("*.txt"):
+            path.unlink()
+    said = '\ncaptions = { from = "instance", prompt = "a dog" }'
+    fault = only(attempt(f'path = "set/"{said}'))
+    assert fault.code == "several-splits" and "test, train" in fault.message
+    assert fault.help.startswith('path = "set/train" for one of them')
+    for picked, images in (('path = "set/train"', 4), ('path = "set"\nformat = "folder"', 8)):
+        plan = attempt(picked + said).plan
+        assert plan is not None and plan.sources[0].images == images
+    for split in ("train", "test"):
+        containers.as_table(tmp_path / "set" / split / "metadata.jsonl", TOLD)
+    fault = only(attempt(f'path = "set"{said}'))
+    pasted = 'files = ["train/metadata.jsonl"]'
+    assert fault.code == "several-splits" and fault.help.startswith(pasted)
+    result = attempt(f'path = "set"\n{pasted}')
+    assert result.plan is not None and result.manifest is not None
+    assert [sample.captions for sample in result.manifest] == [(t,) for _, t in TOLD.values()]
+    fault = only(attempt('path = "set/train"'))
+    pasted = 'files = ["metadata.jsonl"]'
+    assert fault.code == "missing-captions" and pasted in fault.help
+    assert attempt(f'path = "set/train"\n{pasted}').plan is not None
+    (tmp_path / "set/test/0.jpg").rename(tmp_path / "set/0.jpg")  # now pictures lie at the top
+    assert only(attempt(f'path = "set"{said}')).code == "several-splits"
+    (tmp_path / "set/test").rename(tmp_path / "set/tests")
+    assert attempt(f'path = "set"{said}').plan is not None
+
+
+def test_all_rows_of_a_picture_are_held_out_together(attempt: Try, tmp_path: Path) -> None:
+    rows = [{"file_name": f"{n}.jpg", "text": f"{n}, {m}"} for n in range(4) for m in range(5)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "folder/many.jsonl").write_text(lines)
+    source = 'path = "folder/many.jsonl"\nholdout = '
+    sets = []
+    for holdout in ("0.3", "1", "2"):  # a share of four pictures, not of twenty rows
+        result = attempt(source + holdout)
+        assert result.plan is not None and result.manifest is not None
+        assert result.manifest.held_out is not None
+        out = [sample.file for sample in result.manifest.held_out]
+        assert not set(out) & {sample.file for sample in result.manifest}
+        assert len(out) == 5 * len(set(out)) == result.plan.sources[0].held_out
+        sets.append(set(out))
+    assert [len(each) for each in sets] == [1, 1, 2] and sets[0] == sets[1] < sets[2]
+    fault = only(attempt(source + "4"))
+    assert fault.code == "holdout-too-large" and "4 images are held out of 4" in fault.message
 
 
 def test_a_second_plan_opens_no_shard(

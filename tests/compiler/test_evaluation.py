@@ -56,6 +56,87 @@ def test_mirrored_and_several_resolutions(tmp_path: Path) -> None:
     assert found == [("pictures@64", 2), ("pictures@128", 2)]
 
 
+OWN = '[[data.source]]\npath = "judged"\nholdout = "all"\n'
+SAID = 'captions = { from = "instance", prompt = "a photo of sks dog" }\n'
+
+
+def _with_own(folder: Path, more: str = SAID) -> Path:
+    """A recipe with a source of its own to be judged by."""
+    path = project(folder, RECIPE)
+    make_pictures(folder / "judged", [(64, 64)] * 3 + [(128, 64)])
+    path.write_text(path.read_text().replace("[train]", f"{OWN}{more}\n[train]"))
+    return path
+
+
+def test_a_source_of_its_own_to_be_judged_by(tmp_path: Path) -> None:
+    result = _compiled(_with_own(tmp_path))
+    plan, manifest = result.plan, result.manifest
+    assert plan is not None and manifest is not None and codes(result) == []
+    assert [(s.id, s.images, s.held_out) for s in plan.sources] == [
+        ("pictures", 5, 0),
+        ("judged", 0, 4),
+    ]
+    assert {bucket.source for bucket in plan.buckets} == {"pictures"}
+    assert {sample.source for sample in manifest} == {0} and manifest.held_out is not None
+    assert plan.evaluation is not None
+    assert [(g.source, g.width, g.images, g.batch_size) for g in plan.evaluation.groups] == [
+        ("judged", 64, 3, 2),
+        ("judged", 88, 1, 2),
+    ]
+    shown = " ".join(text(plan, recipe="r.toml", verbose=True).split())
+    assert "4 held out" in shown and "5 images in 1 bucket" in shown
+
+
+def test_what_it_is_judged_by_may_be_named_first_and_be_of_another_size(tmp_path: Path) -> None:
+    """It takes part in no stage and no balance, and only its batch size must be told."""
+    first = OWN + SAID + "resolution = 128\n"
+    path = project(tmp_path, RECIPE.replace("[[data.source]]", f"{first}[[data.source]]", 1))
+    make_pictures(tmp_path / "judged", [(128, 128)] * 3)
+    make_pictures(tmp_path / "more", [(64, 64)] * 10)
+    lines = path.read_text().replace('path = "pictures"', 'path = "pictures"\nweight = 1')
+    more = f'[[data.source]]\npath = "more"\nweight = 1\nuntil = "1 epoch"\n{SAID}'
+    path.write_text(lines.replace("[train]", f"{more}[train]"))
+    result = _compiled(path)
+    plan = result.plan
+    assert plan is not None, result.diagnostics
+    assert [(s.id, s.repeats) for s in plan.sources] == [
+        ("judged", "1"),
+        ("pictures", "2"),
+        ("more", "1"),
+    ]
+    assert [stage.sources for stage in plan.steps.stages] == [("pictures", "more"), ("pictures",)]
+    table = _compiled(path, "train.batch_size={ 64 = 2 }")
+    assert codes(table) == ["missing-key"] and "128" in table.diagnostics[0].message
+    table = _compiled(path, "train.batch_size={ 64 = 2, 128 = 1 }")
+    assert table.plan is not None and table.plan.evaluation is not None
+    assert [g.batch_size for g in table.plan.evaluation.groups] == [1]
+
+
+@pytest.mark.parametrize(
+    ("more", "override", "code", "words"),
+    [
+        ("repeats = 2", "", "no-effect", "`repeats` has no effect: all of this source is held"),
+        ('until = "1 epoch"', "", "no-effect", "`until` has no effect"),
+        ("regularisation = {}", "", "no-effect", "`regularisation` has no effect"),
+        ("", "evaluation.every=off", "no-effect", "no evaluation loss is measured"),
+        ("", 'data.source[0].holdout="all"', "holdout-too-large", "of all sources are held out"),
+    ],
+)
+def test_what_an_untrained_source_can_not_be_told(
+    tmp_path: Path, more: str, override: str, code: str, words: str
+) -> None:
+    result = _compiled(_with_own(tmp_path, SAID + more), *([override] if override else []))
+    assert result.plan is None and set(codes(result)) == {code}
+    assert words in result.diagnostics[0].message
+
+
+def test_what_is_judged_is_not_trained_by_another_source(tmp_path: Path) -> None:
+    path = _with_own(tmp_path)
+    path.write_text(path.read_text().replace('path = "judged"', 'path = "pictures/../pictures"'))
+    fault = _compiled(path).diagnostics[0]
+    assert fault.code == "holdout-leak" and fault.help.startswith("take them out of one of the two")
+
+
 def test_captions_of_held_out_images_are_encoded_too(tmp_path: Path) -> None:
     recipe = HOLDOUT.replace(
         'captions = { from = "instance", prompt = "a photo of sks dog" }', ""

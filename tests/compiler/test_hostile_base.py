@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.compiler.recipes import FixedMemory, compiled, project
+from compiler.compile import Compiled
+from tests.compiler.recipes import RECIPE, FixedMemory, compiled, project
 
 
 @pytest.mark.parametrize(
@@ -118,3 +119,60 @@ def test_a_plan_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hub = 'model.base="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"'
     assert compiled(path, hub, memory_model=FixedMemory()).plan is not None
     assert compiled(path, 'model.base="someone/else"').plan is None
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "sigma_max": 80.0}
+EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS}
+STATISTICS = {"latents_mean": [-1.7, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2]}
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "vae", "why"),
+    [
+        ("sdxl", EDM, {}, "EDMDPMSolverMultistepScheduler"),
+        ("sdxl", {"_class_name": "EDMEulerScheduler"}, {}, "EDMEulerScheduler"),
+        ("sdxl", FLOW, {}, "FlowMatchEulerDiscreteScheduler"),
+        ("sdxl", EULER | {"timestep_type": "continuous"}, {}, "no table of betas"),
+        ("sdxl", EULER, STATISTICS, "latents_mean"),
+        ("sd", EULER, {"latents_std": [1.0] * 4}, "latents_std"),
+        ("sd3", EULER, {}, "EulerDiscreteScheduler"),
+        ("flux", {"_class_name": "DPMSolverMultistepScheduler"}, {}, "DPMSolverMultistepScheduler"),
+        ("sana", EDM, {}, "EDMDPMSolverMultistepScheduler"),
+    ],
+)
+def test_a_base_of_other_noise_or_other_latents_is_refused(
+    tmp_path: Path, family: str, scheduler: dict[str, Any], vae: dict[str, Any], why: str
+) -> None:
+    """The first is how a folder of Playground 2.5 says that it is no SDXL."""
+    found = _with_configs(tmp_path, family, scheduler, vae)
+    assert [fault.code for fault in found.diagnostics] == ["not-a-pipeline"]
+    assert why in found.diagnostics[0].message
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "vae"),
+    [
+        ("sdxl", EULER, dict.fromkeys(STATISTICS)),
+        ("sdxl", {**BETAS, "_class_name": "DDIMScheduler"}, {}),
+        ("sd3", FLOW, {}),
+        ("sana", {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, {}),
+        ("qwen_image", FLOW, {}),  # whose vae has statistics
+    ],
+)
+def test_a_base_with_another_sampler_is_fine(
+    tmp_path: Path, family: str, scheduler: dict[str, Any], vae: dict[str, Any]
+) -> None:
+    assert _with_configs(tmp_path, family, scheduler, vae).plan is not None
+
+
+def _with_configs(
+    folder: Path, family: str, scheduler: dict[str, Any], vae: dict[str, Any]
+) -> Compiled:
+    recipe = RECIPE.replace('"sana"', f'"{family}"')
+    path, base = project(folder, recipe, family=family), folder / "base"
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    place = base / "vae" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | vae))
+    return compiled(path, memory_model=FixedMemory())

@@ -141,6 +141,8 @@ def test_one_that_ends_after_the_run_changes_no_order(tmp_path: Path) -> None:
         ([(2, 'from = "1 epoch"')], "conflict", "epoch 1"),
         ([(2, ""), (2, 'from = "2 epochs"')], "no-effect", "never trains"),
         ([(2, ""), (2, 'from = "1.2 epochs"\nuntil = "1.7 epochs"')], "no-effect", "never trains"),
+        ([(2, ""), (2, 'until = "1.5 epochs"')], "no-effect", "never leaves"),
+        ([(2, ""), (2, 'until = "7 steps"')], "no-effect", "never leaves"),
         ([(2, ""), (2, 'from = "10 min"')], "bad-unit", "is a time"),
         ([(2, ""), (2, 'until = "off"')], "bad-unit", "no moment"),
     ],
@@ -151,6 +153,21 @@ def test_what_is_refused(
     result = compiled(project(tmp_path, *sources))
     assert result.plan is None and codes(result) == [code]
     assert words in result.diagnostics[0].message
+
+
+@pytest.mark.parametrize("until", ["2 epochs", "8 steps", "1 epoch", "3 steps"])
+def test_one_that_leaves_or_stays_to_the_end_is_not_refused(tmp_path: Path, until: str) -> None:
+    plan = made(compiled(project(tmp_path, (2, ""), (2, f'until = "{until}"'))))[0]
+    assert (plan.steps.total == 8) == (until in ("2 epochs", "8 steps"))
+
+
+def test_what_to_do_where_nothing_trains(tmp_path: Path) -> None:
+    result = compiled(project(tmp_path / "a", (2, 'from = "1 epoch"\nuntil = "2 epochs"')))
+    fault = result.diagnostics[0]
+    assert fault.path == "data.source[0].from" and "leave `from` out" in fault.help
+    result = compiled(project(tmp_path / "b", (2, 'until = "1 epoch"')))
+    fault = result.diagnostics[0]
+    assert fault.path == "data.source[0].until" and fault.help.endswith("epochs = 1")
 
 
 def test_the_plan_says_who_trains_when(tmp_path: Path) -> None:

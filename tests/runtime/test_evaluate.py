@@ -23,7 +23,9 @@ from compiler.keeping import LOSS
 from compiler.plan import Checkpoints, Evaluation, HeldOut, Plan
 from runtime import checkpoints, evaluate, rng
 from runtime.data.cache import Cache
-from runtime.data.fill import prompt_embeddings, sample_keys
+from runtime.data.fill import prompt_embeddings
+from runtime.data.leaks import NothingToJudge
+from runtime.data.located import sample_keys
 from runtime.execute import execute
 from runtime.families import family_of
 from runtime.step import forward_losses
@@ -220,6 +222,48 @@ def test_copies_of_what_is_held_out_are_named(make: Any, tmp_path: Path) -> None
         said = [text for text in events.texts if "held-out" in text]
         assert len(said) == (words is not None)
         assert words is None or (words in said[0] and "dog/04.png is dog/02.png" in said[0])
+
+
+def test_copies_are_not_judged(make: Any, tmp_path: Path) -> None:
+    """The loss is that of the other picture alone, of the two that are held out."""
+    plan, manifest = make("plain")
+    execute(plan, manifest, Interrupting(*NEVER))
+    shutil.copy(tmp_path / "dog/04.png", tmp_path / "dog/02.png")
+    copied, manifest = make("copied")
+    execute(copied, manifest, Interrupting(*NEVER))
+    samples = list(manifest)
+    only = Manifest(manifest.folders, samples, list(manifest.held_out)[1:])
+    alone = evolve(copied, run_folder=str(tmp_path / "alone"), evaluation=_evaluation(only))
+    execute(alone, only, Interrupting(*NEVER))
+    assert _losses(copied) == _losses(alone)
+    assert _losses(copied)[0] != _losses(plan)[0]
+    for number in ("00", "01", "03"):
+        shutil.copy(tmp_path / "dog/05.png", tmp_path / f"dog/{number}.png")
+    every, manifest = make("every")
+    with pytest.raises(NothingToJudge, match="each of the 2 held-out images is trained too"):
+        execute(every, manifest, Interrupting(*NEVER))
+
+
+def test_a_source_that_only_judges(make: Any, tmp_path: Path) -> None:
+    """It is encoded and measured, and the training is that without it, bit for bit."""
+    plain, whole = make("plain", judged=False)
+    execute(plain, whole, Interrupting(*NEVER))
+    plan, manifest = make("own")
+    (trained,), (folder,) = plan.sources, manifest.folders
+    judged = [evolve(sample, source=1) for sample in manifest.held_out]
+    own = Manifest([folder, evolve(folder, id="set")], list(manifest), judged)
+    groups = tuple(evolve(group, source="set") for group in plan.evaluation.groups)
+    plan = evolve(
+        plan,
+        sources=(trained, evolve(trained, id="set", images=0, held_out=2)),
+        manifest=own.digest,
+        evaluation=evolve(plan.evaluation, manifest=own.held_out.digest, groups=groups),
+    )
+    execute(plan, own, Interrupting(*NEVER))
+    assert list(_losses(plan)) == [0, 2, 4, 5]
+    ours, theirs = _weights(plan), _weights(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_trackers_are_told_under_names_of_their_own() -> None:

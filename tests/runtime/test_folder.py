@@ -13,8 +13,11 @@ from attrs import evolve
 
 from compiler import lock
 from compiler.plan import Checkpoints, lock_path
+from compiler.site import Resume
 from runtime import folder
 from runtime.errors import InUse, PlanChanged, RunFailed
+from runtime.site import resume
+from runtime.speeds import METRICS
 from tests.runtime.plans import PICTURES, draw_data, tiny_plan
 from tests.runtime.tiny import make_tiny
 
@@ -31,6 +34,12 @@ def plan(base, tmp_path):
     return tiny_plan("sana", base, draw_data(tmp_path / "data"), tmp_path / "runs" / "one")[0]
 
 
+def begun(plan):
+    """The plan's run has done a step."""
+    with folder.opened(plan, "") as place:
+        (place / METRICS).write_text('{"step": 1}\n')
+
+
 def test_the_plan_and_the_recipe_are_kept(plan):
     with folder.opened(plan, 'name = "one"\n') as place:
         assert (place / "recipe.toml").read_text() == 'name = "one"\n'
@@ -40,8 +49,7 @@ def test_the_plan_and_the_recipe_are_kept(plan):
 
 
 def test_another_plan_is_refused_with_what_differs(plan):
-    with folder.opened(plan, ""):
-        pass
+    begun(plan)
     text = lock_path(Path(plan.run_folder)).read_text()
     changed = evolve(plan, optimizer=evolve(plan.optimizer, lr=5e-4), max_grad_norm=0.5)
     with pytest.raises(PlanChanged) as caught, folder.opened(changed, ""):
@@ -52,6 +60,46 @@ def test_another_plan_is_refused_with_what_differs(plan):
     )
     assert "optimizer.lr: 0.001 -> 0.0005" in caught.value.message
     assert lock_path(Path(plan.run_folder)).read_text() == text
+
+
+def test_a_run_that_has_trained_nothing_takes_another_plan(plan):
+    """It ended while its caches were filled, or was killed while its first checkpoint was written:
+    there is nothing that could be mixed."""
+    place, changed = Path(plan.run_folder), evolve(plan, max_grad_norm=0.5)
+    with folder.opened(plan, "first\n"):
+        for name in (METRICS, "events.jsonl", "run.log", "manifest.jsonl", "report.html"):
+            (place / name).write_text("" if name == METRICS else "x")
+        (place / "checkpoints" / ".partial-step-000004").mkdir(parents=True)
+        (place / "trackers").mkdir()
+    assert resume(changed) == Resume(step=0, finished=False, changes=(), problem="")
+    with folder.opened(changed, "second\n"):
+        assert lock.read(lock_path(place)).digest == changed.digest
+        assert (place / "recipe.toml").read_text() == "second\n"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "checkpoints/step-000004/state.json",
+        "checkpoints/damaged-step-000004/state.json",
+        "samples/step-000000/a.png",
+        "lora/x.safetensors",
+        "model_ema/x.safetensors",
+        "metrics.jsonl",
+        "measured.json",
+        "rung.json",
+    ],
+)
+def test_what_a_plan_has_made_is_never_another_s(plan, made):
+    changed = evolve(plan, max_grad_norm=0.5)
+    with folder.opened(plan, "") as place:
+        (place / made).parent.mkdir(parents=True, exist_ok=True)
+        (place / made).write_text('{"step": 0}\n')
+    found = resume(changed)
+    assert found is not None and [key for key, _, _ in found.changes] == ["max_grad_norm"]
+    with pytest.raises(PlanChanged), folder.opened(changed, ""):
+        pytest.fail("opened")
+    assert lock.read(lock_path(place)).digest == plan.digest
 
 
 def test_what_alters_no_weight_may_change(plan):
@@ -149,8 +197,7 @@ def test_an_accepted_plan_is_the_run_s_only_once_it_is_taken_over(plan):
 
 def test_the_run_s_own_plan_drops_one_that_was_accepted(plan):
     place, changed = Path(plan.run_folder), evolve(plan, max_grad_norm=0.5)
-    with folder.opened(plan, ""):
-        pass
+    begun(plan)
     folder.accept(changed, "")
     with folder.opened(plan, ""):
         assert not folder.is_accepted(place, changed)
@@ -169,8 +216,7 @@ def test_the_run_s_own_plan_drops_one_that_was_accepted(plan):
 )
 def test_threads_matter_where_the_processor_computes(plan, device, changes, matters):
     plan = evolve(plan, device=device, sharing=evolve(plan.sharing, **changes))
-    with folder.opened(plan, ""):
-        pass
+    begun(plan)
     other = evolve(plan, threads=plan.threads + 3)
     if not matters:
         with folder.opened(other, ""):

@@ -58,6 +58,22 @@ def test_the_page(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"Left out</h2>.*an edge below 60 pixels", page, re.DOTALL)
 
 
+def test_all_that_is_left_out_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(12):
+        (Path("pictures") / f"broken<{number}>.png").write_bytes(b"no picture")
+    recipe = Path("recipe.toml")
+    recipe.write_text(recipe.read_text().replace("[[data", 'broken = "skip"\n[[data', 1))
+    assert run_command(["data", "recipe.toml", "--most", "1"]) == DONE
+    page, said = Path("try-data.html").read_text(encoding="utf-8"), capsys.readouterr().err
+    left_out = page.split("Left out</h2>")[1].split("<h2>")[0]
+    for number in range(12):
+        assert f"broken&lt;{number}&gt;.png" in left_out
+    assert "<summary>12 names</summary>" in left_out  # many are folded away,
+    assert "more/022.png</span>" in left_out  # a single one is not
+    assert "<p class='small soft'></p>" not in page
+    assert said.count(".png: not an image") == 8 and "and 4 more" in said
+
+
 def test_the_histogram_counts_each_image_once(tmp_path: Path) -> None:
     """By the shorter edge, however often an image is a sample; half an octave each."""
     path = project(tmp_path, RECIPE.replace(PLACE, f"{PLACE}\nflip = true\nrepeats = 2"))

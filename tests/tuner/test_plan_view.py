@@ -9,7 +9,7 @@ from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.plan import Embeddings, NewToken, Publish, Ranked, Schedule, TextTraining
+from compiler.plan import Embeddings, NewToken, NoiseTable, Publish, Ranked, Schedule, TextTraining
 from compiler.schedules import multiplier
 from compiler.site import Resume
 from tests.tuner import examples
@@ -228,6 +228,19 @@ def test_a_full_fine_tune_and_no_simulation_read_well() -> None:
     assert "/model" in found
 
 
+def test_the_range_of_a_table_is_said_in_timesteps() -> None:
+    """The refiner's last fifth, as Diffusers' `denoising_start = 0.8` has it: t below 200."""
+    plan = examples.quickstart()
+    narrow = evolve(plan.objective, shift=1.0, max_sigma=0.2)
+    table = NoiseTable(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    for objective, words in (
+        (narrow, "sigma 0 to 0.2"),
+        (evolve(narrow, table=table), "timesteps 0 to 199 of 1000"),
+    ):
+        found = text(evolve(plan, objective=objective), recipe="r.toml")
+        assert words in " ".join(found.split())
+
+
 def test_json_has_what_programs_rely_on() -> None:
     plan = examples.sd35_large_lora()
     warning = Diagnostic(code="small-bucket", severity="warning", message="few images")
@@ -284,6 +297,8 @@ def test_an_adapter_says_its_sizes() -> None:
     lora = evolve(plan.adapter, rank=64, alpha=16.0, scaling="sqrt-rank", start="/a/lora/b.st")
     words = "lora, rank 64, alpha 16 (scale 2), 1 pattern of other ranks, from lora/b.st"
     assert adapter_words(evolve(lora, ranks=(Ranked(pattern="x", rank=4),))) == words
+    dylora = evolve(lora, kind="dylora", block_size=4, ranks=(), start="")
+    assert adapter_words(dylora).endswith("), blocks of 4")
     boft = evolve(lora, kind="boft", rank=0, block_size=8, butterfly_factors=2, start="")
     assert adapter_words(boft) == "boft, blocks of 8, 2 butterfly factors"
 

@@ -380,3 +380,28 @@ def test_the_list_of_samples_is_kept_for_a_new_run_only(job: Job) -> None:
     lock_path(folder).write_text("begun earlier")
     run._keep_manifest(job)
     assert not (folder / run.MANIFEST).exists()
+
+
+def test_the_list_of_samples_follows_the_plan_until_one_has_trained(job: Job) -> None:
+    """Nor is it taken from a run that is at work."""
+    fcntl = pytest.importorskip("fcntl")
+    place = Path(job.plan.run_folder)
+    other = Manifest([Folder(id="other", path="/other")], [])
+    plan = evolve(job.plan, manifest=other.digest)
+    for locked in (False, True):
+        other.save(place / run.MANIFEST) if locked else place.mkdir(parents=True)
+        if locked:
+            lock_path(place).write_text(lock.dumps(plan))
+            with (place / folder.LOCK).open("a+b") as held:
+                fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+                run._keep_manifest(job)
+            assert Manifest.load(place / run.MANIFEST).digest == other.digest
+        run._keep_manifest(job)
+        assert Manifest.load(place / run.MANIFEST).digest == job.plan.manifest
+        assert not lock_path(place).exists()
+    other.save(place / run.MANIFEST)
+    lock_path(place).write_text(lock.dumps(plan))
+    (place / "metrics.jsonl").write_text('{"step": 1}\n')
+    run._keep_manifest(job)
+    assert Manifest.load(place / run.MANIFEST).digest == other.digest
+    assert lock.read(lock_path(place)).digest == plan.digest

@@ -26,7 +26,7 @@ from compiler.data.scan import (
 )
 from compiler.data.sources.columns import list_arrow, list_parquet
 from compiler.data.sources.listing import Entry, Listing, Wanted
-from compiler.data.sources.remote import FAILED, is_url, picture_path
+from compiler.data.sources.remote import FAILED, LATER, is_url, picture_path
 from compiler.data.sources.spots import Spot, without_ending
 from compiler.data.sources.streams import Unlisted, known_listing, origin_of
 from compiler.data.sources.tables import list_table
@@ -60,6 +60,7 @@ class _Gathered:
     items: list[_Item] = field(factory=list)
     faults: list[Fault] = field(factory=list)
     absent: list[str] = field(factory=list)
+    later: list[tuple[str, Fault]] = field(factory=list)
     fetched: list[str] = field(factory=list)
     unlisted: list[Unlisted] = field(factory=list)
     hidden: int = 0
@@ -203,13 +204,21 @@ def _path(found: _Gathered, item: _Item, downloads: Path) -> str | None:
     if copy.is_file():
         found.fetched.append(text)
         return str(copy)
-    try:
-        why = copy.with_name(copy.name + FAILED).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        found.absent.append(text)
-    else:
+    if (why := _note(copy, FAILED)) is not None:
         found.faults.append(Fault(path=item.label, why=f"can't be downloaded: {why}"))
+    elif (why := _note(copy, LATER)) is not None:
+        found.later.append((text, Fault(path=item.label, why=f"not reachable now: {why}")))
+    else:
+        found.absent.append(text)
     return None
+
+
+def _note(copy: Path, ending: str) -> str | None:
+    """Why there is no copy, where that was noted."""
+    try:
+        return copy.with_name(copy.name + ending).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _file(found: _Gathered, item: _Item, path: str) -> File | None:
@@ -243,6 +252,7 @@ def _sorted_out(found: _Gathered, files: dict[str, tuple[str, Stamp, Result]]) -
         others=found.others,
         lines=lines,
         absent=tuple(found.absent),
+        later=tuple(found.later),
         fetched=tuple(found.fetched),
         unlisted=tuple(found.unlisted),
     )

@@ -14,11 +14,19 @@ from compiler.data.quick_headers import Broken, Size
 from compiler.data.scan import ALONE
 from compiler.plan import Captions
 
+PATH = "{path}"
+"""Stands in a help for the path of the source, as the recipe says it."""
+
+
+_RULES = {"webdataset": "webdataset, captions by sample"}
+"""Names of kinds whose listings say more than they did at first: those of before are made again."""
+
 
 class SourceUnfit(Exception):
     """A source that the recipe must describe otherwise.
 
-    `code` is that of the diagnostic, `key` the recipe's key of the source that is to blame.
+    `code` is that of the diagnostic, `key` the recipe's key of the source that is to blame; `help`
+    may hold PATH.
     """
 
     def __init__(self, code: str, message: str, *, help: str = "", key: str = "path") -> None:
@@ -46,7 +54,9 @@ class Wanted:
             "json": [said.key],
             "column": [said.column, *said.fallback],
         }.get(said.kind)
-        return json.dumps([kind, self.image, said.kind if rest is not None else "", rest])
+        return json.dumps(
+            [_RULES.get(kind, kind), self.image, said.kind if rest is not None else "", rest]
+        )
 
 
 @frozen(kw_only=True, slots=True)

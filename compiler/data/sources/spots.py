@@ -4,6 +4,7 @@ By its ending a file is a tar, a shard or a table; a path with `*`, `?` or `[` s
 that fit; a folder is one of pictures, unless it holds shards or what `datasets` has saved. `files`
 picks some of a folder's files by their names below it. Where names speak of splits (train, test,
 validation) and nothing is picked, that is asked back: test data must not be trained on by chance.
+Of pictures, folders that are called so say it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Literal, cast
 from attrs import frozen
 
 from compiler.data.headers import claims_picture
-from compiler.data.sources.listing import SourceUnfit
+from compiler.data.sources.listing import PATH, SourceUnfit
 from compiler.data.sources.remote import HUB
 
 Kind = Literal["folder", "webdataset", "parquet", "arrow", "table"]
@@ -101,7 +102,7 @@ def _folder(root: str, asked: str, picked: Sequence[str]) -> Spot:
         return Spot(path=root, root=root, kind="folder")
     saved = _saved(root)
     if asked == "auto" and not saved and not picked and _top_pictures(root):
-        return Spot(path=root, root=root, kind="folder")
+        return _pictures(root)
     below = saved or _below(root)
     if picked:
         below = _picked(below, picked)
@@ -109,7 +110,7 @@ def _folder(root: str, asked: str, picked: Sequence[str]) -> Spot:
     kinds = {ENDINGS[ending] for name in below if (ending := _ending(name)) in ENDINGS}
     wanted = {cast(Kind, asked)} if asked != "auto" else kinds & set(_SHARDS)
     if not wanted:
-        return Spot(path=root, root=root, kind="folder")
+        return _pictures(root)
     if len(wanted) > 1:
         raise SourceUnfit(
             "unreadable-source",
@@ -122,6 +123,40 @@ def _folder(root: str, asked: str, picked: Sequence[str]) -> Spot:
         raise SourceUnfit("no-images", f"the folder holds no file of the format {kind}")
     _one_split(chosen)
     return Spot(path=root, root=root, kind=kind, files=_joined(root, chosen))
+
+
+def _pictures(root: str) -> Spot:
+    """A folder of pictures that may be of one split only."""
+    folders = {
+        entry.name: split
+        for entry in os.scandir(root)
+        if (split := _SPLITS.get(entry.name.lower())) and entry.is_dir()
+    }
+    found = {name: split for name, split in sorted(folders.items()) if _holds(root, name)}
+    if len(set(found.values())) > 1:
+        first = min(found, key=lambda name: _train_first(found[name]))
+        told = next((n for n in metadata_tables(root) if n.startswith(first + os.sep)), "")
+        one = f'path = "{PATH}/{first}" for one of them'
+        if told:
+            one = f'files = ["{told}"] for images and captions of one of them'
+        raise SourceUnfit(
+            "several-splits",
+            f"the folder holds several splits of a data set: {', '.join(found)}",
+            help=f'{one}, or format = "folder" for the images of all',
+        )
+    return Spot(path=root, root=root, kind="folder")
+
+
+def _holds(root: str, name: str) -> bool:
+    """Whether pictures lie in a folder, however deep."""
+    below = os.walk(os.path.join(root, name))
+    return any(claims_picture(each) for _, _, names in below for each in names)
+
+
+def metadata_tables(root: str) -> list[str]:
+    """Tables below a folder that are called as `datasets` calls those of captions (ImageFolder)."""
+    tables = (name for name in _below(root) if kind_of(name) == "table")
+    return [name for name in tables if os.path.basename(name).lower().startswith("metadata.")]
 
 
 def _top_pictures(root: str) -> bool:

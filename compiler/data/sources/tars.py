@@ -1,10 +1,14 @@
 """WebDataset tars: pictures and their captions grouped by name, read in place.
 
 A member `dog/00.jpg` takes its caption from the member `dog/00.txt` or `dog/00.json`, as in a
-folder. Members are told by content as files are. Only plain members count: links, devices and
-sparse members are faults if they claim to be pictures, and so is a picture with an absolute name
-or one with `..` in it. A compressed tar is listed in one pass from start to end; places are those
-in what it expands to, which a run unpacks once.
+folder. Where there is none of its name, it takes the one of its sample, if that is no other
+picture's: a sample is what has one name up to the first dot (the WebDataset format), so that
+`dog/00.image.jpg` and `dog/00.caption.txt` belong together.
+
+Members are told by content as files are. Only plain members count: links, devices and sparse
+members are faults if they claim to be pictures, and so is a picture with an absolute name or one
+with `..` in it. A compressed tar is listed in one pass from start to end; places are those in what
+it expands to, which a run unpacks once.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import posixpath
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, cast
@@ -70,8 +74,9 @@ def list_tar(
                 _judge_end(found, plain, kept.offset)
         except (tarfile.TarError, OverflowError, *DAMAGED) as error:
             found.faults.append(("", f"not a whole tar: {error}"))
+    samples = _samples(found)
     return Listing(
-        entries=tuple(_captioned(entry, found) for entry in found.entries),
+        entries=tuple(_captioned(entry, found, samples) for entry in found.entries),
         faults=tuple(found.faults),
         hidden=found.hidden,
         others=found.others,
@@ -173,8 +178,23 @@ def _lines(body: Body, member: tarfile.TarInfo, wanted: Wanted) -> tuple[str, ..
     return lines.why if isinstance(lines, Fault) else tuple(lines)
 
 
-def _captioned(entry: Entry, found: _Found) -> Entry:
-    said = found.texts.get(posixpath.splitext(entry.name)[0])
+def _samples(found: _Found) -> dict[str, str]:
+    """By sample: the stem of its one caption that is called like no picture."""
+    pictures = {posixpath.splitext(entry.name)[0] for entry in found.entries}
+    loose: dict[str, list[str]] = {}
+    for stem in found.texts.keys() - pictures:
+        loose.setdefault(_sample(stem), []).append(stem)
+    return {sample: stems[0] for sample, stems in loose.items() if len(stems) == 1}
+
+
+def _sample(name: str) -> str:
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _captioned(entry: Entry, found: _Found, samples: Mapping[str, str]) -> Entry:
+    stem = posixpath.splitext(entry.name)[0]
+    said = found.texts.get(stem if stem in found.texts else samples.get(_sample(stem), stem))
     if said is None:
         return entry
     return evolve(entry, no_lines=said) if isinstance(said, str) else evolve(entry, lines=said)

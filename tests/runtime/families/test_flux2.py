@@ -13,6 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import nn
 
 from compiler.families import FAMILIES
+from compiler.lock import dumps, loads
 from compiler.noise import shift_of
 from compiler.plan import Objective, Precision
 from runtime.batch import Batch
@@ -165,11 +166,13 @@ def test_the_shift_is_the_pipeline_s_whatever_the_scheduler_says(tmp_path: Path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     result = compiled(tmp_path / "recipe.toml")
     assert result.plan is not None, result.diagnostics
-    for width, height in ((1024, 1024), (512, 768), (256, 256)):
+    sizes = ((1024, 1024), (512, 768), (256, 256), (1056, 1056), (2048, 1024))
+    for width, height in sizes:
         mu = compute_empirical_mu((width // 16) * (height // 16), 50)
         found = shift_of(result.plan.objective, height // 8, width // 8)
         assert found == pytest.approx(math.exp(mu))
     assert result.plan.objective.guidance is None
+    assert loads(dumps(result.plan)).objective == result.plan.objective
 
 
 @pytest.mark.parametrize("hub", [True, False])

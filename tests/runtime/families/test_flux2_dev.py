@@ -157,7 +157,7 @@ def test_plans_with_the_pipeline_s_shift_and_guidance(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
     result = compiled(tmp_path / "recipe.toml")
     assert result.plan is not None, result.diagnostics
-    for width, height in ((1024, 1024), (512, 768)):
+    for width, height in ((1024, 1024), (512, 768), (1056, 1056), (2048, 1024)):
         mu = compute_empirical_mu((width // 16) * (height // 16), 50)
         found = shift_of(result.plan.objective, height // 8, width // 8)
         assert found == pytest.approx(math.exp(mu))

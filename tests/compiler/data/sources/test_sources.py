@@ -522,6 +522,33 @@ def test_captions_beside_the_files_of_a_table(tmp_path: Path) -> None:
     assert texts(result, rules("textfile")) == [(TOLD[p.key][1],) for p in result.pictures]
 
 
+def test_captions_of_a_sample_in_a_tar(tmp_path: Path) -> None:
+    """What has one name up to the first dot is one sample of WebDataset's."""
+    names = [
+        *("a/0.image.jpg", "a/0.caption.txt"),  # one sample
+        *("a/1.jpg", "a/1.caption.txt"),
+        *("2.image.jpg", "2.mask.jpg", "2.txt"),  # two pictures of one sample
+        *("v1.0.jpg", "v1.1.jpg", "v1.1.txt"),  # the caption is the second's own,
+        *("3.jpg", "3.a.txt", "3.b.txt"),  # these are two,
+        *("b.x/4.jpg", "b.y/4.caption.txt"),  # and this is of another folder
+    ]
+    made = [
+        containers.member(n, JPEG if n.endswith("jpg") else f"says {n}".encode()) for n in names
+    ]
+    found_ = found(containers.tar_of(tmp_path / "t.tar", made))
+    assert found_.lines is not None and found_.faults == ()
+    assert {key: list(lines) for key, lines in found_.lines.items()} == {
+        "a/0.image.jpg": ["says a/0.caption.txt"],
+        "a/1.jpg": ["says a/1.caption.txt"],
+        "2.image.jpg": ["says 2.txt"],
+        "2.mask.jpg": ["says 2.txt"],
+        "v1.0.jpg": [],
+        "v1.1.jpg": ["says v1.1.txt"],
+        "3.jpg": [],
+        "b.x/4.jpg": [],
+    }
+
+
 def test_json_beside_pictures_in_a_tar(tmp_path: Path) -> None:
     rows = [
         containers.member("a.jpg", JPEG),
