@@ -420,7 +420,7 @@ def guard(
         return True
     if good.item():
         return True
-    loss, norm, scale = row.numbers.tolist()
+    loss, norm, scale, *_ = row.numbers.tolist()
     if overflowed(loss, norm, scale):
         return False
     if plan.guard.skip == 0 or half_done(row, loss):

@@ -11,6 +11,7 @@ from attrs import evolve
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 from runtime.clock import Clock
+from runtime.errors import RunFailed
 from runtime.loop import Trained
 from runtime.machine import look, versions
 from runtime.memory.gauge import Reading
@@ -74,7 +75,10 @@ def _one_more(plan: Plan, trained: Trained) -> dict[str, Reading]:
     found = {}
     if plan.evaluation is not None:
         found["evaluate"] = _reading(evaluation_parts(plan, trained))
-    passes, updates = step_parts(plan, trained)
+    try:
+        passes, updates = step_parts(plan, trained)
+    except RunFailed:  # its zeros gave no numbers: the training, which is over, was good
+        return found
     update = _reading(updates)
     if any(SUMS in phase.parts for phase in plan.memory.phases if phase.name == "update"):
         update = evolve(update, on="one rank alone", planned="sums over ranks")

@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 def step_parts(plan: Plan, trained: Trained) -> tuple[Parts, Parts]:
     """Bytes by category at the worst moment of the passes of an update, and of what follows them,
-    over the largest buckets. Changes the weights, so nothing may follow."""
+    over the largest buckets. Changes the weights, so nothing may follow. Raises RunFailed where
+    zeros give a loss that is no number."""
     ends = [each.until for each in (plan.text_training, plan.embeddings) if each]
     last = min([plan.steps.total, *ends]) - 1  # while all is trained
     steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
@@ -68,7 +69,7 @@ def _update(
         epoch=plan.steps.epochs,
         batches=tuple(batches),
         samples=shape[2] * len(batches),
-        names=(),
+        names=("zeros",) * (shape[2] * len(batches)),
     )
     given = [t for batch in batches for t in _tensors(batch)]
     tracker = _tracker({**resident(plan, trained), "batch": given})

@@ -35,6 +35,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     }
     # The host is the device here: what is said to be on the host has to be left out.
     monkeypatch.setattr(AllocatorTracker, "exclude", lambda _, tensors: tracker.exclude(tensors))
+    monkeypatch.setattr(AllocatorTracker, "elsewhere", lambda _: tracker.elsewhere())
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     return tracker

@@ -99,6 +99,8 @@ def train(family: Family, built: Built, sizes: tuple[int, ...], precision: Any =
     losses = []
     for step, size in enumerate(sizes):
         example = batch(family.card.name, size, step)
+        for nested in built.nested:
+            nested.begin(0, step)
         losses.append(micro_step(family, built.model, example, OBJECTIVE, precision, size))
         update(optimizer, gradient_norm(built.trainable.values()), 1.0)
     return torch.cat(losses)

@@ -164,7 +164,8 @@ def test_of_a_shard_only_the_columns_that_are_asked_for(site: Site, place: Path)
     assert images < listed < images + 200_000 < len(data) // 4
     facts(result)
     held = sum(whole(result)[1][row].bytes for row in range(len(whole(result)[1]))) // 2
-    assert held <= site.given("/t.parquet") - listed < images + 200_000
+    # The server counts what it has sent, of which a client that has enough may leave some unread.
+    assert held <= site.given("/t.parquet") - listed < len(data) // 4
     groups = sum(1 for method, path, _ in site.asked if method == "GET")
     assert groups < 30
 
