@@ -21,7 +21,7 @@ class Machine:
     device_name: str
     device_total_bytes: int  # of "cpu": the host's memory
     device_free_bytes: int
-    host_total_bytes: int
+    host_total_bytes: int  # 0: not known
     host_free_bytes: int
     cores: int
     bf16: bool  # the device multiplies bfloat16 natively

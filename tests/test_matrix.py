@@ -155,8 +155,10 @@ def told(folder: Path, name: str, adapter: str, compute: str, checkpointing: int
         checkpointing=checkpointing,
         drawing=f'steps = 7\npicture = "{FIRST}"' if refines(folder) else "steps = 2",
     )
-    # In three steps at less than this an adapter moves a picture no more than rounding does.
-    return text.replace("lr = 1e-2", "lr = 1e-1") if adapter else text
+    # In three steps at less than this an adapter moves a picture no more than rounding does; one
+    # that has a factor an output alone has to move further.
+    rate = "5e-1" if '"ia3"' in adapter else "1e-1"
+    return text.replace("lr = 1e-2", f"lr = {rate}") if adapter else text
 
 
 def planned(folder: Path, name: str, case: str) -> tuple[Plan, Manifest]:

@@ -44,6 +44,7 @@ def _with(machine: Machine, name: str, memory_bytes: int, *, bf16: bool) -> Mach
         device_name=name,
         device_total_bytes=memory_bytes,
         device_free_bytes=memory_bytes,
+        host_total_bytes=0,
         bf16=bf16,
         capability="",
     )

@@ -222,11 +222,14 @@ def seconds(draft: Draft, rung: Rung, found: Simulation, start: Simulation) -> f
     traffic = row.traffic if row else 2.0  # a plain weight is read: 16 bits
     moved = traffic * found.parameters * passes * parts
     computing = found.flops / (UTILISATION * peak) + moved * FLOPS_PER_BYTE / peak
-    crossing = 2 * max(_host(found) - _host(start), 0) * parts / LINK_BYTES  # there and back
+    crossing = (
+        2 * max(waiting_bytes(found) - waiting_bytes(start), 0) * parts / LINK_BYTES
+    )  # there and back
     return max(computing, crossing)
 
 
-def _host(found: Simulation) -> int:
+def waiting_bytes(found: Simulation) -> int:
+    """Bytes on the host in a step."""
     return next((p.host_bytes for p in found.phases if p.name == "train"), 0)
 
 

@@ -83,6 +83,11 @@ def peak(found: Simulation) -> plan.Phase:
     return max(found.phases, key=lambda phase: phase.device_bytes)
 
 
+ROOM = 0.7
+"""Of a host's memory, what may be taken by what waits there: the system, the libraries and the
+data's own buffers need the rest."""
+
+
 class Search:
     """Looks for a rung that fits and is quick, by simulating as few as it can."""
 
@@ -104,7 +109,7 @@ class Search:
             if not tries or self._at_least(other, chosen) > enough:
                 continue
             tries -= 1
-            if self.fits(other) and self._seconds(other) <= enough:
+            if self.fits(other) and self._waits(other) and self._seconds(other) <= enough:
                 best = other
         if best != chosen:
             self._insert(best, self.rungs.index(chosen))
@@ -130,6 +135,12 @@ class Search:
         return quicker.Room(
             activations=activations, left=left if others <= self.budget else self.budget - others
         )
+
+    def _waits(self, rung: Rung) -> bool:
+        """Whether what waits on the host in a step finds room there, as far as its size is known:
+        a rung of the ladder may need much less of it."""
+        total = self.draft.machine.host_total_bytes
+        return not total or ladder.waiting_bytes(self.look(rung)) <= ROOM * total
 
     def _seconds(self, rung: Rung) -> float:
         start = self.look(self.rungs[0])

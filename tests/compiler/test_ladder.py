@@ -12,6 +12,7 @@ from attrs import evolve
 from compiler.compile import Compiled
 from compiler.families import FAMILIES
 from compiler.lock import changes
+from compiler.machine import Machine
 from compiler.memory import Candidate, Simulation
 from compiler.passes import ladder
 from compiler.plan import Phase, Plan, alters_trajectory
@@ -72,14 +73,20 @@ def _phase(name: str, mib: int) -> Phase:
 
 
 def on_gpu(
-    folder: Path, budget: int, recipe: str, *overrides: str, text: int = 50, latents: int = 60
+    folder: Path,
+    budget: int,
+    recipe: str,
+    *overrides: str,
+    text: int = 50,
+    latents: int = 60,
+    machine: Machine = GPU,
 ) -> tuple[Compiled, Formula]:
     model = Formula(text, latents)
     found = compiled(
         project(folder, recipe.replace("batch_size = 2", "batch_size = 4")),
         f'memory.budget="{budget} MiB"',
         *overrides,
-        machine=GPU,
+        machine=machine,
         memory_model=model,
     )
     return found, model
@@ -124,6 +131,14 @@ def test_no_single_saving_that_fits_is_quicker(tmp_path: Path) -> None:
     below = rungs[place + 1 :]
     assert below and all(r.relative_time > 1 and r.peak_bytes < waits for r in below)
     assert len(model.asked) <= 9
+
+
+@pytest.mark.parametrize(("host", "waits"), [(0, True), (300, True), (280, False)])
+def test_what_waits_needs_room_on_the_host(tmp_path: Path, host: int, waits: bool) -> None:
+    """By the formula 200 MiB; what the host has may not be known."""
+    machine = evolve(GPU, host_total_bytes=host * MIB)
+    plan = _plan(on_gpu(tmp_path, 1300, RECIPE + OPEN, machine=machine)[0])
+    assert plan.memory.layout.offload_activations is waits
 
 
 def test_a_batch_in_parts_instead_of_recomputed_blocks(tmp_path: Path) -> None:
