@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.memory.pieces import tensors_in
+
 ALIGNED = 64  # bytes; where each tensor's copy begins
 
 
@@ -75,15 +77,7 @@ def _is_movable(tensor: Tensor) -> bool:
 
 
 def _movable(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        if _is_movable(tensor := tree):
-            yield tensor
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _movable(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _movable(value)
+    return filter(_is_movable, tensors_in(tree))
 
 
 def _mapped(tree: Any, copy: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from attrs import field, frozen
 
+from compiler.adapters import AdapterKind, Init
 from compiler.plan import AttentionKernel
 from compiler.schema.ranges import (
     Auto,
@@ -69,19 +70,7 @@ class ModelRecipe:
 class AdapterRecipe:
     """An adapter on the frozen base. Leave the table out for a full fine-tune."""
 
-    kind: Literal[
-        "lora",
-        "dora",
-        "dylora",
-        "lokr",
-        "loha",
-        "glora",
-        "ia3",
-        "full",
-        "oft",
-        "boft",
-        "textual-inversion",
-    ]
+    kind: AdapterKind
     """Low-rank adaptation (arXiv 2106.09685), the same with the lengths of rows apart ("dora",
     2402.09353), LoRA that can be cut to smaller ranks ("dylora", 2210.07558: a step trains a block
     of ranks on top of those before it), Kronecker's ("lokr", 2309.14859) and Hadamard's product
@@ -111,7 +100,7 @@ class AdapterRecipe:
     """Of "lokr" and "loha": chance of each row of the update to be left out in a step."""
     module_dropout: Rate = 0.0
     """Of "lokr" and "loha": chance of a layer to go without its update in a step."""
-    init: Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"] = "gaussian"
+    init: Init = "gaussian"
     """Of "lora", "dora" and "dylora": how the first matrix starts (the second one starts at zero).
     Of "lora": "orthogonal" starts both so that their product is zero; "pissa" (arXiv 2404.02948)
     starts with the largest singular values of the base's weights and "olora" (2406.01775) with
