@@ -93,14 +93,19 @@ def made(
     )
 
 
-def train(family: Family, built: Built, sizes: tuple[int, ...], precision: Any = FP32) -> Tensor:
-    """Losses of one step for each of the batch sizes; the weights move."""
+def train(
+    family: Family, built: Built, sizes: tuple[int, ...], precision: Any = FP32, seed: int = 0
+) -> Tensor:
+    """Losses of one step for each of the batch sizes; the weights move.
+
+    The ranks of DyLoRA are drawn by `seed`.
+    """
     optimizer = torch.optim.SGD(built.trainable.values(), lr=0.01)
     losses = []
     for step, size in enumerate(sizes):
         example = batch(family.card.name, size, step)
         for nested in built.nested:
-            nested.begin(0, step)
+            nested.begin(seed, step)
         losses.append(micro_step(family, built.model, example, OBJECTIVE, precision, size))
         update(optimizer, gradient_norm(built.trainable.values()), 1.0)
     return torch.cat(losses)
