@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compiler.families import flux
+from compiler.families import flux, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
+from compiler.families.whole_file import Held, WholeFile
 
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLFlux2",
@@ -120,6 +121,24 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
     }
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a transformer of this configuration by the shapes of its tensors, under the names
+    that were published (see `runtime.export.bfl2`)."""
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    inner = int(width * float(config.get("mlp_ratio", 3.0)))
+    double, single = flux.runs(config)
+    told = (width, 256) if config.get("guidance_embeds", True) else None
+    return {
+        "img_in.weight": (width, int(config["in_channels"])),
+        "txt_in.weight": (width, int(config["joint_attention_dim"])),
+        "guidance_in.in_layer.weight": told,
+        f"double_blocks.{double - 1}.img_attn.qkv.weight": (3 * width, width),
+        f"double_blocks.{double}.img_attn.qkv.weight": None,
+        f"single_blocks.{single - 1}.linear2.weight": (width, width + inner),
+        f"single_blocks.{single}.linear2.weight": None,
+    }
+
+
 CARD = FamilyCard(
     name="flux2",
     own_config=lambda config: not config.get("guidance_embeds", True),
@@ -188,4 +207,9 @@ CARD = FamilyCard(
     packed=2,
     few_steps_key="is_distilled",
     few_steps=4,
+    whole_file=WholeFile(
+        # As published, and as other programs write them.
+        parts={"transformer": (Held("", probes), Held(whole_file.MODEL, probes))},
+        usual=("transformer",),
+    ),
 )

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.families import flux, sana
+from compiler.families import flux, sana, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, counted
+from compiler.families.whole_file import Held, WholeFile
 
 SYSTEM = (  # Lumina2Pipeline's `system_prompt`
     "You are an assistant designed to generate superior images with the superior degree of "
@@ -70,6 +71,20 @@ def _shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, An
     return {**config, "num_layers": counts[0]}
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a transformer of this configuration by the shapes of its tensors, under the names
+    that were published (see `runtime.export.nextdit`)."""
+    width, layers = int(config["hidden_size"]), int(config["num_layers"])
+    heads = int(config["num_attention_heads"])
+    fewer = width // heads * int(config.get("num_kv_heads") or heads)
+    return {
+        "cap_embedder.1.weight": (width, int(config["cap_feat_dim"])),
+        "layers.0.adaLN_modulation.1.weight": (4 * width, min(width, 1024)),
+        f"layers.{layers - 1}.attention.qkv.weight": (width + 2 * fewer, width),
+        f"layers.{layers}.attention.qkv.weight": None,
+    }
+
+
 CARD = FamilyCard(
     name="lumina2",
     title="Lumina-Image 2.0",
@@ -121,5 +136,13 @@ CARD = FamilyCard(
         "The example script applies the shift to the picture's share, so that it trains mostly at "
         "little noise; here noise levels are shifted as the pipeline samples.",
         "Activations overflow in fp16, Gemma-2's and the transformer's.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            # ComfyUI's split files, and those that also hold an autoencoder.
+            "transformer": (Held("", probes), Held(whole_file.MODEL, probes)),
+            "vae": whole_file.VAES,
+        },
+        usual=("transformer",),
     ),
 )

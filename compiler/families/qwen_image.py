@@ -7,9 +7,12 @@ those classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from compiler.families import whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift, counted
+from compiler.families.whole_file import Held, WholeFile
 
 TEXT: dict[str, Any] = {
     "model_type": "qwen2_5_vl_text",
@@ -122,6 +125,20 @@ def _embedding_shapes(configs: Configs, max_length: int) -> dict[str, tuple[int,
     return {"encoder_hidden_states": (max_length, width)}
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a transformer of this configuration by the shapes of its tensors: its publishers'
+    names are Diffusers'."""
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    layers = int(config["num_layers"])
+    return {
+        "img_in.weight": (width, int(config["in_channels"])),
+        "txt_in.weight": (width, int(config["joint_attention_dim"])),
+        f"transformer_blocks.{layers - 1}.attn.add_q_proj.weight": (width, width),
+        f"transformer_blocks.{layers}.attn.add_q_proj.weight": None,
+        "addition_t_embedding.weight": None,  # of a model that makes layers
+    }
+
+
 CARD = FamilyCard(
     name="qwen_image",
     title="Qwen-Image",
@@ -180,5 +197,10 @@ CARD = FamilyCard(
         "The example script trains without the shift that the pipeline samples with; here it "
         "follows each picture's size, as in the pipeline.",
         "Activations overflow in fp16.",
+    ),
+    whole_file=WholeFile(
+        # ComfyUI's split files, and what other programs write.
+        parts={"transformer": (Held("", probes), Held(whole_file.MODEL, probes))},
+        usual=("transformer",),
     ),
 )

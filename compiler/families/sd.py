@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from compiler.families import unet, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel
 from compiler.families.whole_file import Held, WholeFile
@@ -81,12 +83,19 @@ SCHEDULER: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+NOISE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 PNDM: dict[str, Any] = {**SCHEDULER, "_class_name": "PNDMScheduler", "skip_prk_steps": True}
 DDIM_V: dict[str, Any] = {
     **SCHEDULER,
     "_class_name": "DDIMScheduler",
     "clip_sample": False,
     "prediction_type": "v_prediction",
+}
+TURBO: dict[str, Any] = {
+    **{key: SCHEDULER[key] for key in NOISE},
+    "_class_name": "EulerDiscreteScheduler",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
 }
 VAE_PARAMETERS = 83_653_863
 
@@ -113,6 +122,18 @@ def _second(base: str, resolution: int, **unet_facts: Any) -> KnownModel:
             "vae": {**VAE, "sample_size": resolution},
         },
         parameters={"text_encoder": 340_387_840, "unet": 865_910_724, "vae": VAE_PARAMETERS},
+    )
+
+
+def _turbo() -> KnownModel:
+    """Its model card: distilled (ADD) into one to four steps at 512 pixels, without guidance."""
+    model = _second("stabilityai/sd-turbo", 512)
+    return evolve(
+        model,
+        configs={**model.configs, "scheduler": TURBO},
+        guidance=0.0,
+        inference_steps=4,
+        undistilled="stabilityai/stable-diffusion-2-1",
     )
 
 
@@ -173,6 +194,7 @@ CARD = FamilyCard(
         _second("stabilityai/stable-diffusion-2-1-base", 512),
         _second("stabilityai/stable-diffusion-2", 768),
         _second("stabilityai/stable-diffusion-2-1", 768, upcast_attention=True),
+        _turbo(),
     ),
     traps=(
         "Stable Diffusion 2 at 768 pixels predicts v; its scheduler says so, and training follows.",

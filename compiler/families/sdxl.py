@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from compiler.families import sd, sd3, unet, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel
 from compiler.families.whole_file import Held, WholeFile
@@ -30,6 +32,12 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
+}
+TURBO: dict[str, Any] = {
+    **{key: SCHEDULER[key] for key in sd.NOISE},
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "trailing",
 }
 SIZED: dict[str, Any] = {  # what all UNets of this kind have
     "_class_name": "UNet2DConditionModel",
@@ -76,6 +84,23 @@ def _known(base: str) -> KnownModel:
             "vae": VAE,
         },
         parameters=PARAMETERS,
+    )
+
+
+BASE = _known("stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def _turbo() -> KnownModel:
+    """Its model card: distilled (ADD) into one to four steps at 512 pixels, without guidance."""
+    made = {"scheduler": TURBO, "unet": {**UNET, "sample_size": 64}}
+    return evolve(
+        BASE,
+        base="stabilityai/sdxl-turbo",
+        resolution=512,
+        configs={**BASE.configs, **made},
+        guidance=0.0,
+        inference_steps=4,
+        undistilled=BASE.base,
     )
 
 
@@ -134,8 +159,9 @@ CARD = FamilyCard(
     cross_attention=("attn2",),
     attention="self- and cross-attention",
     known=(
-        _known("stabilityai/stable-diffusion-xl-base-1.0"),
+        BASE,
         _known("stabilityai/stable-diffusion-xl-base-0.9"),
+        _turbo(),
     ),
     size_conditions=True,
     zeros_for_empty=True,

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compiler.families import flux
+from compiler.families import flux, whole_file
 from compiler.families.card import Configs, FamilyCard, KnownModel, TokenShift
+from compiler.families.whole_file import Held, WholeFile
 
 QWEN3_4B: dict[str, Any] = {  # Qwen/Qwen3-4B, the decoder without its head
     "architectures": ["Qwen3ForCausalLM"],
@@ -97,6 +98,18 @@ def _shortened(config: Mapping[str, Any], counts: Sequence[int]) -> dict[str, An
     return {**config, "n_refiner_layers": counts[0], "n_layers": counts[2]}
 
 
+def probes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """What tells a transformer of this configuration by the shapes of its tensors, under the names
+    of ComfyUI's files (see `runtime.export.z_image`)."""
+    width, layers = int(config["dim"]), int(config["n_layers"])
+    return {
+        "cap_embedder.1.weight": (width, int(config["cap_feat_dim"])),
+        "layers.0.adaLN_modulation.0.weight": (4 * width, min(width, 256)),
+        f"layers.{layers - 1}.attention.qkv.weight": (3 * width, width),
+        f"layers.{layers}.attention.qkv.weight": None,
+    }
+
+
 CARD = FamilyCard(
     name="z_image",
     title="Z-Image",
@@ -161,5 +174,13 @@ CARD = FamilyCard(
         "here is 2 elsewhere, and 0 turns it off.",
         "Long training of Turbo undoes its distillation: pictures in eight steps get worse.",
         "Activations overflow in fp16.",
+    ),
+    whole_file=WholeFile(
+        parts={
+            # ComfyUI's split files, and what other programs write.
+            "transformer": (Held("", probes), Held(whole_file.MODEL, probes)),
+            "vae": whole_file.VAES,
+        },
+        usual=("transformer",),
     ),
 )

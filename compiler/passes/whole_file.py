@@ -15,6 +15,7 @@ from compiler.draft import Draft, ModelFacts
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard, KnownModel
 from compiler.families.whole_file import MARKS, Shapes, located
+from compiler.noise import noise_table, predicted
 from compiler.passes.weights_file import plain_weights
 from compiler.spans import KeyPath
 
@@ -73,16 +74,30 @@ def _recognised(draft: Draft, family: FamilyCard, path: Path, shapes: Shapes) ->
         return None
     first = fitting[0]
     draft.decide(REST, first.base, by="decided", why="its tensors have the shapes of the file's")
-    different = [known.base for known in fitting if known.configs != first.configs]
+    different = [known.base for known in fitting if _differs(family, known, first)]
     if different:
         draft.warn(
             "single-file",
             BASE,
             f"`{path.name}` may as well be made of {choices(different)}, which its tensors' shapes "
-            f"don't tell from {first.base}: what they predict, or their resolution, differs",
+            f"don't tell from {first.base}: what they predict, their noise levels, resolution or "
+            "steps differ",
             help=f'say `rest = "{first.base}"`, or which other it is, in [model]',
         )
     return facts_of_known(draft, family, first)
+
+
+def _differs(family: FamilyCard, known: KnownModel, first: KnownModel) -> bool:
+    """Whether to train it is another thing than to train `first`. Of few-step models, whose files
+    say nothing of it, only those count whose noise levels or index are others."""
+
+    def noise(model: KnownModel) -> tuple[object, ...]:
+        config = model.configs["scheduler"]
+        return family.shift(config), predicted(family, config), noise_table(family, config)
+
+    if known.undistilled:
+        return (noise(known), known.index) != (noise(first), first.index)
+    return (known.configs, known.index) != (first.configs, first.index)
 
 
 def _fits(draft: Draft, family: FamilyCard, path: Path, shapes: Shapes, rest: ModelFacts) -> bool:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from attrs import evolve
 
-from runtime.export.mmdit import Place, fused
+from runtime.export.lazy import Tensors
+from runtime.export.mmdit import Place, arranged, fused
 
 DOUBLE: Mapping[str, Place] = {
     **fused("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
     **fused("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.norm_q": Place("img_attn.norm.query_norm"),
+    "attn.norm_k": Place("img_attn.norm.key_norm"),
+    "attn.norm_added_q": Place("txt_attn.norm.query_norm"),
+    "attn.norm_added_k": Place("txt_attn.norm.key_norm"),
     "attn.to_out.0": Place("img_attn.proj"),
     "attn.to_add_out": Place("txt_attn.proj"),
     "ff.linear_in": Place("img_mlp.0"),
@@ -28,6 +34,8 @@ DOUBLE: Mapping[str, Place] = {
 
 SINGLE: Mapping[str, Place] = {
     "attn.to_qkv_mlp_proj": Place("linear1"),
+    "attn.norm_q": Place("norm.query_norm"),
+    "attn.norm_k": Place("norm.key_norm"),
     "attn.to_out": Place("linear2"),
 }
 """Within `single_transformer_blocks.N` here and `single_blocks.N` there."""
@@ -55,3 +63,15 @@ def place(module: str) -> Place:
     found = (SINGLE if match[1] else DOUBLE)[match[3]]
     kind = "single_blocks" if match[1] else "double_blocks"
     return evolve(found, module=f"{kind}.{match[2]}.{found.module}")
+
+
+def laid_out(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """All tensors of a transformer under the published names, which have no prefix. Raises KeyError
+    for a name that the layout does not have."""
+    return arranged(tensors, _target)
+
+
+def _target(name: str) -> tuple[str, Place]:
+    module, _, leaf = name.rpartition(".")
+    there = place(module)
+    return f"{there.module}.{'scale' if there.module.endswith('_norm') else leaf}", there

@@ -65,6 +65,13 @@ SINGLE_FILE: Mapping[str, str] = {
     # The same with `conditioner.embedders.`, as in sd_xl_base_1.0.safetensors.
     "sdxl": "Stability-AI/generative-models, sgm/modules",
     "sdxl_refiner": "Stability-AI/generative-models, sgm/modules",
+    # The transformer alone, without prefix, as in flux-2-klein-base-4b.safetensors.
+    "flux2": "black-forest-labs/flux2, src/flux2/model.py",
+    "flux2_dev": "black-forest-labs/flux2, src/flux2/model.py",
+    # As in ComfyUI's split files.
+    "lumina2": "Alpha-VLLM/Lumina-Image-2.0, models/model.py",
+    "qwen_image": "ComfyUI, comfy/ldm/qwen_image/model.py, whose names are Diffusers'",
+    "z_image": "ComfyUI, comfy/ldm/lumina/model.py",
 }
 """Whole models in one file: family -> source. Sana's published files also hold the embedding of the
 empty caption, which a Diffusers folder does not have, so none can be made of it."""

@@ -31,6 +31,8 @@ NAMES = {
     torch.bool: "BOOL",
 }
 TYPES = {name: dtype for dtype, name in NAMES.items()}
+WIDENED = {"F8_E4M3": torch.bfloat16, "F8_E5M2": torch.bfloat16}
+"""What numbers of eight bits are read as: it holds them all, and what is merged into them."""
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash")  # of the tensors' bytes as they stand there
 UNKNOWN = "0" * 64
 
@@ -73,12 +75,16 @@ def _in_file(path: Path) -> Tensors:
     found: Tensors = {}
     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
         part = opened.get_slice(name)
+        dtype = WIDENED.get(part.get_dtype()) or TYPES[part.get_dtype()]
         found[name] = Lazy(
-            shape=tuple(part.get_shape()),
-            dtype=TYPES[part.get_dtype()],
-            read=partial(opened.get_tensor, name),
+            shape=tuple(part.get_shape()), dtype=dtype, read=partial(_read, opened, name, dtype)
         )
     return found
+
+
+def _read(opened: Any, name: str, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = opened.get_tensor(name).to(dtype)
+    return tensor
 
 
 def write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:

@@ -17,10 +17,12 @@ PUBLISHED = {
     "flux2": "https://github.com/black-forest-labs/flux2",
     "flux2_dev": "https://github.com/black-forest-labs/flux2",
     "lumina2": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+    "qwen_image": "https://github.com/QwenLM/Qwen-Image",
     "sd3": "https://github.com/Stability-AI/sd3-ref",
     "sd": "https://github.com/CompVis/latent-diffusion",
     "sdxl": "https://github.com/Stability-AI/generative-models",
     "sdxl_refiner": "https://github.com/Stability-AI/generative-models",
+    "z_image": "https://github.com/comfyanonymous/ComfyUI",
 }
 """`modelspec.implementation` of weights under the names of the family's publishers; of others the
 names are Diffusers' own in every layout."""

@@ -146,6 +146,8 @@ def requested(
             "`--everything` is for one file; a folder holds all components anyway",
             help="add `--single-file`, or leave out `--everything`",
         )
+    if everything:
+        _check_everything(plan)
     _check_words(plan, format, merge=merge, single_file=single_file)
     if bundle:
         _check_bundle(plan, format, whole=whole)
@@ -298,6 +300,18 @@ def _check_encoders(plan: Plan) -> None:
     raise Refused(
         "text encoders were trained, and published files of this family leave them out",
         help="add `--everything`",
+    )
+
+
+def _check_everything(plan: Plan) -> None:
+    """Raise Refused where no names are known for a text encoder in a file of the whole model."""
+    card = FAMILIES[plan.model.family]
+    parts = card.whole_file.parts if card.whole_file else {}
+    if set(card.text_encoders) <= set(parts):
+        return
+    raise Refused(
+        f"other programs read the text encoder of {card.title} from a file of its own",
+        help="leave out `--everything`",
     )
 
 

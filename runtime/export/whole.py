@@ -9,7 +9,7 @@ import torch
 from compiler.families import FAMILIES, whole_file
 from compiler.families.whole_file import MARKS, MODEL, Held
 from compiler.plan import Model
-from runtime.export import bfl, clip_names, ldm_vae, mmdit, sgm
+from runtime.export import bfl, bfl2, clip_names, ldm_vae, mmdit, nextdit, sgm, z_image
 from runtime.export.base import component_tensors
 from runtime.export.conventions import Config
 from runtime.export.lazy import Lazy, Tensors, held
@@ -17,10 +17,15 @@ from runtime.families.common import config_of
 
 TRAINED: Mapping[str, Callable[[Tensors, Config], Tensors]] = {
     "flux": bfl.laid_out,
+    "flux2": bfl2.laid_out,
+    "flux2_dev": bfl2.laid_out,
+    "lumina2": nextdit.laid_out,
+    "qwen_image": lambda tensors, config: tensors,
     "sd": sgm.laid_out,
     "sd3": lambda tensors, config: mmdit.laid_out(tensors, int(config["num_layers"])),
     "sdxl": sgm.laid_out,
     "sdxl_refiner": sgm.laid_out,
+    "z_image": z_image.laid_out,
 }
 """Of the trained component's tensors, by its configuration: those names that begin no file's."""
 

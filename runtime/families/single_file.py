@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compiler.families.card import FamilyCard
+from compiler.families.whole_file import MODEL
 from runtime.errors import RunFailed
 
 PROJECTION = "text_projection.weight"
@@ -35,6 +36,8 @@ def translated(
     """
     try:
         tensors = own_tensors(card, name, file)
+        if name == "transformer":
+            tensors = _without_prefix(tensors)
         with TemporaryDirectory() as folder:  # it takes a configuration from a folder only
             Path(folder, name).mkdir()
             Path(folder, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -93,6 +96,13 @@ def _read(
     return clip
 
 
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's tensors by the names that it has alone: not all of Diffusers' readers take
+    the prefix of whole models off (Qwen-Image's), or find the tensors then (Lumina 2's)."""
+    own = {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)}
+    return own or tensors
+
+
 def _own_projection(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The first CLIP's projection, where a file holds one: Diffusers takes it for the identity,
     which is what published files leave out."""
@@ -118,15 +128,20 @@ def own_tensors(card: FamilyCard, name: str, file: Path) -> dict[str, Tensor]:
     opener: Any = safe_open
     with opener(file, "pt") as opened:
         kept = [key for key in opened.keys() if not key.startswith(strange)]  # noqa: SIM118
-        return {key: opened.get_tensor(key) for key in kept}
+        # Files may also hold components that no layout is known of.
+        prefixes = [each.prefix for each in layouts.get(name, ()) if each.prefix]
+        mine = [key for key in kept if key.startswith(tuple(prefixes))]
+        return {key: opened.get_tensor(key) for key in mine or kept}
 
 
 def stored_dtype(card: FamilyCard, name: str, file: Path) -> torch.dtype:
-    """The number format that most of a component's tensors in `file` have."""
+    """The number format that most of a component's tensors in `file` have; of eight bits, bfloat16,
+    which holds all their numbers."""
     counts: dict[torch.dtype, int] = {}
     for tensor in own_tensors(card, name, file).values():
         if tensor.is_floating_point():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+            dtype = torch.bfloat16 if tensor.itemsize == 1 else tensor.dtype
+            counts[dtype] = counts.get(dtype, 0) + tensor.numel()
     with suppress(ValueError):
         return max(counts, key=lambda dtype: counts[dtype])
     return torch.float32

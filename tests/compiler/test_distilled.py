@@ -24,6 +24,8 @@ PUBLISHED = {
     "black-forest-labs/FLUX.2-klein-4B": (4, 1.0, "black-forest-labs/FLUX.2-klein-base-4B"),
     "black-forest-labs/FLUX.2-klein-9B": (4, 1.0, "black-forest-labs/FLUX.2-klein-base-9B"),
     "Tongyi-MAI/Z-Image-Turbo": (9, 0.0, "Tongyi-MAI/Z-Image"),
+    "stabilityai/sdxl-turbo": (4, 0.0, "stabilityai/stable-diffusion-xl-base-1.0"),
+    "stabilityai/sd-turbo": (4, 0.0, "stabilityai/stable-diffusion-2-1"),
 }
 KNOWN: dict[str, tuple[str, KnownModel]] = {
     known.base: (card.name, known) for card in FAMILIES.values() for known in card.known
@@ -112,6 +114,8 @@ def test_a_folder_is_told_by_its_index_and_its_configuration(tmp_path: Path) -> 
         ("flux", "black-forest-labs/FLUX.1-dev"),
         ("z_image", "Tongyi-MAI/Z-Image"),
         ("flux2", "black-forest-labs/FLUX.2-klein-base-4B"),
+        ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("sd", "stabilityai/stable-diffusion-2-base"),
     ],
 )  # fmt: skip
 def test_a_folder_of_a_published_model_is_drawn_with_and_warned_of_likewise(
@@ -122,7 +126,8 @@ def test_a_folder_of_a_published_model_is_drawn_with_and_warned_of_likewise(
     folder = make_base(tmp_path / "folder", family)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, **known.index}))
-    for name, file in (("transformer", "config.json"), ("scheduler", "scheduler_config.json")):
+    trained = FAMILIES[family].trained_component
+    for name, file in ((trained, "config.json"), ("scheduler", "scheduler_config.json")):
         text = json.dumps({**known.configs[name], "added": None})
         (folder / name / file).write_text(text)
     result = told(tmp_path / "run", family, str(folder))

@@ -69,7 +69,8 @@ def test_published_files_are_recognised(family: str, tmp_path: Path) -> None:
         assert guessed.plan is not None, guessed.diagnostics
         said = [d for d in guessed.diagnostics if d.code == "single-file"]
         other = next(k for k in FAMILIES[family].known if k.base == guessed.plan.model.base)
-        assert said or other.configs == known.configs
+        made_of_it = known.undistilled == other.base  # and its file tells nothing of its few steps
+        assert said or other.configs == known.configs or made_of_it
 
 
 def test_what_the_shapes_leave_open_is_said(tmp_path: Path) -> None:
