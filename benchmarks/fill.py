@@ -1,16 +1,17 @@
 """How much of the time of filling a cache is the encoder's own.
 
-    python benchmarks/fill.py FOLDER [FAMILY]
+    python benchmarks/fill.py FOLDER [--batch 1,4] [FAMILY ...]
 
 Photographs below FOLDER are cut to about 512 x 512 pixels and encoded by a tiny VAE with random
 weights, on one thread, while the plan's workers decode. `encoder` is the time inside of it, `wall`
 the time from the first picture to the last shard on disk; hashing the files and loading the VAE are
-told apart. A real VAE takes hundreds of times as long for a picture and waits less.
+told apart. A real VAE takes hundreds of times as long for a picture and waits less. With several
+numbers after `--batch`, each is what `[cache] batch` says in a row of its own.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +22,17 @@ WORKERS = 2
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or ["sd3", "sana"]
-    for name in names:
-        measure(folder, name)
+    words = argparse.ArgumentParser()
+    words.add_argument("folder", type=Path)
+    words.add_argument("families", nargs="*", default=["sd3", "sana"])
+    words.add_argument("--batch", default="1")
+    asked = words.parse_args()
+    for name in asked.families:
+        for batch in map(int, asked.batch.split(",")):
+            measure(asked.folder, name, batch)
 
 
-def measure(folder: Path, name: str) -> None:
+def measure(folder: Path, name: str, batch: int) -> None:
     """Print one line for a family. Fails if its encoder waits for more than a tenth."""
     import torch
 
@@ -41,7 +47,8 @@ def measure(folder: Path, name: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         base = make_tiny(name, Path(place, "base"))
         source = source_of(folder, size=512)
-        plan, manifest = tiny_plan(name, base, [source], Path(place, "run"), workers=WORKERS)
+        settings = {"workers": WORKERS, "vae_batch": batch}
+        plan, manifest = tiny_plan(name, base, [source], Path(place, "run"), **settings)
         family, cache = family_of(name), Cache(Path(place, "cache"))
         start = time.perf_counter()
         located.sample_keys(plan, manifest, family, cache)
@@ -68,8 +75,8 @@ def measure(folder: Path, name: str) -> None:
         fill.fill_latents(plan, manifest, family, cache, Silent())
         wall = last - first
     print(
-        f"{name:<5} {len(manifest)} pictures: encoder {spent:.2f} s of {wall:.2f} s = "
-        f"{spent / wall:.0%}, {len(manifest) / wall:.0f} a second; hashed in {hashed:.2f} s"
+        f"{name:<5} {len(manifest)} pictures, batch {batch}: encoder {spent:.2f} s of {wall:.2f} s "
+        f"= {spent / wall:.0%}, {len(manifest) / wall:.0f} a second; hashed in {hashed:.2f} s"
     )
     assert spent / wall >= WANTED, "the encoder waits"
 

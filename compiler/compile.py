@@ -219,6 +219,7 @@ def _plan(draft: Draft) -> Plan:
         track_project=draft.recipe.track.project if draft.recipe.track.to else "",
         publish=draft.publish,
         workers=draft.workers,
+        vae_batch=draft.recipe.cache.batch,
         threads=draft.threads,
         decisions=completed(draft),
     )

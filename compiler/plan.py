@@ -623,6 +623,7 @@ class Plan:
     track_project: str = ""  # what services group runs by
     publish: Publish | None = None
     workers: int  # threads that decode and resize
+    vae_batch: int = 1  # pictures of one bucket that are encoded together; latents depend on it
     threads: int  # of one operation on the CPU; sums are split by it, so results depend on it
     decisions: tuple[Decision, ...]
 

@@ -241,4 +241,6 @@ SYNONYMS = {
     "webhook_config": "publish.webhook",
     "output_dir": "output",
     "cache_dir": "cache.path",
+    "vae_batch_size": "cache.batch",
+    "caching_batch_size": "cache.batch",
 }

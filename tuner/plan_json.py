@@ -53,7 +53,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
     taken = (
         "name seed run_folder cache_folder device adapter embeddings precision speed text sources "
         "buckets sharing optimizer objective sprint max_grad_norm ema guard decisions track "
-        "track_project"
+        "track_project vae_batch"
     )
     return {
         "digest": plan.digest,

@@ -66,7 +66,7 @@ def _from_plan(definitions: dict[str, Schema]) -> dict[str, Schema]:
         "speed text sources buckets sharing "
         "optimizer objective sprint max_grad_norm ema guard decisions track track_project publish "
         "steps "
-        "schedule checkpoints validation evaluation memory"
+        "schedule checkpoints validation evaluation memory vae_batch"
     )
     found = {name: _of(hints[name], definitions) for name in names.split()}
     _add(definitions, "Model", parameters=_object(total=MAYBE_INT, trainable=MAYBE_INT))

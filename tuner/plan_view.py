@@ -488,9 +488,11 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     if plan.steps.ranks > 1:
         train += f" on {plan.steps.ranks} devices ({plan.sharing.strategy})"
     told += f", {counted(encoders, 'encoder')}{cached_words(texts)}"
+    encoded = counted(_images(plan), "image")
+    encoded += f", up to {plan.vae_batch} at a time" if plan.vae_batch > 1 else ""
     rows = [
         (sign(texts), "cache text", told),
-        (sign(latents), "cache latents", counted(_images(plan), "image") + cached_words(latents)),
+        (sign(latents), "cache latents", encoded + cached_words(latents)),
         ("+", "train", train + train_words(outlook)),
     ]
     if prompts:

@@ -8,6 +8,7 @@ from math import ceil
 
 from compiler.data.counts import bucket_rows, samples_per_epoch
 from compiler.data.geometry import edge_of
+from compiler.data.manifest import Manifest
 from compiler.data.stages import Gap, Span, epochs_begun, last_step, stages_of
 from compiler.draft import Draft
 from compiler.plan import DataSource, Stage, Steps
@@ -16,6 +17,7 @@ from compiler.units import Interval
 
 SIZE: KeyPath = ("train", "batch_size")
 DEVICES: KeyPath = ("launch", "devices")
+TOGETHER: KeyPath = ("cache", "batch")
 
 
 def resolve_batches(draft: Draft) -> None:
@@ -60,9 +62,25 @@ def resolve_batches(draft: Draft) -> None:
     )
     key = "steps" if train.steps is not None else "epochs"
     draft.decide(("train", key), train.steps if key == "steps" else train.epochs)
+    _encoded_together(draft, draft.manifest)
     _small_buckets(draft)
     _idle_devices(draft, draft.steps)
     _long_window(draft, draft.steps)
+
+
+def _encoded_together(draft: Draft, manifest: Manifest) -> None:
+    """What is said of the pictures that the VAE encodes at a time."""
+    asked = draft.recipe.cache.batch
+    draft.decide(TOGETHER, asked, why="a latent then depends on its picture alone")
+    parts = [manifest, *([manifest.held_out] if manifest.held_out else [])]
+    most = max(len(members.samples) for part in parts for members in part.buckets)
+    if asked > 1 == most:
+        draft.warn(
+            "no-effect",
+            TOGETHER,
+            "no bucket has two pictures: each is encoded alone",
+            help="leave `batch` out",
+        )
 
 
 def _report_gap(draft: Draft, gap: Gap) -> None:

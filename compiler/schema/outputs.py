@@ -130,6 +130,10 @@ class CacheRecipe:
     """Folder (relative to the recipe); by default the user's cache folder. Shared by all runs."""
     precision: Format | Auto = "auto"
     """Number format of what is cached."""
+    batch: Annotated[int, Range(ge=1, le=64)] = 1
+    """Pictures of one bucket that the VAE encodes together. More need more memory, and may be
+    quicker on a GPU. Above 1 the last bits of a latent may depend on what else is in its batch, so
+    each `batch` has latents of its own in the cache."""
 
 
 @frozen(kw_only=True)

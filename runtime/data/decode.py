@@ -20,7 +20,7 @@ from runtime.data.keys import LatentKeys, mask_kind, mask_path
 from runtime.data.pixels import BrokenPicture, decode_placed, to_tensor
 from runtime.errors import RunFailed
 
-_AHEAD = 3  # decoded pictures held per thread
+_AHEAD = 3  # decoded pictures held per thread, beside those of a batch
 
 
 @frozen(kw_only=True)
@@ -42,7 +42,8 @@ def decoded(
     keys: Sequence[bytes],
     latents: LatentKeys,
 ) -> Iterator[Decoded]:
-    """Rows with their pixels, in order, a few ahead of who asks."""
+    """Rows with their pixels, in order, a few more than the next batch ahead of who asks."""
+    ahead = plan.workers * _AHEAD + plan.vae_batch - 1
 
     def decode_row(row: int) -> Decoded:
         return row, _ready(plan, manifest, row, keys[row], latents)
@@ -52,7 +53,7 @@ def decoded(
         try:
             for row in rows:
                 waiting.append(pool.submit(decode_row, row))
-                if len(waiting) >= plan.workers * _AHEAD:
+                if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

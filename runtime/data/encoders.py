@@ -76,7 +76,8 @@ class Encoders:
     def _share(self, name: str, parts: dict[str, Any], prompt: Prompt) -> TextEmbedding:
         """What one encoder makes of one prompt, on the host."""
         encoder, text = parts[name], self._plan.text
-        with self._gauge.reading(name, len(prompt.text), lying(encoder)) as piece:
+        there = lying(encoder) if self._gauge.wants(name, len(prompt.text)) else {}
+        with self._gauge.reading(name, len(prompt.text), there) as piece:
             with given_to(encoder) as given:
                 (share,) = self._family.encode_with(
                     name, parts, [prompt.text], text, negative=prompt.negative

@@ -1,21 +1,25 @@
 """Fills the cache: every prompt and every picture of a run is encoded once, then the encoders go.
 
-Prompts and pictures are encoded one at a time. What is cached must be a function of its key alone:
-kernels are chosen by batch size, so that the same picture in other company differs in its last bits
-(SD3's VAE on the CPU, four pictures or one: by 1e-6 in float32, 8e-3 in bfloat16), and a run that
-was killed here and started again would then train on other numbers. It also makes the peak memory
-of these phases that of one item. Threads decode ahead of the encoder. Of several ranks each does a
-share, on its own device.
+Prompts are encoded one at a time, and so are pictures, unless the recipe says otherwise. What is
+cached must be a function of its key alone: kernels are chosen by batch size, so that the same
+picture in other company differs in its last bits (SD3's VAE on the CPU, four pictures or one: by
+1e-6 in float32, 8e-3 in bfloat16). It also makes the peak memory of these phases that of one item.
+Where `[cache] batch` asks for more pictures at a time, keys name how many, and
+`runtime.data.vae_batches` says what of this is kept: a run that was killed here and started again
+still trains on the same numbers. Threads decode ahead of the encoder. Of several ranks each does a
+share, whole batches, on its own device.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import compress, islice
+from itertools import chain, compress, islice
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from compiler.data.manifest import Item, Manifest
 from compiler.data.prompts import every_prompt
 from compiler.data.scan import ALONE, shown
 from compiler.home import default_cache
+from compiler.memory import encoded_shapes
 from compiler.plan import Plan
 from runtime.data import masks
 from runtime.data.cache import Cache
@@ -35,22 +40,24 @@ from runtime.data.encoders import TOGETHER, Encoders, PhaseOf, free, load
 from runtime.data.focus import require_opencv
 from runtime.data.keys import latent_keys, text_keys
 from runtime.data.located import captions_found, latents_found, sample_keys
-from runtime.data.packed import Keys, Rows, reading_order
+from runtime.data.packed import Keys
 from runtime.data.pixels import BrokenPicture
 from runtime.data.sharing import ALONE as ALL
 from runtime.data.sharing import Team
+from runtime.data.vae_batches import VaeBatches, vae_batches
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES
 from runtime.memory.gauge import NO_GAUGE, Gauge, lying
-from runtime.memory.phases import largest
+from runtime.memory.phases import fullest
 from runtime.memory.pieces import picture_words
 
 OFFSET = "crop"
 """In an entry of latents: x and y of a cut that was found by looking at the pixels."""
 WORTH_LOADING = 32
 """Prompts for which another rank loads the encoders too: it takes as long as to encode some."""
+Shape = tuple[int, int, int]  # width, height, pictures
 _NAMED = 20  # files named in one message
 NOTHING_SHOWN = "its mask shows nothing of what is cut out"
 _MEND = (
@@ -194,16 +201,21 @@ def fill_latents(
     MachineUnfit where nothing here can find the faces that the plan cuts around.
     """
     keys = team.first(lambda: sample_keys(plan, manifest, family, cache))
-    every = keys.firsts(_by_bucket(manifest))
+    batches = vae_batches(manifest, keys, plan.vae_batch)
     located = cache.find(keys, noted=team.ranks.leads)
-    missing = every[located.lacking()[every]]
-    cached = len(every) - len(missing)
-    todo = missing[[team.takes(keys[row], len(keys)) for row in missing.tolist()]]
-    events.phase("latents", len(every), "pictures")
+    lacking = located.lacking()
+    missing = int(lacking[batches.rows].sum())
+    cached = len(batches.rows) - missing
+    todo = [
+        number
+        for number in batches.unfinished(lacking).tolist()
+        if team.takes(keys[batches[number][0]], len(keys), plan.vae_batch)
+    ]
+    events.phase("latents", len(batches.rows), "pictures")
     events.advance(cached)
     broken: dict[bytes, BrokenPicture] = {}
-    if len(todo):
-        given = (events, keys, todo, cached, team, gauge)
+    if todo:
+        given = (events, keys, batches, todo, lacking, cached, team, gauge)
         broken = _encode_pictures(plan, manifest, family, cache, *given)
     rows = [(r, broken[key]) for r, key in enumerate(keys) if key in broken] if broken else []
     _condemn([(manifest.item(r), str(w)) for r, w in rows if not isinstance(w, masks.BrokenMask)])
@@ -215,7 +227,7 @@ def fill_latents(
             [(_called(manifest, row), kinds[masked](why)) for row, why, masked in sorted(found)],
             skipped=all(plan.sources[manifest.source(r)].broken == "skip" for r, *_ in found),
         )
-    if len(missing):
+    if missing:
         located = cache.find(keys)
     if not located.lacking().any():
         latents_found(plan, manifest, family, cache, located)
@@ -228,38 +240,42 @@ def _encode_pictures(
     cache: Cache,
     events: Events,
     keys: Sequence[bytes],
-    todo: Rows,
+    batches: VaeBatches,
+    todo: Sequence[int],
+    lacking: NDArray[np.bool_],
     cached: int,
     team: Team,
     gauge: Gauge,
 ) -> dict[bytes, BrokenPicture]:
-    """Cache the latents of the rows `todo`; those that can't be, by key. `cached` were there."""
-    if any(manifest.placement(int(row)).focus for row in todo):
+    """Cache the latents of those rows of the batches `todo` that are `lacking`; those that can't
+    be, by key. `cached` were there."""
+    if any(manifest.placement(row).focus for row in _rows(batches, todo)):
         require_opencv()
     parts = load(plan, family, ("vae",))
     latents = latent_keys(plan, family, cache)
+    groups = plan.evaluation.groups if plan.evaluation is not None else ()
+    counted = fullest(encoded_shapes(plan.buckets, groups, plan.vae_batch))
     broken: dict[bytes, BrokenPicture] = {}
     done = 0
     try:
-        for row, ready in decoded(map(int, todo), plan, manifest, keys, latents):
-            if isinstance(ready, BrokenPicture):
-                broken[keys[row]] = ready
-                continue
-            pixels = ready.pixels.to(plan.device)
-            there = lying(parts["vae"])
-            there["activations"].append(pixels)
-            height, width = pixels.shape[-2:]
-            with gauge.reading("latents", width * height, there) as piece:
-                moments = family.encode_pixels(parts["vae"], pixels)
-            piece.on, piece.planned = picture_words(width, height), _planned(plan, width, height)
-            entry = _entry(moments, ready)
-            rules = plan.sources[manifest.source(row)].mask
-            if rules is not None and rules.floor == 0 and not entry[masks.NAME].any():
-                broken[keys[row]] = masks.BrokenMask(NOTHING_SHOWN)
-                continue
-            cache.put(keys[row], _stored(entry, plan, partial(_called, manifest, row)))
-            done += 1
-            events.advance(cached + team.tally(done, 1))
+        pictures = decoded(_rows(batches, todo), plan, manifest, keys, latents)
+        for number in todo:
+            batch: dict[int, Ready] = {}
+            for row, found in islice(pictures, len(batches[number])):
+                if isinstance(found, BrokenPicture):
+                    broken[keys[row]] = found
+                else:
+                    batch[row] = found
+            for row, entry in _entries(plan, family, parts["vae"], batch, gauge, counted):
+                if not lacking[row]:
+                    continue
+                rules = plan.sources[manifest.source(row)].mask
+                if rules is not None and rules.floor == 0 and not entry[masks.NAME].any():
+                    broken[keys[row]] = masks.BrokenMask(NOTHING_SHOWN)
+                    continue
+                cache.put(keys[row], _stored(entry, plan, partial(_called, manifest, row)))
+                done += 1
+                events.advance(cached + team.tally(done, 1))
     finally:
         try:
             cache.flush()
@@ -269,18 +285,46 @@ def _encode_pictures(
     return broken
 
 
-def _planned(plan: Plan, width: int, height: int) -> str:
-    """What the plan counted of encoding pictures, of which this may be one."""
-    sizes = [(bucket.width, bucket.height) for bucket in plan.buckets]
-    if plan.evaluation is not None:
-        sizes += [(group.width, group.height) for group in plan.evaluation.groups]
-    sizes = largest(tuple(sizes))
-    return picture_words(*((width, height) if (width, height) in sizes else sizes[0]))
+def _rows(batches: VaeBatches, numbers: Iterable[int]) -> Iterator[int]:
+    return chain.from_iterable(batches[number].tolist() for number in numbers)
+
+
+def _entries(
+    plan: Plan,
+    family: Family,
+    vae: Any,
+    batch: Mapping[int, Ready],
+    gauge: Gauge,
+    counted: Sequence[Shape],
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """What is cached of each picture of a batch, encoded together; all are of one size."""
+    if not batch:
+        return []
+    pixels = torch.cat([ready.pixels for ready in batch.values()]).to(plan.device)
+    shape = (pixels.shape[3], pixels.shape[2], len(batch))
+    there = lying(vae) if gauge.wants("latents", prod(shape)) else {}
+    there.setdefault("activations", []).append(pixels)
+    with gauge.reading("latents", prod(shape), there) as piece:
+        moments = family.encode_pixels(vae, pixels)
+    piece.on, piece.planned = picture_words(*shape), _planned(shape, counted)
+    held = {name: tensor.to("cpu") for name, tensor in moments.items()}
+    return [
+        (row, _entry({name: tensor[number] for name, tensor in held.items()}, ready))
+        for number, (row, ready) in enumerate(batch.items())
+    ]
+
+
+def _planned(shape: Shape, counted: Sequence[Shape]) -> str:
+    """What the plan `counted` of encoding batches, of which `shape` may be one. Where it can't be
+    told which of several needs most, all of them, which none is like."""
+    if len({(width * height, count) for width, height, count in counted}) > 1:
+        return " or ".join(picture_words(*each) for each in counted)
+    return picture_words(*(shape if shape in counted else counted[0]))
 
 
 def _entry(moments: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
-    """What is cached of one picture."""
-    entry = {name: t[0] for name, t in moments.items()}
+    """What is cached of one picture, `moments` being its own."""
+    entry = dict(moments)
     if ready.placement.focus:
         entry[OFFSET] = torch.tensor([ready.placement.crop_x, ready.placement.crop_y])
     if ready.mask is not None:
@@ -305,16 +349,6 @@ def _stored(entry: Mapping[str, Tensor], plan: Plan, of: Callable[[], str]) -> d
         if not kept.isfinite().all():
             raise NotFinite(of(), plan, made=not tensor.isfinite().all())
     return stored
-
-
-def _by_bucket(manifest: Manifest) -> Rows:
-    """All rows, bucket by bucket; containers are read from front to back."""
-    found = [np.empty(0, np.int64)]
-    for members in manifest.buckets:
-        rows = np.frombuffer(members.samples, np.uint32).astype(np.int64)
-        alone = manifest.folders[members.source].kind == "folder"
-        found.append(rows if alone else reading_order(manifest, rows))
-    return np.concatenate(found)
 
 
 def _called(manifest: Manifest, row: int) -> str:

@@ -176,6 +176,7 @@ def _latent_keys(plan: Plan, family: str, encoders: list[list[str]]) -> LatentKe
                 "family": family,
                 "encoders": encoders,
                 "stored": plan.precision.cache,
+                **({"together": plan.vae_batch} if plan.vae_batch > 1 else {}),
             }
         )
     )
