@@ -280,6 +280,14 @@ CODES: Mapping[str, Code] = {
         '[[data.source]]\npath = "captioned"\nholdout = 4  # of 4 images',
         '[[data.source]]\npath = "captioned"\nholdout = 1',
     ),
+    "host-too-small": Code(
+        "more host memory needed than the machine has",
+        "What waits for the device (blocks, activations, an average), encoders while they are read "
+        "and the copy that a checkpoint is written from lie in host memory. This is of the machine "
+        "that plans; with `--device` nothing is known of the other one's.",
+        "[memory.offload]\nactivations = true  # more of them than the host has memory",
+        "[memory.offload]\nactivations = false",
+    ),
     "idle-devices": Code(
         "more devices than batches",
         "Each device takes whole batches. An epoch that has fewer of them than there are devices "

@@ -21,6 +21,7 @@ class Machine:
     device_name: str
     device_total_bytes: int  # of "cpu": the host's memory
     device_free_bytes: int
+    free_is: str = "free on the device now"  # what `device_free_bytes` are, for a person
     host_total_bytes: int  # 0: not known
     host_free_bytes: int
     cores: int

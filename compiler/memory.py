@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from attrs import field, frozen
@@ -9,7 +10,9 @@ from attrs import field, frozen
 from compiler.plan import (
     Adapter,
     AttentionKernel,
+    Bucket,
     Embeddings,
+    HeldOut,
     Layout,
     Model,
     Objective,
@@ -23,7 +26,8 @@ from compiler.plan import (
 )
 
 CORRECTION = "correction"
-"""The part of a phase by which earlier runs on the same machine differed from what was planned."""
+"""The part of a phase by which earlier runs on the same machine differed from what was planned; how
+many of them is in its name, too."""
 
 
 @frozen(kw_only=True)
@@ -48,13 +52,18 @@ class Candidate:
     clip_bytes: int = 0  # on the host, of what scores its pictures
     sampler: str = ""  # of validation; "": the base's own
     evaluated: tuple[tuple[int, int, int], ...] = ()  # as `shapes`, of held-out pictures
+    encoded: tuple[tuple[int, int, int], ...] = ()
+    """As `shapes`, of what the VAE encodes together; empty: one picture at a time of each size in
+    `shapes` and `evaluated`."""
     device: str
+    capability: str = ""  # of a CUDA device, "9.0"; "": not known
     ranks: int = 1
     sharing: Sharing = field(factory=Sharing)
     masked: bool = False  # whether samples of some source have masks
     attention: AttentionKernel = "native"  # of the trained component
     channels_last: bool = False
     fused_projections: bool = False
+    compiled: bool = False  # its blocks; simulated as if they were not
     sprint: Sprint | None = None
     keeps_base: bool = False  # whether samples of some source learn what the base predicts
     text_training: TextTraining | None = None
@@ -81,6 +90,15 @@ class MemoryModel(Protocol):
     def simulate(self, candidate: Candidate) -> Simulation:
         """Peak memory per phase. Raises ValueError with a sentence if the model can't be built."""
         ...
+
+
+def encoded_shapes(
+    buckets: Iterable[Bucket], held_out: Iterable[HeldOut], together: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Width, height (pixels) and count of the pictures that the VAE encodes at a time, of each
+    bucket's fullest batch, where it takes up to `together`."""
+    every: list[Bucket | HeldOut] = [*buckets, *held_out]
+    return tuple(sorted({(b.width, b.height, min(together, b.images)) for b in every}))
 
 
 def gib(amount: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import evolve
 
-from compiler.devices import named, names
+from compiler.devices import GIB, named, names
 from compiler.diagnostics import choices, nearest
 from compiler.machine import Machine
 from compiler.units import ByteSize
@@ -17,15 +17,20 @@ class UnknownDevice(Exception):
 
 
 def elsewhere(machine: Machine, word: str) -> Machine:
-    """`machine` with the accelerator that `word` names, all of its memory free.
+    """`machine` with the accelerator that `word` names, all that it offers of its memory free.
 
-    An amount of memory stands for a device of that size whose speed is not known. Raises
-    UnknownDevice.
+    An amount of memory stands for a device that offers just that, and whose speed is not known.
+    Raises UnknownDevice.
     """
     found = named(word)
     if found is not None:
         name, row = found
-        return _with(machine, name, row.memory_bytes, bf16=row.bf16)
+        why = f"what {name} offers of its {row.memory_bytes / GIB:.0f} GiB"
+        return evolve(
+            _with(machine, name, row.offered_bytes, why),
+            bf16=row.bf16,
+            capability=row.capability,
+        )
     try:
         size = ByteSize.parse(word)
     except ValueError:
@@ -34,17 +39,19 @@ def elsewhere(machine: Machine, word: str) -> Machine:
         raise UnknownDevice(
             f'no device `{word}` is known: {hint} An amount of memory will do, such as "24 GiB"'
         ) from None
-    return _with(machine, f"a device of {size}", int(size), bf16=True)
+    name = f"a device of {size}"
+    return _with(machine, name, int(size), "all of what `--device` says")
 
 
-def _with(machine: Machine, name: str, memory_bytes: int, *, bf16: bool) -> Machine:
+def _with(machine: Machine, name: str, memory_bytes: int, why: str) -> Machine:
     return evolve(
         machine,
         device="cuda",
         device_name=name,
         device_total_bytes=memory_bytes,
         device_free_bytes=memory_bytes,
+        free_is=why,
         host_total_bytes=0,
-        bf16=bf16,
+        bf16=True,
         capability="",
     )

@@ -1,25 +1,25 @@
-"""The ladder of settings by which a run is made to fit: each rung saves more.
+"""The settings by which a run is made to fit, and all that may be combined of them.
 
-Only what the recipe leaves on "auto" is on it. Every rung keeps what the one above chose and adds
-the next cheapest saving, in this order: recompute some blocks, then all; update weights in the
-backward pass; keep the optimizer's state in 8 bits; the base in 8, then 4 bits; activations on the
-host; blocks of the base on the host; a batch in parts. How much slower a rung is, is modelled (see
-`seconds`). `quicker` has rungs beside the ladder.
+Only what the recipe leaves on "auto" is open. By the order of the savings, the cheapest first:
+recompute some blocks, then all; update weights in the backward pass; keep the optimizer's state in
+8 bits; the base in 8, then 4 bits; activations on the host; blocks of the base on the host; a batch
+in parts. How quick each combination is, and what it needs, is for `estimates` to tell; which of
+them is chosen, for `search`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
-from attrs import asdict, evolve, frozen
+from attrs import asdict, evolve, fields, frozen
 
 from compiler import plan
 from compiler.adapters import OF_THE_BASE
-from compiler.devices import peak_flops
 from compiler.draft import Draft, spelt
 from compiler.families.card import FamilyCard
-from compiler.memory import Candidate, Simulation
+from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes.fused import fused_backward_possible
 from compiler.passes.optimizer import planned, suits
@@ -30,15 +30,6 @@ INTERVALS = (4, 3, 2, 1)  # every n-th block is recomputed
 FEWER_BITS: tuple[plan.Quantisation, ...] = ("int8", "nf4")
 APART = (4, 3, 2, 1)  # every n-th block waits on the host
 MOST = 0.75  # of the blocks, between every second and each
-
-# The model of time. A device does matrix products at a share of its peak; memory moves one byte in
-# the time of so many operations at the peak (data sheets of current accelerators at 16 bits: 200);
-# what waits on the host crosses a PCIe 3.0 x16 or 4.0 x8 link (15.8e9 bytes a second, some 80 % of
-# it reached), while the device computes.
-UTILISATION = 0.35
-FLOPS_PER_BYTE = 200.0
-LINK_BYTES = 12.6e9
-UNKNOWN_DEVICE = 100e12  # operations a second; only ratios of times are used
 
 
 @frozen(kw_only=True)
@@ -105,35 +96,106 @@ def _parted(draft: Draft, size: int) -> int:
     return size if size < largest_batch(draft) else 0
 
 
-def rungs(draft: Draft) -> list[Rung]:
-    """The whole ladder; one rung where the recipe leaves nothing open."""
-    found = [first(draft)]
+@frozen(kw_only=True)
+class Choices:
+    """What each setting may be: first as the recipe has it, or at its fastest, the thriftiest last.
 
-    def add(**changes: Any) -> None:
-        found.append(evolve(found[-1], **changes))
+    Names are those of `Rung`.
+    """
 
-    memory = draft.recipe.memory
-    if memory.activation_checkpointing == "auto":
-        for interval in INTERVALS:
-            if interval == 1 or interval <= depth(draft) // 2:
-                add(checkpointing=interval)
-    if memory.fused_backward == "auto" and fused_backward_possible(draft) is None:
-        add(fused_backward=True)
+    checkpointing: tuple[int, ...]
+    fused_backward: tuple[bool, ...]
+    optimizer: tuple[str, ...]
+    quantize: tuple[plan.Quantisation, ...]
+    activations: tuple[bool, ...]
+    blocks: tuple[int, ...]
+    micro_batch: tuple[int, ...]
+
+    @property
+    def first(self) -> Rung:
+        """Nothing saved that the recipe does not state."""
+        return Rung(**{name: values[0] for name, values in self._named().items()})
+
+    def every(self) -> Iterator[Rung]:
+        """All combinations that can be."""
+        named = self._named()
+        for values in product(*named.values()):
+            rung = Rung(**dict(zip(named, values, strict=True)))
+            if possible(rung):
+                yield rung
+
+    def thriftiest(self) -> tuple[Rung, ...]:
+        """Every saving at once; two rungs, where an update in the backward pass is one of them: it
+        can't go with a batch in parts."""
+        last = Rung(**{name: values[-1] for name, values in self._named().items()})
+        apart = evolve(last, fused_backward=self.fused_backward[0])
+        whole = evolve(last, micro_batch=self.micro_batch[0])
+        light = evolve(whole, optimizer=self.optimizer[0])
+        ends = [rung for rung in (last, apart, whole, light) if possible(rung)]
+        fused = [rung for rung in ends if rung.fused_backward][:1]
+        return tuple(dict.fromkeys([*ends[:1], *fused]))
+
+    def in_turn(self) -> Iterator[Rung]:
+        """The first rung with the first saving of each setting alone."""
+        for name, values in self._named().items():
+            if len(values) > 1:
+                rung = evolve(self.first, **{name: values[1]})
+                if possible(rung):
+                    yield rung
+
+    def place(self, rung: Rung) -> tuple[int, ...]:
+        """How late the savings of `rung` are in their order, the latest saving first."""
+        named = self._named()
+        return tuple(named[name].index(getattr(rung, name)) for name in reversed(named))
+
+    def _named(self) -> dict[str, tuple[Any, ...]]:
+        return {each.name: getattr(self, each.name) for each in fields(type(self))}
+
+
+def possible(rung: Rung) -> bool:
+    """Whether its settings go together: an update in the backward pass knows no gradients of other
+    parts of a batch, and updates one weight at a time."""
+    apart = OPTIMIZERS[rung.optimizer].not_in_backward
+    return not (rung.fused_backward and (rung.micro_batch or apart))
+
+
+def choices(draft: Draft) -> Choices:
+    """All that the recipe leaves open; one value each where it leaves nothing."""
+    start, memory = first(draft), draft.recipe.memory
+    fused = memory.fused_backward == "auto" and fused_backward_possible(draft) is None
     sibling = _eight_bit(draft)
-    if sibling:
-        apart = OPTIMIZERS[sibling].not_in_backward
-        add(optimizer=sibling, fused_backward=found[-1].fused_backward and not apart)
-    for kind in _fewer_bits(draft):
-        add(quantize=kind)
-    if draft.sprint is not None:  # its networks take turns in one pass, and judge whole batches
-        return found
-    if draft.device != "cpu" and not _sharded(draft):
-        _offload(draft, add)
-    if memory.micro_batch == "auto":
-        size = largest_batch(draft)
-        while size > 1:
-            size = -(-size // 2)
-            add(micro_batch=size, fused_backward=False)
+    if sibling and start.fused_backward and OPTIMIZERS[sibling].not_in_backward:
+        sibling = ""
+    # The networks of a distillation take turns in one pass, and judge whole batches.
+    alone = draft.sprint is not None
+    moves = not alone and draft.device != "cpu" and not _sharded(draft)
+    parted = not alone and memory.micro_batch == "auto" and not start.fused_backward
+    return Choices(
+        checkpointing=(start.checkpointing, *_intervals(draft)),
+        fused_backward=(start.fused_backward, *([True] if fused else [])),
+        optimizer=(start.optimizer, *([sibling] if sibling else [])),
+        quantize=(start.quantize, *_fewer_bits(draft)),
+        activations=(
+            start.activations,
+            *([True] if moves and offload_of(draft).activations == "auto" else []),
+        ),
+        blocks=(start.blocks, *(_blocks(draft) if moves else [])),
+        micro_batch=(start.micro_batch, *(_halves(largest_batch(draft)) if parted else [])),
+    )
+
+
+def _intervals(draft: Draft) -> list[int]:
+    if draft.recipe.memory.activation_checkpointing != "auto":
+        return []
+    return [each for each in INTERVALS if each == 1 or each <= depth(draft) // 2]
+
+
+def _halves(size: int) -> list[int]:
+    """Ever smaller parts of a batch."""
+    found = []
+    while size > 1:
+        size = -(-size // 2)
+        found.append(size)
     return found
 
 
@@ -167,16 +229,13 @@ def _fewer_bits(draft: Draft) -> tuple[plan.Quantisation, ...]:
     )
 
 
-def _offload(draft: Draft, add: Callable[..., None]) -> None:
-    offload = offload_of(draft)
-    if offload.activations == "auto":
-        add(activations=True)
+def _blocks(draft: Draft) -> list[int]:
+    assert draft.model is not None
     fused = draft.speed.fused_projections  # see `passes.projections`
-    if offload.blocks == "auto" and draft.adapter is not None and not fused:
-        assert draft.model is not None
-        family = draft.model.family
-        for count in waiting(family, draft.model.configs[family.trained_component]):
-            add(blocks=count)
+    if offload_of(draft).blocks != "auto" or draft.adapter is None or fused:
+        return []
+    family = draft.model.family
+    return waiting(family, draft.model.configs[family.trained_component])
 
 
 def waiting(family: FamilyCard, config: Mapping[str, Any]) -> list[int]:
@@ -206,31 +265,6 @@ def candidate_of(draft: Draft, base: Candidate, rung: Rung) -> Candidate:
         layout=rung.layout,
         micro_batch=rung.micro_batch,
     )
-
-
-def seconds(draft: Draft, rung: Rung, found: Simulation, start: Simulation) -> float:
-    """Time of one step of `rung`, by the model above; `start` is the first rung's simulation.
-
-    Only the ratio of two of them means anything.
-    """
-    assert draft.precision is not None
-    known = peak_flops(draft.machine.device_name, draft.precision.compute)
-    peak = known or UNKNOWN_DEVICE
-    passes = 2 + (1 / rung.checkpointing if rung.checkpointing else 0)
-    parts = -(-largest_batch(draft) // rung.micro_batch) if rung.micro_batch else 1
-    row = QUANTISERS.get(rung.quantize)
-    traffic = row.traffic if row else 2.0  # a plain weight is read: 16 bits
-    moved = traffic * found.parameters * passes * parts
-    computing = found.flops / (UTILISATION * peak) + moved * FLOPS_PER_BYTE / peak
-    crossing = (
-        2 * max(waiting_bytes(found) - waiting_bytes(start), 0) * parts / LINK_BYTES
-    )  # there and back
-    return max(computing, crossing)
-
-
-def waiting_bytes(found: Simulation) -> int:
-    """Bytes on the host in a step."""
-    return next((p.host_bytes for p in found.phases if p.name == "train"), 0)
 
 
 def alters(above: Rung, below: Rung) -> bool:

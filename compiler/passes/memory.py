@@ -6,12 +6,14 @@ from attrs import evolve
 
 from compiler import plan
 from compiler.draft import Draft
-from compiler.memory import Candidate, MemoryModel, Simulation, gib
-from compiler.passes import ladder, quicker
+from compiler.memory import Candidate, Simulation, encoded_shapes, gib
+from compiler.passes import ladder
 from compiler.passes.components import model_plan, settle
+from compiler.passes.host_memory import judge_host
 from compiler.passes.ladder import Rung
 from compiler.passes.optimizer import resolve_optimizer
 from compiler.passes.refused import refused
+from compiler.passes.search import Search
 from compiler.passes.sharing import choose_sharded, decide_sharing
 from compiler.passes.suggest import refuse
 from compiler.passes.text_training import trains
@@ -53,7 +55,7 @@ def resolve_memory(draft: Draft) -> None:
             )
             chosen = search.run()
         if search.fits(chosen):
-            chosen = search.encoders(chosen)
+            _fit_encoders(search, chosen)
         found = search.look(chosen)
     except ValueError as error:
         refused(draft, str(error))
@@ -76,6 +78,8 @@ def resolve_memory(draft: Draft) -> None:
     worst = peak(found)
     if budget and worst.device_bytes > budget:
         refuse(draft, search.candidate(chosen), draft.memory_model, budget, worst, blame(draft))
+    else:
+        judge_host(draft, chosen.layout, found.phases)
 
 
 def peak(found: Simulation) -> plan.Phase:
@@ -83,152 +87,18 @@ def peak(found: Simulation) -> plan.Phase:
     return max(found.phases, key=lambda phase: phase.device_bytes)
 
 
-ROOM = 0.7
-"""Of a host's memory, what may be taken by what waits there: the system, the libraries and the
-data's own buffers need the rest."""
-
-
-class Search:
-    """Looks for a rung that fits and is quick, by simulating as few as it can."""
-
-    def __init__(self, *, draft: Draft, model: MemoryModel, base: Candidate, budget: int) -> None:
-        self.draft, self.model, self.base, self.budget = draft, model, base, budget
-        self.rungs = ladder.rungs(draft)
-        self._found: dict[Rung, Simulation] = {}
-
-    def run(self) -> Rung:
-        """The first rung that fits, or one beside the ladder that fits and is quicker; the last
-        one if none does. Raises ValueError."""
-        chosen = self._first_that_fits()
-        if chosen == self.rungs[0] or not self.fits(chosen):
-            return chosen
-        best, tries = chosen, quicker.TRIES
-        largest = ladder.largest_batch(self.draft)
-        for other in quicker.beside(self.rungs, chosen, self._room, largest):
-            enough = quicker.WORTH * self._seconds(best)
-            if not tries or self._at_least(other, chosen) > enough:
-                continue
-            tries -= 1
-            if self.fits(other) and self._waits(other) and self._seconds(other) <= enough:
-                best = other
-        if best != chosen:
-            self._insert(best, self.rungs.index(chosen))
-        return best
-
-    def _first_that_fits(self) -> Rung:
-        low, high = 0, len(self.rungs) - 1
-        if not self.budget or self.fits(self.rungs[0]) or not high:
-            return self.rungs[0]
-        if not self.fits(self.rungs[high]):
-            return self.rungs[high]
-        while high - low > 1:  # rung `low` does not fit, rung `high` does
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.fits(self.rungs[middle]) else (middle, high)
-        return self.rungs[high]
-
-    def _room(self, rung: Rung) -> quicker.Room:
-        phases = [p for p in self.look(rung).phases if p.name not in self.apart]
-        train = next(p for p in phases if p.name == "train")
-        activations = train.parts.get("activations", 0)
-        others = max((p.device_bytes for p in phases if p is not train), default=0)
-        left = self.budget - (train.device_bytes - activations)
-        return quicker.Room(
-            activations=activations, left=left if others <= self.budget else self.budget - others
-        )
-
-    def _waits(self, rung: Rung) -> bool:
-        """Whether what waits on the host in a step finds room there, as far as its size is known:
-        a rung of the ladder may need much less of it."""
-        total = self.draft.machine.host_total_bytes
-        return not total or ladder.waiting_bytes(self.look(rung)) <= ROOM * total
-
-    def _seconds(self, rung: Rung) -> float:
-        start = self.look(self.rungs[0])
-        return ladder.seconds(self.draft, rung, self.look(rung), start)
-
-    def _at_least(self, rung: Rung, like: Rung) -> float:
-        """What the computing of `rung`, which has the weights of `like` or of the first rung, will
-        take."""
-        start = self.look(self.rungs[0])
-        known = start if rung.checkpointing == self.rungs[0].checkpointing else self.look(like)
-        return ladder.seconds(self.draft, rung, evolve(known, phases=()), start)
-
-    def _insert(self, rung: Rung, place: int) -> None:
-        """Put `rung` on the ladder; what is below it there is to need less."""
-        below = (r for r in self.rungs[place:] if r not in self._found or self._less(r, rung))
-        self.rungs[place:] = [rung, *below]
-
-    def _less(self, rung: Rung, other: Rung) -> bool:
-        return self._peak(rung) < self._peak(other)
-
-    def encoders(self, chosen: Rung) -> Rung:
-        """Quantise text encoders that are left open, where they would not fit."""
-        for name in _open_encoders(self.draft):
-            for kind in ladder.FEWER_BITS:
-                needed = (p.device_bytes for p in self.look(chosen).phases if p.name == name)
-                if not self.budget or max(needed, default=0) <= self.budget:
-                    break
-                why = f"the fewest bits saved that fit {gib(self.budget)} while it encodes"
-                settle(self.draft, name, kind, why=why)
-                self.base = _candidate(self.draft)
-                del self._found[chosen]  # other rungs are judged by what comes after
-        return chosen
-
-    def candidate(self, rung: Rung) -> Candidate:
-        """What is simulated for `rung`."""
-        return ladder.candidate_of(self.draft, self.base, rung)
-
-    def look(self, rung: Rung) -> Simulation:
-        """The simulation of `rung`; each is run once."""
-        if rung not in self._found:
-            self._found[rung] = self.model.simulate(self.candidate(rung))
-        return self._found[rung]
-
-    def fits(self, rung: Rung) -> bool:
-        """Whether no phase that the ladder has a say in exceeds the budget."""
-        return not self.budget or self._peak(rung) <= (self.draft.train_below or self.budget)
-
-    def _peak(self, rung: Rung) -> int:
-        return max(p.device_bytes for p in self.look(rung).phases if p.name not in self.apart)
-
-    @property
-    def apart(self) -> frozenset[str]:
-        """Phases that the ladder has no say in: those of text encoders, and of the latents."""
-        assert self.draft.model is not None
-        return frozenset({*self.draft.model.family.text_encoders, "latents"})
-
-    def why(self, chosen: Rung) -> str:
-        """The reason for `chosen`."""
-        if not self.budget:
-            return "no budget to fit"
-        if not self.fits(chosen):
-            return "the least memory there is; it still does not fit"
-        if chosen == self.rungs[0]:
-            return f"nothing has to be saved to fit {gib(self.budget)}"
-        return f"the fastest tried that fits {gib(self.budget)}"
-
-    def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
-        """The ladder, as far as it was looked at, with the rungs next to `chosen`."""
-        if len(self.rungs) == 1 or not self.budget:
-            return ()
-        place = self.rungs.index(chosen)
-        for neighbour in self.rungs[max(place - 1, 0) : place + 2]:
-            self.look(neighbour)
-        known = [rung for rung in self.rungs if rung in self._found]
-        start = self.look(self.rungs[0])
-        fastest = ladder.seconds(self.draft, self.rungs[0], start, start)
-        return tuple(
-            plan.Rung(
-                settings=ladder.settings(self.draft, rung),
-                peak_bytes=self._peak(rung),
-                relative_time=round(
-                    ladder.seconds(self.draft, rung, self.look(rung), start) / fastest, 3
-                ),
-                alters=ladder.alters(self.rungs[0], rung),
-                chosen=rung == chosen,
-            )
-            for rung in known
-        )
+def _fit_encoders(search: Search, chosen: Rung) -> None:
+    """Quantise text encoders that are left open, where they would not fit."""
+    budget = search.budget
+    for name in _open_encoders(search.draft):
+        for kind in ladder.FEWER_BITS:
+            needed = (p.device_bytes for p in search.look(chosen).phases if p.name == name)
+            if not budget or max(needed, default=0) <= budget:
+                break
+            why = f"the fewest bits saved that fit {gib(budget)} while it encodes"
+            settle(search.draft, name, kind, why=why)
+            search.base = _candidate(search.draft)
+            del search.found[chosen]  # other rungs are judged by what comes after
 
 
 def _open_encoders(draft: Draft) -> list[str]:
@@ -339,7 +209,7 @@ def _budget(draft: Draft) -> int:
         draft.decide(BUDGET, "none", by="decided", why=f"no {draft.device} device here to ask")
         return 0
     free = draft.machine.device_free_bytes
-    draft.decide(BUDGET, gib(free), by="this machine", why="free on the device now")
+    draft.decide(BUDGET, gib(free), by="this machine", why=draft.machine.free_is)
     return free
 
 
@@ -360,6 +230,7 @@ def _candidate(draft: Draft) -> Candidate:
     assert draft.precision and draft.text and draft.objective and draft.optimizer and draft.steps
     drawn = draft.validation if draft.validation and draft.validation.prompts else None
     groups = draft.evaluation.groups if draft.evaluation else ()
+    together = draft.recipe.cache.batch
     return Candidate(
         model=model_plan(draft),
         adapter=draft.adapter,
@@ -384,10 +255,13 @@ def _candidate(draft: Draft) -> Candidate:
         clip_bytes=draft.clip_bytes if drawn else 0,
         sampler=drawn.scheduler if drawn else "",
         evaluated=tuple(sorted({(g.width, g.height, min(g.batch_size, g.images)) for g in groups})),
+        encoded=encoded_shapes(draft.buckets, groups, together) if together > 1 else (),
         device=draft.device,
+        capability=draft.machine.capability if draft.device == draft.machine.device else "",
         attention=draft.speed.attention,
         channels_last=draft.speed.channels_last,
         fused_projections=draft.speed.fused_projections,
+        compiled=draft.speed.compile != "off",
         masked=any(source.mask for source in draft.sources),
         text_training=draft.text_training,
         embeddings=draft.embeddings,

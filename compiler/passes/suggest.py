@@ -87,6 +87,7 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
             yield from _fewer_bits(draft, candidate, phase)
         return
     if phase == "latents":
+        yield from _fewer_together(candidate)
         yield from _tiled(candidate)
         yield from _smaller(draft, candidate)
         return
@@ -120,6 +121,15 @@ def _fewer_bits(draft: Draft, candidate: Candidate, name: str) -> Iterator[Chang
         )
 
 
+def _fewer_together(candidate: Candidate) -> Iterator[Change]:
+    """Smaller batches of pictures for the VAE."""
+    size = max((count for *_, count in candidate.encoded), default=1)
+    while size > 1:
+        size //= 2
+        shapes = {(width, height, min(size, n)) for width, height, n in candidate.encoded}
+        yield f"batch = {size} in [cache]", evolve(candidate, encoded=tuple(sorted(shapes)))
+
+
 def _tiled(candidate: Candidate) -> Iterator[Change]:
     parts = candidate.model.components
     if any(part.tiling for part in parts):
@@ -139,7 +149,7 @@ def _shared_out(draft: Draft, candidate: Candidate) -> Iterator[Change]:
     if shardable(other)[0]:
         return
     shared = evolve(candidate, sharing=other.sharing)
-    last = ladder.rungs(other)[-1]
+    last = ladder.choices(other).thriftiest()[0]
     yield 'strategy = "fsdp" in [launch]', ladder.candidate_of(other, shared, last)
 
 
@@ -248,7 +258,12 @@ def _smaller(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             (_scaled(width, share, step), _scaled(height, share, step), batch)
             for width, height, batch in candidate.shapes
         )
-        yield f"a resolution of {share:.0%} of it", evolve(candidate, shapes=shapes)
+        encoded = tuple(
+            (_scaled(width, share, step), _scaled(height, share, step), count)
+            for width, height, count in candidate.encoded
+        )
+        changed = evolve(candidate, shapes=shapes, encoded=encoded)
+        yield f"a resolution of {share:.0%} of it", changed
 
 
 def _smaller_pictures(candidate: Candidate) -> Iterator[Change]:

@@ -22,6 +22,7 @@ from compiler.plan import Plan
 from compiler.site import Counted, Present, Site, Space
 from compiler.source import parse_source
 from tests.compiler.recipes import (
+    GPU,
     MACHINE,
     RECIPE,
     FixedMemory,
@@ -215,6 +216,22 @@ def _full_disk(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
     return _compiled(folder / "recipe.toml", site=FullDisk())
 
 
+class Parked:
+    """A memory model by which activations that wait on the host take all of it, and one byte."""
+
+    def simulate(self, candidate: Candidate) -> Simulation:
+        found = FixedMemory().simulate(candidate)
+        waiting = GPU.host_total_bytes + 1 if candidate.layout.offload_activations else 0
+        phases = tuple(evolve(each, host_bytes=waiting) for each in found.phases)
+        return evolve(found, phases=phases)
+
+
+def _small_host(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
+    path = folder / "subject.toml"
+    path.write_text('extends = "recipe.toml"\nname = "try"\n' + CODES["host-too-small"].wrong)
+    return compiled(path, machine=GPU, memory_model=Parked())
+
+
 def _damaged(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
     over = '[data]\nbroken = "error"\n[[data.source]]\npath = "damaged"\n'
     return _laid_over(folder, over + 'captions = { from = "instance", prompt = "x" }')
@@ -234,6 +251,7 @@ def _without_token(folder: Path, patch: pytest.MonkeyPatch) -> Compiled:
 STAGED: dict[str, Callable[[Path, pytest.MonkeyPatch], Compiled]] = {
     "broken-images": _damaged,
     "disk-full": _full_disk,
+    "host-too-small": _small_host,
     "missing-captions": _without_captions,
     "missing-package": _without_package,
     "missing-token": _without_token,

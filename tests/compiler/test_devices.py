@@ -34,6 +34,44 @@ def test_names_find_their_row(name: str, tflops: float, gib: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "reported"),
+    [
+        ("Tesla T4", 14.56),
+        ("NVIDIA A10", 21.99),
+        ("NVIDIA A30", 23.53),
+        ("NVIDIA L40", 44.40),
+        ("NVIDIA L40S", 44.42),
+        ("NVIDIA RTX 6000 Ada Generation", 44.43),
+        ("NVIDIA RTX A4000", 15.61),
+        ("NVIDIA GeForce RTX 4090", 23.52),
+        ("NVIDIA GeForce RTX 5090", 31.36),
+        ("NVIDIA GeForce RTX 3060", 11.75),
+        ("NVIDIA A100-SXM4-40GB", 39.50),
+        ("NVIDIA A100 80GB PCIe", 79.14),
+    ],
+)
+def test_what_is_offered_is_what_out_of_memory_errors_report(name: str, reported: float) -> None:
+    """Total capacity (GiB) in public reports of PyTorch's errors: no more, not far less."""
+    row = facts_of(name)
+    assert row is not None
+    assert 0.99 * reported <= row.offered_bytes / GIB <= reported
+
+
+def test_capabilities_go_with_number_formats() -> None:
+    """bfloat16 is there from capability 8.0 on; AMD's devices have none."""
+    for row in _ROWS:
+        if row.pattern.startswith("MI"):
+            assert not row.capability and row.bf16
+        else:
+            assert row.bf16 == (float(row.capability) >= 8.0), row.pattern
+
+
+def test_every_device_offers_less_than_is_advertised() -> None:
+    for row in _ROWS:
+        assert 0.9 * row.memory_bytes <= row.offered_bytes <= 0.995 * row.memory_bytes, row.pattern
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "NVIDIA GeForce RTX 4090 Laptop GPU",

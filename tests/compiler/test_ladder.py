@@ -127,9 +127,9 @@ def test_no_single_saving_that_fits_is_quicker(tmp_path: Path) -> None:
     # 200 MiB cross twice in 33 ms, while seconds are computed: nothing is waited for.
     assert rungs[place].relative_time == 1.0
     assert rungs[place].peak_bytes == waits
-    # What is below it is slower, and needs less.
+    # What is below it is no quicker, and needs less.
     below = rungs[place + 1 :]
-    assert below and all(r.relative_time > 1 and r.peak_bytes < waits for r in below)
+    assert below and all(r.relative_time >= 1 and r.peak_bytes < waits for r in below)
     assert len(model.asked) <= 9
 
 
@@ -200,7 +200,7 @@ def test_only_what_is_left_open_may_change(tmp_path: Path) -> None:
 
 
 def test_a_plan_takes_over_what_was_chosen(tmp_path: Path) -> None:
-    plan = _plan(on_gpu(tmp_path, 600, RECIPE + OPEN)[0])
+    plan = _plan(on_gpu(tmp_path, 300, RECIPE + OPEN, 'memory.offload="none"')[0])
     settings = chosen(plan)
     transformer = next(c for c in plan.model.components if c.name == "transformer")
     assert transformer.quantize == settings["model.transformer.quantize"] != "none"
@@ -209,7 +209,7 @@ def test_a_plan_takes_over_what_was_chosen(tmp_path: Path) -> None:
     for key, value in settings.items():
         assert reasons[key].value in (value, "whole batches"), key
     assert "alters the result" in reasons["train.optimizer.name"].why
-    assert reasons["memory.activation_checkpointing"].why == "the fastest tried that fits 600 MiB"
+    assert reasons["memory.activation_checkpointing"].why == "the fastest tried that fits 300 MiB"
 
 
 def test_batches_in_parts_keep_the_steps(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_text_encoder_that_does_not_fit(tmp_path: Path) -> None:
     found, _ = on_gpu(tmp_path / "a", 290, RECIPE + OPEN, text=300)
     (fault,) = [f for f in found.diagnostics if f.severity == "error"]
     assert "phase text_encoder needs 300 MiB of device memory, 10 MiB more" in fault.message
-    assert fault.help == 'quantize = "int8" in [model.text_encoder] would fit: 255 MiB'
+    assert fault.help == 'quantize = "int8" in [model.text_encoder] would fit: 280 MiB'
     recipe = RECIPE + OPEN + '[model.text_encoder]\nquantize = "auto"\n'
     plan = _plan(on_gpu(tmp_path / "b", 290, recipe, text=300)[0])
     encoder = next(c for c in plan.model.components if c.name == "text_encoder")
@@ -243,7 +243,7 @@ def test_pictures_that_do_not_fit(tmp_path: Path) -> None:
     found, _ = on_gpu(tmp_path, 500, RECIPE + OPEN, latents=600)
     (fault,) = [f for f in found.diagnostics if f.severity == "error"]
     assert "phase latents needs 600 MiB" in fault.message
-    assert fault.help == "a resolution of 75% of it would fit: 392 MiB"
+    assert fault.help == "a resolution of 75% of it would fit: 436 MiB"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Looks for the settings that fit a budget and are the quickest, by simulating few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import islice
+
+from compiler import plan
+from compiler.draft import Draft
+from compiler.memory import Candidate, MemoryModel, Simulation, gib
+from compiler.passes import ladder
+from compiler.passes.estimates import Estimates, ordered, waiting_bytes
+from compiler.passes.ladder import Rung
+from compiler.passes.modelled_time import Clock, clock
+
+ROOM = 0.7
+"""Of a host's memory, what may be taken by what waits there: the system, the libraries and the
+data's own buffers need the rest."""
+FINEST = 0.01  # of the first rung's time: the plan shows no finer, and the model tells no finer
+STEP = 0.02  # of what it needs, by which a rung has to need less to be worth a look
+NEIGHBOURS = 3  # simulations at most to show a rung that needs less
+
+
+class Search:
+    """The rungs, the quickest first, and which of them is chosen.
+
+    The order and the estimates are the same for every budget. The search starts at the first rung
+    that is estimated to fit, goes on to slower ones until one does fit, or back to quicker ones as
+    long as they fit. So whatever it ends at for one budget, it ends there or before for a larger.
+    """
+
+    def __init__(self, *, draft: Draft, model: MemoryModel, base: Candidate, budget: int) -> None:
+        self.draft, self.model, self.base, self.budget = draft, model, base, budget
+        self.choices = ladder.choices(draft)
+        self.first = self.choices.first
+        self.found: dict[Rung, Simulation] = {}
+
+    def run(self) -> Rung:
+        """The quickest that fits; the thriftiest if none does. Raises ValueError."""
+        only = self.choices.thriftiest() == (self.first,)
+        if not self.budget or only or self.fits(self.first):
+            return self.first
+        start = self._estimated()
+        fitting = (n for n in range(start, len(self.order)) if self._goes(n))
+        place = next(fitting, None)
+        if place is None:
+            return min(self.estimates.ends, key=self.peak)
+        while place > 1 and self._goes(place - 1):
+            place -= 1
+        return self.order[place]
+
+    def _estimated(self) -> int:
+        """The place of the first rung that is estimated to fit; else the last place."""
+        for place, rung in enumerate(self.order):
+            if self.estimates.peak(rung, self.apart) <= self.below:
+                return place
+        return len(self.order) - 1
+
+    def _goes(self, place: int) -> bool:
+        """Whether a rung fits, and what waits on the host finds room there, where that is known;
+        there is nothing thriftier than an end."""
+        rung = self.order[place]
+        if not self.fits(rung):
+            return False
+        total = self.draft.machine.host_total_bytes
+        room = not total or waiting_bytes(self.look(rung)) <= ROOM * total
+        return room or rung in self.estimates.ends
+
+    @cached_property
+    def estimates(self) -> Estimates:
+        """Of this base; simulates the anchors."""
+        return Estimates(self.choices, self.look, self._clock)
+
+    @cached_property
+    def order(self) -> tuple[Rung, ...]:
+        """The rungs worth a look, the first rung first, then the quickest."""
+        return tuple(ordered(self.estimates, self.apart, FINEST, STEP))
+
+    def _clock(self, parameters: int) -> Clock:
+        return clock(self.draft, parameters)
+
+    def candidate(self, rung: Rung) -> Candidate:
+        """What is simulated for `rung`."""
+        return ladder.candidate_of(self.draft, self.base, rung)
+
+    def look(self, rung: Rung) -> Simulation:
+        """The simulation of `rung`; each is run once."""
+        if rung not in self.found:
+            self.found[rung] = self.model.simulate(self.candidate(rung))
+        return self.found[rung]
+
+    @property
+    def below(self) -> int:
+        """Bytes for all phases that the ladder has a say in."""
+        return self.draft.train_below or self.budget
+
+    def fits(self, rung: Rung) -> bool:
+        """Whether no phase that the ladder has a say in exceeds the budget."""
+        return not self.budget or self.peak(rung) <= self.below
+
+    def peak(self, rung: Rung) -> int:
+        """Bytes of the phase that needs most, of those that the ladder has a say in."""
+        return max(p.device_bytes for p in self.look(rung).phases if p.name not in self.apart)
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """Phases that the ladder has no say in: those of text encoders, and of the latents."""
+        assert self.draft.model is not None
+        return frozenset({*self.draft.model.family.text_encoders, "latents"})
+
+    def why(self, chosen: Rung) -> str:
+        """The reason for `chosen`."""
+        if not self.budget:
+            return "no budget to fit"
+        if not self.fits(chosen):
+            return "the least memory there is; it still does not fit"
+        if chosen == self.first:
+            return f"nothing has to be saved to fit {gib(self.budget)}"
+        return f"the fastest tried that fits {gib(self.budget)}"
+
+    def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
+        """Rungs that were looked at: quicker ones that need more than `chosen`, and slower ones
+        that need less, each less than the one before it."""
+        if not self.budget:
+            return ()
+        rungs = [chosen, *self._single()] if chosen == self.first else self._around(chosen)
+        if len(rungs) == 1:
+            return ()
+        start = self.look(self.first)
+        timer = self._clock(start.parameters)
+        fastest = timer.seconds(self.first, start.flops, 0)
+        return tuple(
+            plan.Rung(
+                settings=ladder.settings(self.draft, rung),
+                peak_bytes=self.peak(rung),
+                relative_time=round(self._seconds(rung) / fastest, 3),
+                alters=ladder.alters(self.first, rung),
+                chosen=rung == chosen,
+            )
+            for rung in rungs
+        )
+
+    def _single(self) -> list[Rung]:
+        """The first saving alone that needs less than none."""
+        for rung in islice(self.choices.in_turn(), NEIGHBOURS):
+            if self.peak(rung) < self.peak(self.first):
+                return [rung]
+        return []
+
+    def _seconds(self, rung: Rung) -> float:
+        if "estimates" in self.__dict__:
+            return self.estimates.seconds(rung)
+        start, found = self.look(self.first), self.look(rung)
+        more = waiting_bytes(found) - waiting_bytes(start)
+        return self._clock(start.parameters).seconds(rung, found.flops, more)
+
+    def _around(self, chosen: Rung) -> list[Rung]:
+        place, needed = self.order.index(chosen), self.peak(chosen)
+        above = [rung for rung in self._falling(self.order[:place]) if self.peak(rung) > needed]
+        for rung in self.order[place + 1 :][:NEIGHBOURS]:
+            if self.peak(rung) < needed:
+                break
+        below = [rung for rung in self._falling(self.order[place:]) if self.peak(rung) < needed]
+        return [*above, chosen, *below]
+
+    def _falling(self, rungs: Sequence[Rung]) -> list[Rung]:
+        """Those looked at, without what needs no less than one before it."""
+        found: list[Rung] = []
+        for rung in rungs:
+            if rung in self.found and (not found or self.peak(rung) < self.peak(found[-1])):
+                found.append(rung)
+        return found
