@@ -25,7 +25,7 @@ from runtime import rng
 from runtime.families.base import Family
 from runtime.families.common import DTYPES, component_of
 from runtime.methods import full, lora
-from runtime.methods.base import Built, load_state, state
+from runtime.methods.base import Built, Grow, load_state, state
 from runtime.methods.encoders import with_encoders
 from runtime.methods.sprint import prepare as distil
 from runtime.modules import blocks_of
@@ -53,13 +53,14 @@ def build(
     sprint: Sprint | None = None,
     text_training: TextTraining | None = None,
     embeddings: Embeddings | None = None,
+    grow: Grow | None = None,
 ) -> Built:
     """The trained component on `device`, with its adapter, in training mode; and the text encoders
     that are trained with it or learn new tokens.
 
-    `sharded` is for `runtime.sharded`: the model's own weights are those to train, and what
-    computes is rounded from them there. `empty` leaves its weights unset, for meta tensors. Fresh
-    weights are functions of `seed`.
+    `grow` gives an adapted model more blocks. `sharded` is for `runtime.sharded`: the model's own
+    weights are those to train, and what computes is rounded from them there. `empty` leaves its
+    weights unset, for meta tensors. Fresh weights are functions of `seed`.
 
     Raises ValueError for number formats that don't go together, quantised weights without an
     adapter, and patterns that match nothing.
@@ -87,11 +88,14 @@ def build(
         built = full.prepare(component, kept)
     else:
         beside = text_training.encoders if text_training else ()
-        built = lora.prepare(component, adapter, kept, seed, beside=beside, family=model.family)
+        built = lora.prepare(
+            component, adapter, kept, seed, beside=beside, family=model.family, grow=grow
+        )
     speed_up(built.model, family.card, speed)
     checkpoint_blocks(built.model, family.card.blocks, layout.activation_checkpointing)
     if layout.offload_blocks:
-        offload_blocks(built.model, family.card.blocks, layout.offload_blocks, device)
+        waiting = offload_blocks(built.model, family.card.blocks, layout.offload_blocks, device)
+        built = evolve(built, waiting=waiting)
         for parameter in built.trainable.values():
             parameter.data = parameter.data.to(device)
     if layout.offload_activations:

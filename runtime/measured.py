@@ -14,10 +14,13 @@ from runtime.clock import Clock
 from runtime.errors import RunFailed
 from runtime.loop import Trained
 from runtime.machine import look, versions
+from runtime.memory.corrections import CUBLAS
 from runtime.memory.gauge import Reading
 from runtime.memory.sharing import SUMS
-from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT
+from runtime.memory.simulate import CUDA_CONTEXT
+from runtime.memory.tracker import rounded
 from runtime.one_more import evaluation_parts, step_parts
+from runtime.out_of_memory import is_out_of_memory
 
 CACHED = "all was cached"
 
@@ -73,12 +76,16 @@ def row_of(
 
 def _one_more(plan: Plan, trained: Trained) -> dict[str, Reading]:
     found = {}
-    if plan.evaluation is not None:
-        found["evaluate"] = _reading(evaluation_parts(plan, trained))
     try:
+        if plan.evaluation is not None:
+            found["evaluate"] = _reading(evaluation_parts(plan, trained))
         passes, updates = step_parts(plan, trained)
     except RunFailed:  # its zeros gave no numbers: the training, which is over, was good
         return found
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return found  # its result is written, so the run has not failed
     update = _reading(updates)
     if any(SUMS in phase.parts for phase in plan.memory.phases if phase.name == "update"):
         update = evolve(update, on="one rank alone", planned="sums over ranks")
@@ -103,5 +110,5 @@ def planned_peaks(plan: Plan, *, apart: bool = False) -> dict[str, dict[str, int
     for parts in found.values():
         outside = parts.pop("context", 0)
         if outside > CUDA_CONTEXT:
-            parts["workspace of cuBLAS"] = CUBLAS_WORKSPACE
+            parts[CUBLAS] = outside - rounded(CUDA_CONTEXT)
     return found

@@ -18,8 +18,7 @@ from runtime.batch import Batch, masked
 from runtime.data.feed import Window
 from runtime.families.common import inference
 from runtime.loop import Trained, one_update
-from runtime.memory.gauge import lying
-from runtime.memory.step import worst
+from runtime.memory.buckets import worst_in
 from runtime.memory.tracker import Tracker
 from runtime.methods.sprint_draws import example
 from runtime.resident import gradients, resident
@@ -38,16 +37,22 @@ def step_parts(plan: Plan, trained: Trained) -> tuple[Parts, Parts]:
     last = min([plan.steps.total, *ends]) - 1  # while all is trained
     steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
     shapes = [(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets]
-    found = [_update(plan, trained, shape, step) for shape in worst(shapes) for step in steps]
+    worst = worst_in(plan, shapes)
+    found = [_update(plan, trained, shape, step) for shape in worst for step in steps]
     passes, updates = zip(*found, strict=True)
     return _most(passes), _most(updates)
 
 
 def evaluation_parts(plan: Plan, trained: Trained) -> Parts:
-    """Bytes by category at the worst moment of the loss of the largest held-out batch."""
+    """Bytes by category at the worst moment of the losses of the largest held-out batches."""
     assert plan.evaluation is not None
     groups = plan.evaluation.groups
-    shape = worst((g.width, g.height, min(g.batch_size, g.images)) for g in groups)[0]
+    shapes = [(g.width, g.height, min(g.batch_size, g.images)) for g in groups]
+    worst = worst_in(plan, shapes, evaluated=True)
+    return _most([_evaluation(plan, trained, shape) for shape in worst])
+
+
+def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Parts:
     batch, words = _batch(plan, trained, shape), trained.text
     tracker = _tracker({**resident(plan, trained), "batch": _tensors(batch)})
     unchanged = words.inference() if words else nullcontext()
@@ -78,7 +83,8 @@ def _update(
 
     def passed() -> None:
         tracker.register(gradients(trained.turn(step).parameters.values()), "gradients")
-        weights = lying(trained.model, *encoders)["weights"]
+        modules = (trained.model, *encoders)
+        weights = [t for module in modules for t in module.parameters()]
         tracker.register(gradients(weights), "gradients")
         passes.append(tracker.breakdown())
         tracker.category = "workspace"

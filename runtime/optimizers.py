@@ -17,6 +17,7 @@ from compiler.plan import Optimizer, Plan
 from runtime.errors import MachineUnfit
 from runtime.machine import compiler
 from runtime.new_tokens import is_rows
+from runtime.out_of_memory import updating
 
 SHARE = "share"
 """Of a group: its learning rate over the run's."""
@@ -106,11 +107,11 @@ def kept_weights(
         return
     held = list(parameters)
     copies = [parameter.detach().to("cpu", copy=True) for parameter in held]
-    turn()
     try:
+        turn()
         yield
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), updating():
             for parameter, copy in zip(held, copies, strict=True):
                 parameter.copy_(copy)
         for group in optimizer.param_groups:

@@ -57,15 +57,28 @@ class StandIn(torch.optim.Optimizer):
         """Make the state of every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
-                if "bytes" not in self.state[parameter]:
-                    self.state[parameter]["bytes"] = self._state(parameter)
+                if not self.state[parameter]:
+                    self.state[parameter].update(self._state(parameter))
                 copies = [torch.empty_like(parameter) for _ in range(self._facts.copies)]
                 copies.clear()
         return None if closure is None else closure()
 
-    def _state(self, parameter: Tensor) -> Tensor:
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         facts, count = self._facts, parameter.numel()
+        if facts.factored:
+            return _factors(parameter)
         number = facts.state_bytes[DTYPES[parameter.dtype]]
         if facts.block and (count < MIN_BLOCKED or count % facts.block):
             number = facts.full_bytes or float(2 * parameter.element_size())
-        return torch.empty(round(number * count), dtype=torch.uint8, device=parameter.device)
+        size = round(number * count)
+        return {"bytes": torch.empty(size, dtype=torch.uint8, device=parameter.device)}
+
+
+def _factors(parameter: Tensor) -> dict[str, Tensor]:
+    """(..., rows, columns) -> (..., rows, 1) and (..., 1, columns), or a vector; and the counter,
+    which lies on the host whatever device trains."""
+    found = {"step": torch.zeros((), device="cpu")}
+    if parameter.ndim < 2:
+        return {**found, "variance": torch.empty_like(parameter)}
+    rows, columns = parameter[..., :1], parameter[..., :1, :]
+    return {**found, "row_var": torch.empty_like(rows), "col_var": torch.empty_like(columns)}

@@ -47,6 +47,9 @@ class OptimizerFacts:
     block: int = 0  # states are in blocks; in full where a weight is no whole number of them
     full_bytes: float = 0.0  # per parameter of such a weight; 0: two tensors of the weight's type
     reads_values: bool = False  # its step waits for the device, and can't be run on meta tensors
+    factored: bool = False
+    """Of a weight it keeps a number for each row and one for each column, of a vector all; and a
+    counter of its steps on the host."""
     copies: int = 0  # of a weight at a time in the step of one that reads values (measured)
     weights: tuple[Dtype, ...] = ("float32", "bfloat16")  # what it can train
     bf16: Literal["rounds", "kahan", "stochastic"] = "rounds"

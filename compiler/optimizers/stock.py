@@ -79,6 +79,7 @@ STOCK = (
         renamed={"clip_threshold": "d"},
         whole=FACTORS,
         reads_values=True,
+        factored=True,
         copies=2,
         usual_lr=(0.0, 1.0),
     ),

@@ -21,6 +21,10 @@ class AllocatorTracker:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.category = ""
+        self.reserved: dict[int, int] = {}
+        """By the bytes that were read (live, or at the peak): what the allocator had taken from the
+        device at most, which includes what it keeps for later."""
+        self.host = 0  # allocators know nothing of the host
         self.host_peak = 0
 
     def __enter__(self) -> Self:
@@ -47,16 +51,20 @@ class AllocatorTracker:
 
     def categories(self) -> dict[str, int]:
         """What is live now."""
-        return {ALLOCATED: self.current}
+        return {ALLOCATED: self._read(self.current)}
 
     def breakdown(self) -> dict[str, int]:
         """What was live at the peak."""
-        return {ALLOCATED: self.peak}
+        return {ALLOCATED: self._read(self.peak)}
 
     def curves(self) -> list[Curve]:
         """The peak, as a course of one point."""
-        live = np.array([[self.peak]])
+        live = np.array([[self._read(self.peak)]])
         return [Curve(categories=(ALLOCATED,), sizes=np.zeros(1, np.int64), live=live)]
+
+    def _read(self, nbytes: int) -> int:
+        self.reserved[nbytes] = torch.cuda.max_memory_reserved(self.device)
+        return nbytes
 
     def register(self, tensors: Iterable[Tensor], category: str) -> None:
         """Allocators know no names."""

@@ -1,55 +1,73 @@
-"""What runs on this machine needed beside what was planned: for the next plans. No torch.
+"""How much of what was planned runs on this machine did need: for the next plans. No torch.
 
-    memory.json     {"format": 1, "phases": {KEY: {"bytes": ..., "runs": ...}}}
+    memory.json     {"format": 2, "phases": {KEY: {"ratio": ..., "runs": ...}}}
 
-A key names the device, the family, what is trained and how, and the phase. The newest run counts.
-Deleting the file costs only accuracy.
+A key names the device, the phase and the kind of plan (see `alike`); a ratio is what was measured
+over what was planned, both without what no tensor holds. The newest run counts. Deleting the file
+costs only accuracy.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, frozen
 
-from compiler.adapters import result_name
 from compiler.costs import device_name
 from compiler.machine import Machine
 from compiler.memory import CORRECTION, Candidate, MemoryModel, Simulation
-from compiler.plan import Adapter, Phase, Plan, digest_of
+from compiler.plan import Phase, Plan, digest_of
 from runtime.files import write_whole
-from runtime.new_tokens import encoders_of
+from runtime.memory.alike import kind_of, kind_of_plan
 
-FORMAT = 1
+FORMAT = 2  # the first one kept bytes, which say nothing of a plan of another size
 CORRECTIONS = "memory.json"
 """Its name in the user's cache folder."""
 LEAST = 2**20
 """Bytes; smaller differences are not worth a word."""
+LOWEST, HIGHEST = 0.5, 1.5
+"""Ratios that are taken. Compiled code may keep half of what is planned, for it is planned without;
+nothing that is known takes half as much again. Beyond, unlike things were compared, or the file is
+damaged."""
+CUBLAS = "workspace of cuBLAS"
+"""The part of what was planned that the allocator holds and no tensor does."""
+CONTEXT = "context"
+"""The part of a phase that is all of this kind."""
 
 
 @frozen(kw_only=True)
 class Correction:
-    """What a phase needed beside what was planned; `runs` were measured."""
+    """What a phase needed, over what was planned; `runs` were measured."""
 
-    bytes: int
+    ratio: float
     runs: int
 
 
 def read(path: Path) -> dict[str, Correction]:
-    """What `path` holds; nothing where it is missing, damaged or of another format."""
+    """What `path` holds; nothing where it is missing, damaged or of another format, and no row that
+    is not sound."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             return {}
-        return {
-            str(key): Correction(bytes=int(row["bytes"]), runs=int(row["runs"]))
-            for key, row in tree["phases"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        rows = {str(key): _read(row) for key, row in tree["phases"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    return {key: row for key, row in rows.items() if row is not None}
+
+
+def _read(row: Any) -> Correction | None:
+    if not isinstance(row, dict):
+        return None
+    ratio, runs = row.get("ratio"), row.get("runs")
+    if not isinstance(ratio, float) or not LOWEST <= ratio <= HIGHEST:
+        return None
+    if not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
+        return None
+    return Correction(ratio=ratio, runs=runs)
 
 
 def remember(
@@ -57,44 +75,47 @@ def remember(
 ) -> bool:
     """Keep what a run of `plan` measured: `memory` of its `measured.json`. Raises OSError.
 
-    False if it measured nothing, or only pieces unlike those that were planned. What earlier runs
-    had corrected in the plan is added up.
+    False if it measured nothing, only pieces unlike those that were planned, or what `unlikely`
+    tells of. What earlier runs had corrected in the plan is taken out of it first.
     """
     known = read(path)
     before = dict(known)
-    for name, row in memory.items():
-        planned, measured = row.get("planned_bytes"), row.get("measured_bytes")
-        if not isinstance(planned, int) or not isinstance(measured, int) or "measured_on" in row:
-            continue
-        own = key(
-            device_name(plan.device, machine),
-            plan.model.family,
-            plan.adapter,
-            plan.precision.compute,
-            name,
-            encoders_of(plan.text_training, plan.embeddings),
-        )
-        applied = int(row.get("planned_parts", {}).get(CORRECTION, 0))
-        runs = known[own].runs if own in known else 0
-        known[own] = Correction(bytes=measured - planned + applied, runs=runs + 1)
+    for name, ratio in _ratios(memory).items():
+        if LOWEST <= ratio <= HIGHEST:
+            own = key(device_name(plan.device, machine), kind_of_plan(plan), name)
+            runs = known[own].runs if own in known else 0
+            known[own] = Correction(ratio=ratio, runs=runs + 1)
     if known == before:
         return False
-    rows = {k: {"bytes": row.bytes, "runs": row.runs} for k, row in sorted(known.items())}
+    rows = {k: {"ratio": row.ratio, "runs": row.runs} for k, row in sorted(known.items())}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"format": FORMAT, "phases": rows}, indent=1) + "\n")
     return True
 
 
-def key(
-    device: str,
-    family: str,
-    adapter: Adapter | None,
-    compute: str,
-    phase: str,
-    encoders: Sequence[str] = (),
-) -> str:
-    """Names what a correction is worth being told to. `encoders` are in each step too."""
-    return digest_of([device, family, result_name(adapter), compute, phase, *encoders])
+def unlikely(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The phases that needed so much more or less than was planned that no later plan is corrected
+    by it: how many times as much."""
+    return {n: ratio for n, ratio in _ratios(memory).items() if not LOWEST <= ratio <= HIGHEST}
+
+
+def _ratios(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for name, row in memory.items():
+        planned, measured = row.get("planned_bytes"), row.get("measured_bytes")
+        if not isinstance(planned, int) or not isinstance(measured, int) or "measured_on" in row:
+            continue
+        parts = row.get("planned_parts", {})
+        fixed = parts.get(CUBLAS, 0)
+        own = planned - fixed - sum(n for part, n in parts.items() if part.startswith(CORRECTION))
+        if own > 0:
+            found[name] = (measured - fixed) / own
+    return found
+
+
+def key(device: str, kind: object, phase: str) -> str:
+    """Names what a correction is worth being told to."""
+    return digest_of([device, kind, phase])
 
 
 class CorrectedMemoryModel:
@@ -107,27 +128,27 @@ class CorrectedMemoryModel:
 
     def simulate(self, candidate: Candidate) -> Simulation:
         """See `MemoryModel.simulate`. A phase's correction is a part of its own."""
-        found = self._inner.simulate(candidate)
+        found, kind = self._inner.simulate(candidate), kind_of(candidate)
         return evolve(
-            found, phases=tuple(self._corrected(candidate, phase) for phase in found.phases)
+            found, phases=tuple(self._corrected(candidate, kind, phase) for phase in found.phases)
         )
 
-    def _corrected(self, candidate: Candidate, phase: Phase) -> Phase:
+    def _corrected(self, candidate: Candidate, kind: object, phase: Phase) -> Phase:
         together = phase.name == "update" and candidate.device != "cpu"  # as they are measured
-        name = "train" if together else phase.name
-        own = key(
-            device_name(candidate.device, self._machine),
-            candidate.model.family,
-            candidate.adapter,
-            candidate.precision.compute,
-            name,
-            encoders_of(candidate.text_training, candidate.embeddings),
-        )
-        known = self._known.get(own)
-        if known is None or abs(known.bytes) < LEAST:
+        device = device_name(candidate.device, self._machine)
+        known = self._known.get(key(device, kind, "train" if together else phase.name))
+        if known is None:
+            return phase
+        tensors = phase.device_bytes - phase.parts.get(CONTEXT, 0)
+        more = round((known.ratio - 1.0) * tensors)
+        if abs(more) < LEAST:
             return phase
         return evolve(
             phase,
-            device_bytes=phase.device_bytes + known.bytes,
-            parts={**phase.parts, CORRECTION: known.bytes},
+            device_bytes=phase.device_bytes + more,
+            parts={**phase.parts, _named(known): more},
         )
+
+
+def _named(known: Correction) -> str:
+    return f"{CORRECTION} ({known.runs} run{'s' if known.runs > 1 else ''})"

@@ -63,6 +63,7 @@ def deepened(
         base,
         load=_sum(base.load, [(held, 1)]),
         window=window,
+        parked=base.parked + at_rest.host,
         after=after,
         update=update.within(after),
         save=_sum(base.save, [(rest, 1)]),

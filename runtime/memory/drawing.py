@@ -34,7 +34,7 @@ def drawing(
     that a family refines belong to the host.
     """
     model, size = parts[plan.model.trained_component], (options["width"], options["height"])
-    vae = lying(parts["vae"])
+    vae = lying(parts["vae"]) if gauge.wants("validate", size[0] * size[1]) else {}
     both = {name: [*there.get(name, ()), *vae.get(name, ())] for name in {**there, **vae}}
     on_host = [tensor for each in told for tensor in each.values()]
     on_host += [parts[PICTURE]] if PICTURE in parts else []

@@ -7,6 +7,7 @@ like can be set beside like.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -18,6 +19,7 @@ from runtime.memory.pieces import tensors_in
 from runtime.memory.tracker import Tracker
 
 _LIBRARY = "diffusers.models"
+_BARE = frozenset({type(None), bool, int, float, str, dict, OrderedDict, set})  # without tensors
 
 
 @mutable(kw_only=True)
@@ -46,6 +48,12 @@ class Gauge:
         self.readings: dict[str, Reading] = {}
         self._device = device
 
+    def wants(self, phase: str, size: float = 0) -> bool:
+        """Whether a piece of `phase` as large as `size` would be measured. Else nobody asks what
+        exists then, which takes a while to gather."""
+        last = self.readings.get(phase)
+        return self._device is not None and (last is None or last.size < size)
+
     @contextmanager
     def reading(
         self,
@@ -62,8 +70,8 @@ class Gauge:
         all that is made inside belong to the host whatever the device is. Say in the reading what
         the piece was. Nothing is kept of a piece that fails.
         """
-        found, last = Reading(size=size), self.readings.get(phase)
-        if self._device is None or (last is not None and last.size >= size):
+        found = Reading(size=size)
+        if self._device is None or not self.wants(phase, size):
             yield found
             return
         if self._device.type != "cpu":
@@ -96,6 +104,8 @@ def _tables(part: object) -> Iterator[Tensor]:
     """Tensors in attributes of `part`, or of an object of the model's library in one of them; not
     what torch keeps of a module in dictionaries of its own."""
     for value in vars(part).values():
+        if type(value) in _BARE:  # most are, and a model has a hundred thousand
+            continue
         if isinstance(value, Tensor | list | tuple):
             yield from tensors_in(value)
         elif not isinstance(value, nn.Module) and _LIBRARY in type(value).__module__:

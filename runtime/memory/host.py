@@ -29,8 +29,18 @@ class Traced(Protocol):
         ...
 
     @property
+    def trained_bytes(self) -> int:
+        """Bytes of what the optimizer updates."""
+        ...
+
+    @property
     def host(self) -> int:
         """What belongs on the device and waits on the host, at most in a step."""
+        ...
+
+    @property
+    def parked(self) -> int:
+        """What of it waits there between steps, too."""
         ...
 
     @property
@@ -52,21 +62,28 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     scores.
     """
     kept = sum(trace.save.get(name, 0) for name in ("adapter", "optimizer", "ema"))
+    kept += _average(candidate, trace) + _states(candidate, trace)
     if candidate.adapter is None:
         kept += trace.save.get("weights", 0)
+    # The weights wait there while the average is judged, see `Ema.swapped`.
+    swapped = trace.trained_bytes if candidate.ema_on_device or candidate.ema_on_host else 0
     several, strategy = candidate.ranks > 1, candidate.sharing.strategy
     zero, sharded = several and strategy == "deepspeed", several and strategy != "ddp"
-    if sharded and not zero:  # each rank writes its own part
-        kept = -(-kept // candidate.ranks)
+    if sharded and not zero:  # each rank has its own part
+        kept, swapped = -(-kept // candidate.ranks), -(-swapped // candidate.ranks)
     kept += candidate.clip_bytes  # there from the first step on
+    more = dict.fromkeys(("evaluate", "validate"), swapped)
     if candidate.device == "cpu":
-        return dict.fromkeys(TRAINED, kept)
+        return {name: kept + more.get(name, 0) for name in TRAINED}
     vae = next(c for c in candidate.model.components if c.name == "vae")
-    waiting = _offloaded(candidate, trace)
+    waiting = trace.parked + _average(candidate, trace) + _updated(candidate, trace)
     if candidate.pictures:
         waiting += rounded(vae.parameters * (4 if vae.dtype == "float32" else 2))
-    found = dict.fromkeys(TRAINED, kept + waiting)
-    found["load"] = trace.largest + trace.host  # weights come one at a time
+    found = {name: kept + waiting + more.get(name, 0) for name in TRAINED}
+    found["train"] += trace.host - trace.parked  # activations
+    if OPTIMIZERS[candidate.optimizer.name].host_bytes:  # gradients come there to be used
+        found["update"] += trace.trained_bytes
+    found["load"] = trace.largest + trace.parked  # weights come one at a time
     if sharded:  # or all of them, to be dealt out from there
         found["load"] = sum(trace.load.values())
     if zero:  # its checkpoint is written where it lies
@@ -92,8 +109,17 @@ def encoding(candidate: Candidate, phases: Mapping[str, Mapping[str, int]]) -> d
     return {name: parts.get("weights", 0) for name, parts in phases.items()}
 
 
-def _offloaded(candidate: Candidate, trace: Traced) -> int:
-    """Blocks and activations, the average, and an optimizer's states."""
-    trainable = trace.trainable
-    average = 4 * trainable if candidate.ema_on_host else 0
-    return trace.host + average + round(OPTIMIZERS[candidate.optimizer.name].host_bytes * trainable)
+def _average(candidate: Candidate, trace: Traced) -> int:
+    """An average on the host, in float32."""
+    return 4 * trace.trainable if candidate.ema_on_host else 0
+
+
+def _states(candidate: Candidate, trace: Traced) -> int:
+    """What an optimizer keeps on the host."""
+    return round(OPTIMIZERS[candidate.optimizer.name].host_bytes * trace.trainable)
+
+
+def _updated(candidate: Candidate, trace: Traced) -> int:
+    """That, and its copy of the weights, which it updates there."""
+    states = _states(candidate, trace)
+    return states + trace.trained_bytes if states else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,14 +107,15 @@ def run_latents(
     size: tuple[int, int],
     device: torch.device,
     tracker: Tracker,
+    count: int = 1,
 ) -> dict[str, int]:
-    """Bytes by category when one picture of `size` (width, height) is encoded."""
+    """Bytes by category when `count` pictures of `size` (width, height) are encoded together."""
     width, height = size
     with tracker:
         vae = _component(candidate, family, "vae", device, tracker)
         tracker.category = "activations"
         tracker.reset_peak()
-        family.encode_pixels(vae, torch.zeros(1, 3, height, width, device=device))
+        family.encode_pixels(vae, torch.zeros(count, 3, height, width, device=device))
     return tracker.breakdown()
 
 
@@ -194,6 +195,26 @@ def largest(sizes: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
     """Those of the sizes with the most pixels."""
     most = max(width * height for width, height in sizes)
     return [size for size in dict.fromkeys(sizes) if size[0] * size[1] == most]
+
+
+def fullest(shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Those of the batches (width, height, count) whose encoding may need the most memory.
+
+    Larger or more pictures never need less, so what is less than another in one of the two and no
+    more in the other is out. Which of the rest needs most depends on the VAE.
+    """
+    found, most = list(dict.fromkeys(shapes)), dict[int, int]()
+    for width, height, count in found:
+        most[count] = max(most.get(count, 0), width * height)
+    return [
+        (width, height, count)
+        for width, height, count in found
+        if not any(
+            area > width * height if other == count else area >= width * height
+            for other, area in most.items()
+            if other >= count
+        )
+    ]
 
 
 def scheduler_of(candidate: Candidate) -> Any:

@@ -43,9 +43,9 @@ def prompt_words(given: Calls) -> str:
     return f"a prompt of {max(lengths):,} tokens" if lengths else ""
 
 
-def picture_words(width: int, height: int) -> str:
-    """Of one picture."""
-    return f"{width}x{height}"
+def picture_words(width: int, height: int, count: int = 1) -> str:
+    """Of one picture, or of several that are encoded together."""
+    return f"{width}x{height}" if count == 1 else f"{count} pictures of {width}x{height}"
 
 
 def drawing_words(

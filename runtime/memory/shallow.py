@@ -14,8 +14,9 @@ from attrs import evolve, frozen
 from compiler.families import FAMILIES
 from compiler.families.card import FamilyCard
 from compiler.memory import Candidate
-from compiler.plan import Adapter
+from compiler.plan import Adapter, Model
 from runtime.build import recomputed
+from runtime.memory.grown import Growth, growth
 from runtime.memory.repeat import Run
 from runtime.offload.activations import AHEAD
 from runtime.offload.blocks import chosen
@@ -41,6 +42,7 @@ class Shallow:
     recomputed: Sequence[int]
     waiting: Sequence[int]
     runs: Sequence[Run]
+    growth: Growth | None  # how it is built, if not as any other
 
     @property
     def further(self) -> Mapping[int, int]:
@@ -66,7 +68,8 @@ def shallow(candidate: Candidate) -> Shallow | None:
     before, after = BEFORE, AFTER
     if layout.offload_activations:  # they come back ahead of time, one a block at least
         before, after = before + AHEAD - 1, after + AHEAD - 1
-    word = _word(_places(card, config, counts), again, waits)
+    places = _places(card, config, counts)
+    word = _word(places, again, waits)
     wide = _contexts(word, before, after)
     kept = _kept(word, wide, before, after)
     if len(kept) > WORTH * depth:
@@ -78,17 +81,40 @@ def shallow(candidate: Candidate) -> Shallow | None:
         return None
     number_of = {number: place for place, number in enumerate(kept)}
     waiting = [number_of[n] for n in kept if n in set(waits)]
-    configs = {**candidate.model.configs, card.trained_component: json.dumps(short)}
+    base = evolve(
+        candidate,
+        model=_with(candidate.model, short),
+        layout=evolve(layout, offload_blocks=len(waiting)),
+    )
     return Shallow(
-        base=evolve(
-            candidate,
-            model=evolve(candidate.model, configs=configs),
-            layout=evolve(layout, offload_blocks=len(waiting)),
-        ),
+        base=base,
+        growth=_growth(base, places, few),
         recomputed=[number_of[n] for n in kept if n in again],
         waiting=waiting,
         runs=list(_runs(word, wide, _contexts(word, before, after - 1), number_of)),
     )
+
+
+def _growth(
+    base: Candidate, places: Sequence[tuple[int | None, int]], few: Sequence[int]
+) -> Growth | None:
+    """From one block in each place of a run to so `few`."""
+    if base.adapter is None or base.adapter.train_norm or max(few) == 1:
+        return None  # most of what is built is the blocks' adapters
+    card, ones = FAMILIES[base.model.family], [min(count, 1) for count in few]
+    try:
+        least = card.shortened(json.loads(base.model.configs[card.trained_component]), ones)
+    except AssertionError:
+        return None
+    counts: list[int] = []
+    for run, count in places:
+        counts += [1] * count if run is None else [few[run]] * ones[run]
+    return growth(_with(base.model, least), counts, card.blocks, base.model)
+
+
+def _with(model: Model, config: Mapping[str, Any]) -> Model:
+    """With another configuration of what is trained."""
+    return evolve(model, configs={**model.configs, model.trained_component: json.dumps(config)})
 
 
 @frozen

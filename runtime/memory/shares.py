@@ -51,8 +51,9 @@ def shares_of(
 ) -> dict[int, Share]:
     """The shares of the blocks with these numbers, nothing of the step having been run. Raises
     NotAlike if the model's numbers are not such sums."""
-    if _parameters(built, built.model) != built.parameters or (
-        built.text is None and _adapted(built.model) != built.adapted_modules
+    whole = parameters_in(built.model, adapted=built.adapter is not None)
+    if whole != built.parameters or (
+        built.text is None and adapted_in(built.model) != built.adapted_modules
     ):
         raise NotAlike("what belongs to the adapter is not known")
     wanted = {id(blocks[number]): number for number in numbers}
@@ -64,13 +65,14 @@ def shares_of(
     return found
 
 
-def _parameters(built: Built, module: nn.Module) -> int:
-    """Without adapter."""
-    fresh = sum(p.numel() for p in module.parameters() if p.requires_grad) if built.adapter else 0
+def parameters_in(module: nn.Module, *, adapted: bool) -> int:
+    """Weights without adapter; `adapted`: that is all that is trained."""
+    fresh = sum(p.numel() for p in module.parameters() if p.requires_grad) if adapted else 0
     return num_weights(module) - fresh
 
 
-def _adapted(module: nn.Module) -> int:
+def adapted_in(module: nn.Module) -> int:
+    """Modules that carry an adapter."""
     return sum(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
@@ -82,8 +84,8 @@ def _share(
     return Share(
         held=tracker.held([*parameters, *buffers, *trained.values()]),
         host=sum(rounded(tensor.nbytes) for tensor in away),
-        parameters=_parameters(built, block),
-        adapted_modules=_adapted(block),
+        parameters=parameters_in(block, adapted=built.adapter is not None),
+        adapted_modules=adapted_in(block),
         numbers=sum(p.numel() for p in parameters),
         buffer_bytes=sum(buffer.nbytes for buffer in buffers),
         forms=forms_of(trained),

@@ -20,13 +20,15 @@ from runtime.families.common import import_classes
 from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
 from runtime.memory.beside import beside
+from runtime.memory.buckets import of_batch, worst_of
 from runtime.memory.curve import NotAlike
 from runtime.memory.deep import deep_forms, deepened
+from runtime.memory.grown import CantGrow, Growth
 from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import Dequantised, as_on, remembering, shortened
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.sharing import shared_parts
-from runtime.memory.step import META, Course, of_batch, run_step, worst
+from runtime.memory.step import META, Course, run_step
 from runtime.memory.tracker import Tracker, rounded
 from runtime.memory.update import Update, depends_on, run_update
 
@@ -35,8 +37,12 @@ from runtime.memory.update import Update, depends_on, run_update
 # torch.cuda.memory_allocated); 0.4 to 0.6 GB with lazy module loading, here the middle.
 CUDA_CONTEXT = 500_000_000
 # cuBLAS: 2 x 4 MiB + 8 x 16 KiB (CUBLAS_WORKSPACE_CONFIG ":4096:2:16:8", PyTorch's default before
-# compute capability 9.0; 32 MiB from there on), taken through PyTorch's allocator.
+# compute capability 9.0; 32 MiB from there on), taken through PyTorch's allocator. Each thread has
+# a handle of its own, and each handle a workspace, which it keeps: the backward pass runs in a
+# second thread (PyTorch's notes "CUDA semantics", cuBLAS workspaces; "Autograd mechanics").
 CUBLAS_WORKSPACE = rounded((2 * 4096 + 8 * 16) * 1024)
+HOPPER_WORKSPACE = rounded(32 * 2**20)
+HOPPER = 9.0
 
 Shape = tuple[int, int, int]  # width, height, batch size
 Phases = Mapping[str, Mapping[str, int]]
@@ -63,11 +69,12 @@ class RuntimeMemoryModel:
             **encoded,
             **shared_parts(candidate, found),
         }
-        context = constants(candidate.device)
+        before = {*family_of(candidate.model.family).card.text_encoders, "latents", "load"}
+        context = {name: constants(candidate, 1 if name in before else 2) for name in parts}
         waiting = host.bytes_of(candidate, found) | host.encoding(candidate, encoded)
         return Simulation(
             phases=tuple(
-                _phase(name, of, context, waiting.get(name, 0)) for name, of in parts.items()
+                _phase(name, of, context[name], waiting.get(name, 0)) for name, of in parts.items()
             ),
             parameters=found.parameters,
             trainable=found.trainable,
@@ -91,7 +98,11 @@ class RuntimeMemoryModel:
         return self._run(candidate, shape)
 
     def _run(
-        self, candidate: Candidate, shape: Shape, asked_for: Collection[int] | None = None
+        self,
+        candidate: Candidate,
+        shape: Shape,
+        asked_for: Collection[int] | None = None,
+        grow: Growth | None = None,
     ) -> Course:
         tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
         with as_on(candidate.device), remembering(tracker, self._dequantised):
@@ -103,20 +114,27 @@ class RuntimeMemoryModel:
                 lambda: kernels.flops,
                 asked_for,
                 partial(_aside, kernels),
+                grow,
             )
 
     def _worst(self, candidate: Candidate) -> Course:
-        """The course of the bucket that needs most. Many of a ladder's rungs have it in common."""
+        """The course of the bucket that needs most in its passes, with the update of the one that
+        needs most there. Many of a ladder's rungs have it in common."""
         components = [c for c in candidate.model.components if _in_step(candidate, c.name)]
         key = repr((components, _stepped(candidate)))
         if key not in self._courses:
-            courses = [self.course(candidate, shape) for shape in worst(candidate.shapes)]
-            self._courses[key] = max(courses, key=lambda course: course.peak)
+            courses = [self.course(candidate, shape) for shape in worst_of(candidate)]
+            passes = max(courses, key=lambda course: sum(course.train_peak.values()))
+            update = max(courses, key=lambda course: sum(course.update_peak.values()))
+            self._courses[key] = evolve(passes, update=update.update, after=update.after)
         return self._courses[key]
 
     def _deep(self, candidate: Candidate, less: Shallow, shape: Shape) -> Course:
         with shortened(less.recomputed, less.waiting):
-            base = self._run(less.base, shape, less.further)
+            try:
+                base = self._run(less.base, shape, less.further, less.growth)
+            except CantGrow:
+                base = self._run(less.base, shape, less.further)
         forms = deep_forms(base, less)
         key = depends_on(candidate, forms, base.idle)
         if key not in self._updates:
@@ -139,15 +157,15 @@ class RuntimeMemoryModel:
         parts = [c for c in candidate.model.components if not _in_step(candidate, c.name)]
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
         every = (*candidate.shapes, *candidate.evaluated)
-        sizes = tuple((width, height) for width, height, _ in every)
-        key = repr((parts, configs, candidate.text, sizes, candidate.device))
+        shapes = candidate.encoded or tuple((width, height, 1) for width, height, _ in every)
+        key = repr((parts, configs, candidate.text, shapes, candidate.device))
         if key in self._encoded:
             yield lambda: self._encoded[key]
             return
-        with beside(partial(self._encode, candidate, sizes)) as encode:
+        with beside(partial(self._encode, candidate, shapes)) as encode:
             yield lambda: self._encoded.setdefault(key, encode())
 
-    def _encode(self, candidate: Candidate, sizes: tuple[tuple[int, int], ...]) -> Phases:
+    def _encode(self, candidate: Candidate, shapes: tuple[Shape, ...]) -> Phases:
         family = family_of(candidate.model.family)
         found: dict[str, Mapping[str, int]] = {}
         with as_on(candidate.device):
@@ -155,9 +173,11 @@ class RuntimeMemoryModel:
                 tracker = self.tracker(candidate.device)
                 found[name] = phases.run_text(candidate, family, name, META, tracker)
             pictures = []
-            for size in phases.largest(sizes):
+            for *size, count in phases.fullest(shapes):
                 tracker = self.tracker(candidate.device)
-                pictures.append(phases.run_latents(candidate, family, size, META, tracker))
+                pictures.append(
+                    phases.run_latents(candidate, family, (size[0], size[1]), META, tracker, count)
+                )
         found["latents"] = max(pictures, key=lambda parts: sum(parts.values()))
         return found
 
@@ -196,9 +216,12 @@ def _aside(kernels: MetaKernels, work: Callable[[], Any]) -> Iterator[Callable[[
         yield found
 
 
-def constants(device: str) -> int:
-    """Bytes on `device` that belong to no tensor."""
-    return rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE if device == "cuda" else 0
+def constants(candidate: Candidate, threads: int) -> int:
+    """Bytes on the candidate's device that belong to no tensor, where so many threads compute."""
+    if candidate.device != "cuda":
+        return 0
+    hopper = float(candidate.capability or 0) >= HOPPER
+    return rounded(CUDA_CONTEXT) + threads * (HOPPER_WORKSPACE if hopper else CUBLAS_WORKSPACE)
 
 
 def _phase(name: str, parts: Mapping[str, int], context: int, host: int) -> plan.Phase:

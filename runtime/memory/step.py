@@ -26,7 +26,9 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
+from runtime.memory.buckets import of_batch, parts_run, worst_of
 from runtime.memory.curve import Curve, highest
+from runtime.memory.grown import Growth
 from runtime.memory.shares import Form, Share, forms_of, mark_blocks, shares_of
 from runtime.memory.tracker import Tracker
 from runtime.methods.sprint import Distillation
@@ -40,9 +42,6 @@ from runtime.step import gradient_norm, method_step, micro_step, update
 from runtime.text_training import example_tokens
 
 META = torch.device("meta")
-WINDOW = 2  # micro-batches to run of a longer accumulation window: the rest repeat the second
-
-NEAR = 0.8  # buckets with fewer pixels a batch than this share of the most are never the worst
 
 Aside = Callable[[Callable[[], Any]], AbstractContextManager[Callable[[], Any]]]
 """Does work beside that in the context that it makes; see `runtime.memory.beside.beside`."""
@@ -77,6 +76,7 @@ class Course:
     primed: Mapping[str, int] = field(factory=dict)
     """Before the window, once the optimizer has its state and the average is there."""
     spent: int = 0  # the window's operations
+    parked: int = 0  # bytes on the host of what belongs on the device, between two steps
     shares: Mapping[int, Share] = field(factory=dict)  # of blocks that were asked for
 
     @property
@@ -114,6 +114,11 @@ class Course:
         """Parameters that the optimizer updates."""
         return sum(torch.Size(shape).numel() for _, shape, _ in self.forms)
 
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of them."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self.forms)
+
 
 def run_step(
     candidate: Candidate,
@@ -123,19 +128,21 @@ def run_step(
     flops: Callable[[], int] = lambda: 0,
     asked_for: Collection[int] | None = None,
     aside: Aside | None = None,
+    grow: Growth | None = None,
 ) -> Course:
     """Build, prime and run one window of the bucket `shape` (width, height, batch) under `tracker`.
 
     `device` is "meta", or a real one for tests. `flops` reads a counter. With `asked_for` the
     blocks' passes are told apart, and the blocks of these numbers have their shares. `aside` does
-    work beside other work, as `runtime.memory.beside`. Raises NotAlike if blocks have no shares.
+    work beside other work, as `runtime.memory.beside`; `grow` is how the model is built.
+    Raises NotAlike if blocks have no shares, and CantGrow.
     """
     aside = aside or here
     family = family_of(candidate.model.family)
     with tracker, collector_off(), counted(tracker.elsewhere):
-        built = _build(candidate, family, device)
+        built = _build(candidate, family, device, grow)
         _name_model(tracker, built, candidate.adapter is not None)
-        load = tracker.categories()
+        load, parked = tracker.categories(), tracker.host
         optimizer = prime(candidate, built.trainable, tracker)
         ema = average(candidate, built.trainable, tracker)
         primed = tracker.categories()
@@ -150,7 +157,7 @@ def run_step(
         # What is live between two steps is what is live before the first one, as a rule: then what
         # is done there needs no step before it, and can be done beside it.
         between = partial(_between, candidate, family, built, device, tracker)
-        with aside(between) if not candidate.layout.offload_blocks else here(between) as looked:
+        with aside(between) as looked:
             start = flops()
             window, after, updating, idle = _window(
                 candidate, family, built, optimizer, ema, shape, tracker
@@ -165,7 +172,9 @@ def run_step(
             elif rivals is not None:
                 spent //= 2
             save = tracker.categories()
-            judged, drawn = looked() if save == primed else between()
+            between_steps, judged, drawn = looked()
+            if save != between_steps:
+                _, judged, drawn = between()
         for handle in marked:
             handle.remove()
     return Course(
@@ -178,6 +187,7 @@ def run_step(
         validate=drawn,
         flops=of_batch(candidate, shape, spent),
         spent=spent,
+        parked=parked,
         largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
@@ -191,25 +201,21 @@ def run_step(
 
 def _between(
     candidate: Candidate, family: Family, built: Built, device: torch.device, tracker: Tracker
-) -> tuple[Sequence[Curve], Sequence[Curve]]:
+) -> tuple[Mapping[str, int], Sequence[Curve], Sequence[Curve]]:
     """What is done between two steps, the courses of it: measuring the loss of held-out pictures,
-    and drawing."""
-    judged: Sequence[Curve] = ()
-    if candidate.evaluated:
-        largest = worst(candidate.evaluated)[0]
-        phases.run_evaluation(candidate, family, built.model, largest, device, tracker, built.text)
-        judged = tracker.curves()
+    and drawing; and what lies on the device there."""
+    if built.waiting is not None:
+        built.waiting.settle()
+    there = tracker.categories()
+    judged: list[Curve] = []
+    for shape in worst_of(candidate, evaluated=True) if candidate.evaluated else ():
+        phases.run_evaluation(candidate, family, built.model, shape, device, tracker, built.text)
+        judged += tracker.curves()
     drawn: Sequence[Curve] = ()
     if candidate.pictures:
         phases.run_pictures(candidate, family, built.model, device, tracker, built.text)
         drawn = tracker.curves()
-    return judged, drawn
-
-
-def of_batch(candidate: Candidate, shape: tuple[int, int, int], spent: int) -> int:
-    """Operations of one batch, of those `spent` in a window."""
-    parts = -(-shape[2] // candidate.micro_batch) if candidate.micro_batch else 1
-    return spent * parts // min(candidate.accumulate * parts, WINDOW)
+    return there, judged, drawn
 
 
 def _block_numbers(model: nn.Module, family: Family) -> dict[str, int]:
@@ -239,12 +245,14 @@ def _rivals(candidate: Candidate, built: Built, tracker: Tracker) -> torch.optim
     return prime(theirs, built.rival.trainable, tracker)
 
 
-def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
+def _build(
+    candidate: Candidate, family: Family, device: torch.device, grow: Growth | None
+) -> Built:
     # For what is made on the CPU first.
     more = candidate.sprint or candidate.text_training or candidate.embeddings
     with device if more else nullcontext():
         return build(
-            candidate.model,
+            grow.least if grow is not None else candidate.model,
             candidate.adapter,
             candidate.precision,
             candidate.layout,
@@ -260,6 +268,7 @@ def _build(candidate: Candidate, family: Family, device: torch.device) -> Built:
             sprint=candidate.sprint,
             text_training=candidate.text_training,
             embeddings=candidate.embeddings,
+            grow=grow,
         )
 
 
@@ -333,7 +342,8 @@ def _window(
 ) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve], Sequence[Form]]:
     """One optimizer update over batches of `shape`, all on the device from the start, as in the
     loop: the course of its passes, what is live after them, the course of what follows, and what
-    is trained but got no gradient."""
+    is trained but got no gradient. Of the parts that the batches are cut in, only those are run
+    that tell its peak."""
     fused = None
     if candidate.layout.fused_backward:
         fused = FusedBackward(built.model, built.trainable, optimizer, built.copies())
@@ -361,8 +371,13 @@ def _window(
         built.method.begin(step)
     for nested in built.nested:
         nested.begin(0, step)
-    for part in [p for batch in batches for p in batch.parts(candidate.micro_batch)][:WINDOW]:
+    parts = [part for batch in batches for part in batch.parts(candidate.micro_batch)]
+    asked = parts_run([part.latents.shape[0] for part in parts])
+    for number, part in enumerate(parts):
         tracker.category = "activations"
+        if number not in asked:  # its loss alone stays
+            losses.append(part.latents.new_zeros(part.latents.shape[0]))
+            continue
         if built.method is not None:
             losses.append(method_step(built.method, part, step, samples))
             tracker.register(_gradients(built), "gradients")
@@ -417,18 +432,3 @@ def _gradients(built: Built) -> Iterator[Tensor]:
     for parameter in (*built.copies().values(), *built.trainable.values()):
         if parameter.grad is not None:
             yield parameter.grad
-
-
-def worst(shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Those of the buckets (width, height, batch size) that may need the most memory.
-
-    More pixels or a larger batch never need less, so what is no more than another in both is out.
-    """
-    sizes = {(width * height, batch): (width, height, batch) for width, height, batch in shapes}
-    most = max(pixels * batch for pixels, batch in sizes)
-    return [
-        shape
-        for (pixels, batch), shape in sorted(sizes.items(), reverse=True)
-        if pixels * batch >= NEAR * most
-        and not any(p >= pixels and b >= batch and (p, b) != (pixels, batch) for p, b in sizes)
-    ]

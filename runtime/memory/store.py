@@ -42,6 +42,16 @@ SOURCES = (
     "compiler/optimizers/*.py",
     "compiler/quantisers.py",
 )
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,  # int(inf)
+    RecursionError,  # a file that is nested too deep to read
+)
+NO_MATTER = ("compiled",)  # of a candidate: compiled blocks are simulated like others
 
 
 class CachedMemoryModel:
@@ -72,9 +82,8 @@ class CachedMemoryModel:
 
 def key(candidate: Candidate) -> str:
     """Digest (hex) of all that a candidate's simulation depends on."""
-    return digest_of(
-        {"candidate": plain(candidate), "libraries": _versions(), "source": _source_digest()}
-    )
+    given = {name: value for name, value in plain(candidate).items() if name not in NO_MATTER}
+    return digest_of({"candidate": given, "libraries": _versions(), "source": _source_digest()})
 
 
 @cache
@@ -101,7 +110,7 @@ def _read(path: Path) -> Simulation | None:
     """What `path` holds; None if it is not there or damaged."""
     try:
         found = _simulation(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         return None
     return found
 
@@ -116,7 +125,7 @@ def _simulation(tree: dict[str, Any]) -> Simulation:
 
 
 def _phase(tree: dict[str, Any]) -> Phase:
-    """Raises ValueError if the parts are not the whole."""
+    """Raises ValueError if the parts are not the whole, or less than nothing."""
     phase = Phase(
         name=str(tree["name"]),
         device_bytes=int(tree["device_bytes"]),
@@ -125,4 +134,6 @@ def _phase(tree: dict[str, Any]) -> Phase:
     )
     if sum(phase.parts.values()) != phase.device_bytes:
         raise ValueError(f"phase {phase.name}: the parts do not add up")
+    if min(phase.host_bytes, *phase.parts.values(), 0) < 0:
+        raise ValueError(f"phase {phase.name}: a part is less than nothing")
     return phase

@@ -7,7 +7,8 @@ With P numbers trained, of `size` bytes where they compute, and N ranks:
 - float32 weights and the optimizer's state are an N-th, on the host with `offload_optimizer`;
 - gradients are whole in stage 1, in both types; an N-th from stage 2 on, in float32, twice while
   the last pass's are added. A copy is made for the update;
-- stage 3 was measured to need as much for gradients as stage 1 besides (on processors);
+- in stage 3 a whole gradient goes once it is summed (`partition_grads` of stage3.py, 0.19): between
+  the passes and the update no weight has one, nor while it is made (measured, two processors);
 - sums over ranks go through buffers of `runtime.zero.REDUCED` numbers, or of the largest weight.
 
 Activations are those of the step simulated without ZeRO. All moments are taken together: an upper
@@ -78,22 +79,19 @@ def _owned(candidate: Candidate, course: Course) -> dict[str, int]:
     """Float32 weights with the state, and gradients."""
     count, ranks = sum(_sizes(course)), candidate.ranks
     whole = (SINGLE + _size(candidate)) * count
-    if candidate.sharing.stage == 1:
-        gradients = whole
-    else:
-        gradients = 2 * SINGLE * -(-count // ranks) + whole * (candidate.sharing.stage == 3)
+    gradients = whole if candidate.sharing.stage == 1 else 2 * SINGLE * -(-count // ranks)
     if candidate.sharing.offload_optimizer:
-        return {"gradients": 0 if candidate.sharing.stage == 2 else whole, "optimizer": 0}
+        return {"gradients": whole if candidate.sharing.stage == 1 else 0, "optimizer": 0}
     state = SINGLE * count + course.save.get("optimizer", 0)
     return {"gradients": gradients, "optimizer": -(-state // ranks)}
 
 
 def _copied(candidate: Candidate, course: Course) -> dict[str, int]:
     """Gradients made one flat piece and scaled, and the updated weights when ranks exchange them;
-    stage 3 keeps its buffer for sums."""
+    stage 3 keeps its buffer for sums, which are float32."""
     exchanged = _bucket(course) * _size(candidate)
     if candidate.sharing.stage == 3:
-        exchanged += REDUCED * _size(candidate)
+        exchanged += REDUCED * SINGLE
     if candidate.sharing.offload_optimizer:
         return {"sums over devices": exchanged}
     part = -(-sum(_sizes(course)) // candidate.ranks)

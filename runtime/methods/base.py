@@ -20,6 +20,7 @@ from runtime.batch import Batch
 
 if TYPE_CHECKING:
     from runtime.methods.nested import Nested
+    from runtime.offload.blocks import Blocks
     from runtime.text_training import TrainedText
 
 LOSS = "loss"
@@ -40,6 +41,11 @@ class Method(Protocol):
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Per sample, (B,) float32 each: "loss" is what is minimised, others are shown."""
         ...
+
+
+Grow = Callable[[nn.Module], tuple[int, int]]
+"""Puts more blocks like its own into a model whose adapter is in place; how many weights without
+adapter, and adapted modules, that model has more. For simulations."""
 
 
 @frozen(kw_only=True)
@@ -64,6 +70,7 @@ class Built:
     taken: Mapping[str, tuple[Tensor, Tensor]] = field(factory=dict)
     """Module -> (B, A) that its adapter took over from the base, float32 on the host."""
     text: TrainedText | None = None  # encoders that are trained too, under names of their own
+    waiting: Blocks | None = None  # blocks that wait on the host
     nested: tuple[Nested, ...] = ()  # what draws the rank of adapters that have another each step
 
     def copies(self) -> dict[str, nn.Parameter]:

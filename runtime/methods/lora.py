@@ -24,7 +24,7 @@ from runtime.families.base import Family
 from runtime.families.common import DTYPES
 from runtime.methods import adapter_files, embedding_files, text_files
 from runtime.methods.adapter_files import PEFT_ROOT
-from runtime.methods.base import Built, check_names, masters, state
+from runtime.methods.base import Built, Grow, check_names, masters, state
 from runtime.methods.kinds import PART, initialise, insert, parts_of
 from runtime.methods.norms import insert_norms, norms_of
 from runtime.methods.timed import mask_by_noise
@@ -44,6 +44,7 @@ def prepare(
     encoder: str = "",
     beside: Sequence[str] = (),
     family: str = "",
+    grow: Grow | None = None,
 ) -> Built:
     """Freeze `model` and put the adapter on the modules that its patterns match.
 
@@ -67,6 +68,7 @@ def prepare(
     if adapter.min_rank:
         mask_by_noise(model, adapter, targets, FAMILIES[family])
     insert_norms(model, norms)
+    more = grow(model) if grow is not None else (0, 0)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(DTYPES[precision.compute])
     trained = DTYPES[precision.trained]
@@ -78,8 +80,8 @@ def prepare(
     return Built(
         model=model,
         trainable=trainable,
-        parameters=count,
-        adapted_modules=len(targets) + len(norms),
+        parameters=count + more[0],
+        adapted_modules=len(targets) + len(norms) + more[1],
         adapter=adapter,
         taken=taken,
         nested=(nested,) if nested else (),

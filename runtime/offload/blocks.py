@@ -112,6 +112,12 @@ class Blocks:
         if 0 <= coming < len(self._weights):
             self._start(coming)
 
+    def settle(self) -> None:
+        """As a backward pass leaves them: the first one is here."""
+        self._start(0)
+        for other in self._here - {0}:
+            self._release(other)
+
     def _start(self, number: int) -> None:
         if number in self._here:
             return

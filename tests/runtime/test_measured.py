@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from compiler.compile import Compiled
@@ -25,6 +27,7 @@ from runtime.families import family_of
 from runtime.measured import CACHED, row_of
 from runtime.memory.corrections import remember
 from runtime.memory.gauge import Gauge
+from runtime.memory.phases import fullest
 from runtime.memory.simulate import RuntimeMemoryModel
 from tests.compiler.recipes import MACHINE, compiled, make_pictures
 from tests.runtime.plans import draw_data, tiny_plan
@@ -89,7 +92,7 @@ UNLIKE = {  # whose prompts are shorter than the longest that was planned, witho
 }
 
 
-def planned(folder: Path, family: str, more: str = LORA) -> Compiled:
+def planned(folder: Path, family: str, more: str = LORA, *overrides: str) -> Compiled:
     """A recipe of a tiny model, compiled with the simulation of its memory."""
     if not (folder / "base").exists():
         make_tiny(family, folder / "base")
@@ -99,7 +102,8 @@ def planned(folder: Path, family: str, more: str = LORA) -> Compiled:
         start = '[validation]\npicture = "pictures/000.png"\nsteps = 4'
         text = text.replace("[validation]\nsteps = 2", start)
     (folder / "recipe.toml").write_text(text)
-    return compiled(folder / "recipe.toml", machine=MACHINE, memory_model=RuntimeMemoryModel())
+    model = RuntimeMemoryModel()
+    return compiled(folder / "recipe.toml", *overrides, machine=MACHINE, memory_model=model)
 
 
 def run(result: Compiled, events: Any = None) -> dict[str, Any]:
@@ -143,6 +147,58 @@ def test_every_phase_is_measured_as_planned(tmp_path: Path, family: str, more: s
         row = memory[name]
         if row["measured_bytes"] == row["planned_bytes"]:
             assert row["measured_parts"] == row["planned_parts"], name
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_pictures_encoded_together_are_measured_as_planned(tmp_path: Path, family: str) -> None:
+    make_tiny(family, tmp_path / "base")
+    make_pictures(tmp_path / "pictures", [(128, 64)] * 6 + [(64, 64)] * 2)
+    found = {}
+    for count in (1, 3):
+        made = planned(tmp_path, family, LORA, f"cache.batch={count}")
+        assert made.plan is not None and made.manifest is not None
+        (phase,) = (phase for phase in made.plan.memory.phases if phase.name == "latents")
+        cache, gauge = Cache(tmp_path / "cache"), Gauge(torch.device("cpu"))
+        kind = family_of(family)
+        fill_latents(made.plan, made.manifest, kind, cache, Silent(), gauge=gauge)
+        reading = gauge.readings["latents"]
+        assert reading.on == reading.planned and reading.on.startswith("3 ") is (count == 3)
+        assert reading.peak == phase.device_bytes and reading.parts == phase.parts
+        found[count] = phase.parts
+    assert found[3]["weights"] == found[1]["weights"]
+    assert found[3]["activations"] > 2.5 * found[1]["activations"]
+
+
+def test_which_batches_may_need_most() -> None:
+    """Of one picture each the largest, be there several; else what no other is above in both."""
+    assert fullest([(64, 64, 1), (128, 64, 1), (64, 128, 1)]) == [(128, 64, 1), (64, 128, 1)]
+    assert fullest([(64, 64, 3), (128, 64, 3), (128, 64, 2)]) == [(128, 64, 3)]
+    assert fullest([(64, 64, 3), (128, 64, 1), (96, 64, 1)]) == [(64, 64, 3), (128, 64, 1)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)), min_size=1))
+def test_what_may_need_most_is_above_the_rest(shapes: list[tuple[int, int, int]]) -> None:
+    """Whatever grows with both: the most is found among them."""
+    found = fullest(shapes)
+    for weight in (0.0, 0.5, 1.0, 2.0):
+        needs = [(w * h) ** weight * n for w, h, n in shapes]
+        needs += [(w * h) * n**weight for w, h, n in shapes]
+        kept = [(w * h) ** weight * n for w, h, n in found] + [
+            w * h * n**weight for w, h, n in found
+        ]
+        assert max(needs) == max(kept)
+    assert all(not (a[0] * a[1] > b[0] * b[1] and a[2] >= b[2]) for a in shapes for b in found)
+
+
+def test_of_several_fullest_batches_none_is_like(tmp_path: Path, tiny_sana: Path) -> None:
+    """One large picture or three small ones: only the simulation knows which needs more."""
+    draw_data(tmp_path / "dog", [(70, 90)] + [(64, 64)] * 4)
+    plan, manifest = tiny_plan("sana", tiny_sana, tmp_path / "dog", tmp_path / "run", vae_batch=3)
+    family, cache, gauge = family_of("sana"), Cache(tmp_path / "cache"), Gauge(torch.device("cpu"))
+    fill_latents(plan, manifest, family, cache, Silent(), gauge=gauge)
+    reading = gauge.readings["latents"]
+    assert reading.on == "3 pictures of 64x64"
+    assert set(reading.planned.split(" or ")) == {"64x80", reading.on}
 
 
 def test_measuring_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +261,12 @@ def test_only_like_is_set_beside_like(tmp_path: Path, tiny_sana: Path) -> None:
     largest = Manifest(manifest.folders, samples[:1])
     family, cache = family_of("sana"), Cache(tmp_path / "cache")
     sizes = [f"{s.placement.width}x{s.placement.height}" for s in samples]
-    for given, measured in ((largest, sizes[0]), (manifest, sizes[1])):
+    for some, measured in ((largest, sizes[0]), (manifest, sizes[1])):
         gauge = Gauge(torch.device("cpu"))
-        fill_latents(plan, given, family, cache, Silent(), gauge=gauge)
+        fill_latents(plan, some, family, cache, Silent(), gauge=gauge)
         reading = gauge.readings["latents"]
         assert (reading.on, reading.planned) == (measured, sizes[0])
-        row = row_of({"weights": 1}, reading.peak, reading, True)
+        row = row_of({"weights": reading.peak}, reading.peak, reading, True)
         assert ("measured_on" in row) is (measured != sizes[0])
         path = tmp_path / f"{measured}.json"
         assert remember(path, plan, MACHINE, {"latents": row}) is (measured == sizes[0])

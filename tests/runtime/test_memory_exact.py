@@ -134,14 +134,15 @@ def test_text_encoders(family: str, encoder: str) -> None:
     assert measured["activations"] > 0 < measured["weights"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("family", ["sana", "sd3"])
-def test_latents(family: str) -> None:
+def test_latents(family: str, count: int) -> None:
     step, run, size = small(family), family_of(family), (192, 128)
     with as_on("cpu"):
-        simulated = phases.run_latents(step, run, size, META, MODEL.tracker("cpu"))
-    measured = phases.run_latents(step, run, size, torch.device("cpu"), Tracker({"cpu"}))
+        simulated = phases.run_latents(step, run, size, META, MODEL.tracker("cpu"), count)
+    measured = phases.run_latents(step, run, size, torch.device("cpu"), Tracker({"cpu"}), count)
     assert simulated == measured
-    assert measured["activations"] > 3 * 192 * 128 * 4
+    assert measured["activations"] > count * 3 * 192 * 128 * 4
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])

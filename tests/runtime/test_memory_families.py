@@ -96,6 +96,7 @@ def test_encoders(family: str) -> None:
         with as_on("cpu"):
             simulated = phases.run_text(step, run, encoder, META, MODEL.tracker("cpu"))
         assert simulated == phases.run_text(step, run, encoder, CPU, Tracker({"cpu"})), encoder
-    with as_on("cpu"):
-        simulated = phases.run_latents(step, run, size, META, MODEL.tracker("cpu"))
-    assert simulated == phases.run_latents(step, run, size, CPU, Tracker({"cpu"}))
+    for count in (1, 3):
+        with as_on("cpu"):
+            simulated = phases.run_latents(step, run, size, META, MODEL.tracker("cpu"), count)
+        assert simulated == phases.run_latents(step, run, size, CPU, Tracker({"cpu"}), count)

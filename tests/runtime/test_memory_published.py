@@ -17,8 +17,8 @@ from attrs import evolve
 from compiler.families import FAMILIES
 from compiler.memory import Candidate, Simulation
 from compiler.plan import Layout, Phase
+from runtime.memory.buckets import worst
 from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT, RuntimeMemoryModel
-from runtime.memory.step import worst
 from runtime.memory.tracker import rounded
 from tests.runtime.memory_cases import (
     IMAGE_ATTENTION,
@@ -134,6 +134,18 @@ def test_t5_encodes_in_what_is_published() -> None:
     assert found["text_encoder_3"].device_bytes == pytest.approx(10e9, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("capability", "mib"), [("", 8.125), ("8.9", 8.125), ("9.0", 32), ("12.0", 32)]
+)
+def test_each_thread_s_workspace_of_cublas(capability: str, mib: float) -> None:
+    """The passes have two threads, encoding has one."""
+    asked = small("sd3", rank=4, device="cuda", compute="bfloat16", trained="float32")
+    found = phases_of(MODEL.simulate(evolve(asked, capability=capability)))
+    for name, threads in {"text_encoder": 1, "load": 1, "train": 2, "update": 2, "save": 2}.items():
+        more = found[name].parts["context"] - rounded(CUDA_CONTEXT)
+        assert more == threads * mib * 2**20, name
+
+
 def test_counts() -> None:
     found = MODEL.simulate(
         small("sd3", rank=4, device="cuda", compute="bfloat16", trained="float32")
@@ -142,7 +154,8 @@ def test_counts() -> None:
     assert found.trainable == 4 * (96 + 96) * found.adapted_modules
     phases = phases_of(found)
     assert phases["train"].parts["optimizer"] >= 8 * found.trainable
-    assert phases["train"].parts["context"] == rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
+    assert phases["latents"].parts["context"] == rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
+    assert phases["train"].parts["context"] == rounded(CUDA_CONTEXT) + 2 * CUBLAS_WORKSPACE
     assert 0 < phases["load"].host_bytes < phases["load"].parts["weights"] / 4  # one at a time
     assert phases["latents"].host_bytes == phases["latents"].parts["weights"]
     kept = phases["save"].parts["adapter"] + phases["save"].parts["optimizer"]

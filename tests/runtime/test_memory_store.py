@@ -56,14 +56,24 @@ def test_second_time_from_disk(tmp_path: Path) -> None:
     assert [p.suffix for p in folder.iterdir()] == [".json"]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"phases": 3}', "null", "half", "parts"])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"phases": 3}', "null", "half", "parts", "less", "host", "endless", "deep"],
+)
 def test_damaged_answer_is_replaced(tmp_path: Path, damage: str) -> None:
     inner = Counting()
     model = CachedMemoryModel(inner.make, tmp_path)
     model.simulate(small("sana"))
     (path,) = tmp_path.iterdir()
     whole = path.read_text()
-    spoiled = {"half": whole[: len(whole) // 2], "parts": whole.replace("1024", "1025")}
+    spoiled = {
+        "half": whole[: len(whole) // 2],
+        "parts": whole.replace("1024", "1025"),
+        "less": whole.replace("1024", "-1024").replace("512", "-512"),
+        "host": whole.replace('"host_bytes": 7', '"host_bytes": -7'),
+        "endless": whole.replace("1024", "1e999"),
+        "deep": "[" * 100_000,
+    }
     path.write_text(spoiled.get(damage, damage))
     assert model.simulate(small("sana")) == ANSWER
     assert inner.asked == 2
@@ -97,6 +107,10 @@ def test_key_depends_on_candidate_libraries_and_source(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(store, name, lambda: "other")
             assert key(base) not in keys
+
+
+def test_compiled_blocks_are_simulated_like_others() -> None:
+    assert key(small("sana")) == key(evolve(small("sana"), compiled=True))
 
 
 def test_source_of_the_step_is_in_the_digest() -> None:

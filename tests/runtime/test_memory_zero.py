@@ -6,6 +6,7 @@ import pytest
 from attrs import evolve
 
 from compiler.plan import Sharing
+from tests.runtime.memory_cases import SANA, candidate, known
 from tests.runtime.test_memory_sharing import MODEL, wide
 
 
@@ -33,6 +34,19 @@ def test_gradients_are_a_share_from_stage_2_on() -> None:
     gradients = {ranks: planned(ranks, 2)[1]["train"].parts["gradients"] for ranks in (2, 4)}
     assert gradients[2] == pytest.approx(2 * gradients[4], rel=0.01)
     assert planned(2, 1)[1]["train"].parts["gradients"] > gradients[2]
+    assert planned(2, 3)[1]["train"].parts["gradients"] == gradients[2]
+
+
+def test_an_update_needs_less_in_each_stage() -> None:
+    """The more is shared out. Sana 1.6B: the buffer for sums, which has one size, is small beside
+    it."""
+    needed = []
+    for stage in (1, 2, 3):
+        sharing = Sharing(strategy="deepspeed", stage=stage)
+        step = evolve(candidate(known(SANA), checkpointing=1), ranks=4, sharing=sharing)
+        found = MODEL.simulate(step)
+        needed.append(next(p.device_bytes for p in found.phases if p.name == "update"))
+    assert needed == sorted(needed, reverse=True)
 
 
 def test_what_waits_on_the_host_is_not_on_the_device() -> None:

@@ -465,6 +465,24 @@ def test_every_optimizer_can_be_simulated(name):
         assert tree_bytes(optimizer.state[small]) == moments * 4 * 100
 
 
+@pytest.mark.parametrize("name", [n for n, f in OPTIMIZERS.items() if f.factored])
+@pytest.mark.parametrize("shape", [(12, 40), (11,), (6, 5, 3, 3)])
+def test_factors_are_those_of_the_real_step(name, shape):
+    """Each a tensor of its own, and the step's counter in host memory."""
+    found = []
+    for make, device in ((make_optimizer, "cpu"), (simulated, "meta")):
+        parameter = nn.Parameter(torch.ones(shape, device=device))
+        optimizer = make(planned(name), [("p", parameter)], CPU)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state = optimizer.state[parameter].items()
+        found.append({k: (v.shape, v.dtype, v.device.type == device) for k, v in state})
+    real, stand_in = found
+    assert {k: v[:2] for k, v in stand_in.items()} == {k: v[:2] for k, v in real.items()}
+    assert not stand_in["step"][2]
+    assert all(there for k, (*_, there) in stand_in.items() if k != "step")
+
+
 @pytest.mark.parametrize("name", [n for n, f in OPTIMIZERS.items() if f.reads_values])
 def test_copies_are_measured(name):
     """Of the weight that is updated, over what is there before: three weights, the real step."""
