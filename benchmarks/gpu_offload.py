@@ -6,13 +6,13 @@ Stable Diffusion 3.5 Large with an adapter of rank 64, one picture of 1024 px, e
 pass recomputed. Weights are not loaded: models have their published shapes and whatever memory
 holds. One row for each number of blocks that wait, one for activations. `step` is the median of N
 steps, `over` its ratio to a step in which nothing waits; `in turn` is that ratio where copies and
-computing take turns on one stream; `peak` is the allocator's. Needs a CUDA device.
+computing take turns on one stream; `peak` is the allocator's. Needs a CUDA device. A layout that
+fails is a row that says so, and the table is written after each row.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -24,7 +24,7 @@ from attrs import evolve, frozen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_memory import head_of
+from benchmarks.gpu_memory import FAILED, head_of
 from compiler.memory import Candidate
 from compiler.plan import Layout
 from runtime.build import build
@@ -32,6 +32,7 @@ from runtime.families import family_of
 from runtime.machine import look
 from runtime.offload import activations, blocks
 from runtime.optimizers import grouped, make_optimizer
+from runtime.out_of_memory import is_out_of_memory, let_go
 from runtime.step import gradient_norm, micro_step, update
 from tests.runtime.memory_cases import candidate, known
 
@@ -42,12 +43,14 @@ WARM = 3  # steps that are not counted
 
 @frozen
 class Row:
-    """One layout's seconds a step, with copies beside the computing and in turn, and its peak."""
+    """One layout's seconds a step, with copies beside the computing and in turn, and its peak; or
+    why it has none."""
 
     name: str
-    beside: float
-    in_turn: float
-    peak: int
+    beside: float = 0.0
+    in_turn: float = 0.0
+    peak: int = 0
+    why: str = ""
 
 
 def layouts() -> Iterator[tuple[str, Layout]]:
@@ -86,7 +89,7 @@ def seconds(step: Candidate, device: torch.device, steps: int) -> tuple[float, i
 def measured(step: Candidate, device: torch.device, steps: int, name: str) -> Row:
     """Both ways of one layout."""
     beside, peak = seconds(step, device, steps)
-    _free()
+    let_go()
     if not (step.layout.offload_blocks or step.layout.offload_activations):
         return Row(name, beside, beside, peak)
     stock = blocks.new_stream
@@ -95,23 +98,35 @@ def measured(step: Candidate, device: torch.device, steps: int, name: str) -> Ro
         in_turn, _ = seconds(step, device, steps)
     finally:
         blocks.new_stream = activations.new_stream = stock
-    _free()
+    let_go()
     return Row(name, beside, in_turn, peak)
 
 
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+def row_of(step: Candidate, device: torch.device, steps: int, name: str) -> Row:
+    """`measured`, or how it failed: other layouts may need less memory."""
+    try:
+        return measured(step, device, steps, name)
+    except Exception as error:
+        what = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        first = (str(error).strip() or "-").splitlines()[0].replace("|", "/")
+        let_go(error)
+    return Row(name, why=f"failed: {what}: {first}")
 
 
 def table(rows: list[Row], head: list[str]) -> str:
-    """Markdown; ratios are to the first row."""
+    """Markdown; ratios are to the first row, if that was measured."""
     lines = ["# Steps of Stable Diffusion 3.5 Large with offloading", "", *head, ""]
     lines += ["| layout | step ms | over | in turn | peak MB |", "|---|---|---|---|---|"]
     for row in rows:
-        over, in_turn = row.beside / rows[0].beside, row.in_turn / rows[0].beside
+        if row.why:
+            lines.append(f"| {row.name} | {row.why} | | | |")
+            continue
+        ratios = [
+            f"{each / rows[0].beside:.2f}" if rows[0].beside else "-"
+            for each in (row.beside, row.in_turn)
+        ]
         lines.append(
-            f"| {row.name} | {1e3 * row.beside:,.1f} | {over:.2f} | {in_turn:.2f} | "
+            f"| {row.name} | {1e3 * row.beside:,.1f} | {ratios[0]} | {ratios[1]} | "
             f"{row.peak / 1e6:,.1f} |"
         )
     return "\n".join(lines) + "\n"
@@ -128,19 +143,18 @@ def main() -> int:
         print("error: this benchmark needs a CUDA device; there is none here", file=sys.stderr)
         return 3
     base = candidate(known(LARGE), rank=64, device="cuda")
-    device, rows = torch.device("cuda", 0), []
-    for name, layout in layouts():
-        if given.only in name or not rows:  # the first is what others are compared with
-            rows.append(measured(evolve(base, layout=layout), device, given.steps, name))
-            print(rows[-1], flush=True)
-    head = head_of("python benchmarks/gpu_offload.py")
+    device, rows = torch.device("cuda", 0), list[Row]()
+    told = head_of("python benchmarks/gpu_offload.py")
+    head = [f"- {name}: {value}" for name, value in told.items()]
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"gpu-offload-{look().device_name.lower().replace(' ', '-')}.md"
-    path.write_text(
-        table(rows, [f"- {name}: {value}" for name, value in head.items()]), encoding="utf-8"
-    )
+    for name, layout in layouts():
+        if given.only in name or not rows:  # the first is what others are compared with
+            rows.append(row_of(evolve(base, layout=layout), device, given.steps, name))
+            print(rows[-1], flush=True)
+            path.write_text(table(rows, head), encoding="utf-8")
     print(f"\nwrote {path}")
-    return 0
+    return FAILED if any(row.why for row in rows) else 0
 
 
 if __name__ == "__main__":

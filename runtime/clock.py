@@ -10,6 +10,13 @@ import torch
 
 from runtime.memory.gauge import Gauge
 
+PHASE = "phase_of_run"  # attribute of an exception: the innermost phase that it ended
+
+
+def failed_in(error: BaseException) -> str:
+    """The innermost phase that `error` ended; "" if it ended none."""
+    return str(getattr(error, PHASE, ""))
+
 
 class Clock:
     """Seconds per phase, and the allocator's peak where the device has one (CUDA).
@@ -23,7 +30,6 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.gauge = Gauge(device)
-        self.failed = ""  # the innermost phase that an exception ended
         self._device = device
         self._stack: list[str] = []
         self._since = time.perf_counter()
@@ -35,8 +41,9 @@ class Clock:
         self._stack.append(name)
         try:
             yield
-        except BaseException:
-            self.failed = self.failed or name
+        except BaseException as error:
+            if not failed_in(error):
+                setattr(error, PHASE, name)
             raise
         finally:
             self._book()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compiler import plan
+from runtime.out_of_memory import updating
 
 
 class Ema:
@@ -41,16 +42,30 @@ class Ema:
         return min((1 + count) / (10 + count), self.facts.decay)
 
     @torch.no_grad()
-    def update(self, done: int) -> None:
-        """Take in the weights after `done` updates, if their turn has come."""
+    def update(self, done: int, *, in_turn: bool = False) -> None:
+        """Take in the weights after `done` updates, if their turn has come.
+
+        All at once, which has copies of all of them where formats differ; with `in_turn` one after
+        the other, to the same bits. What fails while it makes copies has changed nothing, unless
+        it is `in_turn`.
+        """
         if done % self.facts.every:
+            return
+        share = 1.0 - self.decay(done)
+        if in_turn:
+            with updating():
+                for parameter, average in zip(
+                    self.parameters.values(), self.average.values(), strict=True
+                ):
+                    average.lerp_(parameter.detach().to(average.device, average.dtype), share)
             return
         averages = list(self.average.values())
         weights = [
             p.detach().to(a.device, a.dtype)
             for p, a in zip(self.parameters.values(), averages, strict=True)
         ]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay(done))
+        with updating():
+            torch._foreach_lerp_(averages, weights, share)
 
     def state(self) -> dict[str, Tensor]:
         """The average by parameter name, copied to host memory."""
@@ -70,13 +85,14 @@ class Ema:
         """
         with torch.no_grad():
             kept = {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
-            self._fill(self.average)
         self.inside = True
         try:
+            self._fill(self.average)
             yield
         finally:
             self.inside = False
-            self._fill(kept)
+            with updating():
+                self._fill(kept)
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:

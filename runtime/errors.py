@@ -17,11 +17,11 @@ class MachineUnfit(RunFailed):
 
 
 class OutOfMemory(RunFailed):
-    """The device had too little memory in `phase` (exit code 1)."""
+    """The device, or the host, had too little memory in `phase` (exit code 1)."""
 
-    def __init__(self, message: str, help: str, phase: str) -> None:
+    def __init__(self, message: str, help: str, phase: str, *, on_host: bool = False) -> None:
         super().__init__(message, help)
-        self.phase = phase
+        self.phase, self.on_host = phase, on_host
 
 
 class InUse(RunFailed):

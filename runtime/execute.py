@@ -21,7 +21,7 @@ from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 from runtime import files, folder
 from runtime.checkpoints import set_aside
-from runtime.clock import Clock
+from runtime.clock import Clock, failed_in
 from runtime.context import (
     LOG,
     Context,
@@ -191,12 +191,12 @@ def _guarded(context: Context) -> Outcome:
         return _outcome(context.plan, "stopped", saved_step(context.folder), {})
     except RunFailed:
         raise
-    except (OSError, SafetensorError) as error:  # a base that is not there, a disk that is full
-        raise _of_system(error) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise refusal(context.plan, context.clock.failed, error, context.device) from error
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise refusal(context.plan, failed_in(error), error, context.device) from error
+        if isinstance(error, OSError | SafetensorError):  # no base there, a disk that is full
+            raise _of_system(error) from error
+        raise
 
 
 def _outcome(

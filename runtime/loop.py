@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compiler.plan import Plan
 from compiler.schedules import multiplier
 from runtime.ema import Ema
+from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
@@ -38,7 +39,7 @@ from runtime.guard import (
 from runtime.methods.base import LOSS, Method, is_rivals
 from runtime.methods.nested import Nested
 from runtime.optimizers import set_lr
-from runtime.out_of_memory import is_out_of_memory, is_torn, updating
+from runtime.out_of_memory import is_out_of_memory, is_torn, let_go, updating
 from runtime.pace import Pace, used_of
 from runtime.ranks import ALONE, Ranks, RanksLost, connected
 from runtime.rng import seed_torch
@@ -146,11 +147,19 @@ class Ledger:
     rows: list[Row] = field(factory=list)
     since: float = field(factory=time.perf_counter)  # when the first of `rows` began
 
-    def add(self, row: Row) -> None:
-        """Take a step's metrics; reads all that wait when their turn has come."""
+    def take(self, row: Row) -> None:
+        """Take a step's metrics."""
         self.rows.append(row)
+
+    def look(self) -> None:
+        """Read all that wait when their turn has come."""
         if len(self.rows) >= self.every:
             self.flush()
+
+    def add(self, row: Row) -> None:
+        """`take` and `look`."""
+        self.take(row)
+        self.look()
 
     def flush(self) -> None:
         """Read and report what waits. Raises RunFailed where too many steps were bad."""
@@ -202,6 +211,15 @@ class Ledger:
             self.since = time.perf_counter()
 
 
+@mutable
+class Reached:
+    """How far training has come."""
+
+    done: int  # updates of the weights
+    epoch: int = 0  # of the last one's window; 0: this process has made none
+    averaged: bool = True  # whether the average has followed the last one
+
+
 def train(
     plan: Plan,
     trained: Trained,
@@ -231,47 +249,54 @@ def train(
         trackers=trackers,
         every=1 if device.type == "cpu" else LOG_EVERY,
     )
-    for window in pace.waited(windows):
-        try:
+    reached = Reached(done)
+    try:
+        for window in pace.waited(windows):
             with connected() if trained.shards else nullcontext():
                 row = one_update(plan, trained, window, ranks)
-        except (RuntimeError, MemoryError, RanksLost) as error:
-            whole = isinstance(error, RanksLost) or (is_out_of_memory(error) and not is_torn(error))
-            if whole and done and _can_save(trained, ranks):
-                _let_go(trained, device)
-                ledger.flush()
-                actions.checkpoint(done, window.epoch)
-            raise
-        done += 1
-        if trained.ema is not None and trained.turn(done - 1) is not trained.rival:
-            trained.ema.update(done if trained.rival is None else -(-done // 2))
-        ledger.add(row)
-        actions.check()
-        ended = done == plan.steps.total
-        try:
-            save = stop.look()
-        except RanksLost:
-            if _can_save(trained, ranks):
-                ledger.flush()
-                actions.checkpoint(done, window.epoch)
-            raise
-        if save or ended or due(done, plan.checkpoints.every):
-            ledger.flush()
-            actions.checkpoint(done, window.epoch)
-        if due(done, plan.validation.every) and not (ended or stop.requested):
-            ledger.flush()
-            actions.validate(done)
-        judged = plan.evaluation is not None and due(done, plan.evaluation.every)
-        if judged and not (ended or stop.requested):
-            ledger.flush()
-            actions.evaluate(done)
-        if stop.requested:
-            ledger.flush()
-            actions.checkpoint(done, window.epoch)
-        ledger.resume_clock()
-        if ended or stop.requested:
-            break
-    return done
+            reached.done, reached.epoch, reached.averaged = reached.done + 1, window.epoch, False
+            ledger.take(row)
+            _average(trained, reached)
+            ledger.look()
+            if _between(plan, ledger, actions, stop, reached):
+                break
+    except (RuntimeError, MemoryError, OSError, RanksLost) as error:
+        if _can_save(trained, ranks) and reached.epoch and _is_whole(error):
+            _rescue(trained, ledger, actions, reached, error)
+        raise
+    return reached.done
+
+
+def _average(trained: Trained, reached: Reached, *, in_turn: bool = False) -> None:
+    """Let the average follow the last update, if it has not."""
+    done = reached.done
+    if trained.ema is not None and trained.turn(done - 1) is not trained.rival:
+        count = done if trained.rival is None else -(-done // 2)
+        trained.ema.update(count, in_turn=in_turn)
+    reached.averaged = True
+
+
+def _between(plan: Plan, ledger: Ledger, actions: Actions, stop: Stop, reached: Reached) -> bool:
+    """What comes after an update; whether it was the last one."""
+    done, epoch = reached.done, reached.epoch
+    actions.check()
+    ended = done == plan.steps.total
+    save = stop.look()
+    if save or ended or due(done, plan.checkpoints.every):
+        ledger.flush()
+        actions.checkpoint(done, epoch)
+    if due(done, plan.validation.every) and not (ended or stop.requested):
+        ledger.flush()
+        actions.validate(done)
+    judged = plan.evaluation is not None and due(done, plan.evaluation.every)
+    if judged and not (ended or stop.requested):
+        ledger.flush()
+        actions.evaluate(done)
+    if stop.requested:
+        ledger.flush()
+        actions.checkpoint(done, epoch)
+    ledger.resume_clock()
+    return ended or stop.requested
 
 
 def _can_save(trained: Trained, ranks: Ranks) -> bool:
@@ -279,13 +304,32 @@ def _can_save(trained: Trained, ranks: Ranks) -> bool:
     return ranks.leads and trained.shards is None
 
 
-def _let_go(trained: Trained, device: torch.device) -> None:
+def _is_whole(error: BaseException) -> bool:
+    """Whether `error` has left the weights of a whole step, which is worth saving."""
+    return (isinstance(error, RanksLost) or is_out_of_memory(error)) and not is_torn(error)
+
+
+def _rescue(
+    trained: Trained, ledger: Ledger, actions: Actions, reached: Reached, error: BaseException
+) -> None:
+    """Save what the last whole step made; that this fails too is said, and changes no more."""
+    try:
+        _let_go(trained, error)
+        if not reached.averaged:
+            _average(trained, reached, in_turn=True)
+        ledger.flush()
+        actions.checkpoint(reached.done, reached.epoch)
+    except (RuntimeError, MemoryError, OSError, RunFailed) as second:
+        why = (str(second).strip() or type(second).__name__).splitlines()[0]
+        ledger.events.message(f"step {reached.done} could not be saved: {why}", "error")
+
+
+def _let_go(trained: Trained, error: BaseException) -> None:
     """Drop what the step that failed has left, to have room for saving what the last one made."""
     rivals = trained.rival.parameters.values() if trained.rival else ()
     for parameter in (*trained.model.parameters(), *trained.parameters.values(), *rivals):
         parameter.grad = None
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    let_go(error)
 
 
 def due(done: int, every: int) -> bool:
@@ -303,17 +347,33 @@ def one_update(
     """One optimizer update over a window of micro-batches, each weighted by its samples.
 
     Each rank runs its own; from the sums on, all do and have the same. `passed` is called when the
-    passes are over.
+    passes are over. An exception that comes once weights are being changed is marked so
+    (`runtime.out_of_memory.is_torn`).
     """
+    with ExitStack() as changing:
+        return _updated(plan, trained, window, ranks, passed, changing)
+
+
+def _updated(
+    plan: Plan,
+    trained: Trained,
+    window: Window,
+    ranks: Ranks,
+    passed: Callable[[], None],
+    changing: ExitStack,
+) -> Row:
+    """`one_update`, with what is to be entered when weights begin to change."""
     side, method = trained.turn(window.step), trained.method
     lr = side.lr
     if lr is None:
         lr = plan.optimizer.lr * multiplier(plan.schedule, window.step)
     set_lr(side.optimizer, lr)
     fused, scaler, shards = trained.fused, trained.scaler, trained.shards
+    begin = _marked(fused.begin, changing) if fused else None
     losses: list[Tensor] = []
     more: list[dict[str, Tensor]] = []
     if method is not None:
+        changing.enter_context(_as_it_was(side.buffers))
         method.begin(window.step)
     if trained.text is not None:
         trained.text.begin(window.step)
@@ -328,21 +388,20 @@ def one_update(
             more.append(method_step(method, batch, window.step, window.samples))
             losses.append(more[-1].pop(LOSS))
             continue
-        with updating() if fused else nullcontext():
-            losses.append(
-                micro_step(
-                    trained.family,
-                    shards.called if shards else trained.model,
-                    batch,
-                    plan.objective,
-                    plan.precision,
-                    window.samples,
-                    fused.begin if fused else None,
-                    scaler.scale if scaler else None,
-                    shards.backward if shards else None,
-                    trained.text,
-                )
+        losses.append(
+            micro_step(
+                trained.family,
+                shards.called if shards else trained.model,
+                batch,
+                plan.objective,
+                plan.precision,
+                window.samples,
+                begin,
+                scaler.scale if scaler else None,
+                shards.backward if shards else None,
+                trained.text,
             )
+        )
     passed()
     if shards:
         shards.make_up(behind)
@@ -379,11 +438,36 @@ def one_update(
     elif not fused:
         # Some optimizers round at random: alike in all ranks, whatever batches they had.
         seed_torch(plan.seed, "update", window.step)
-        with updating():
-            update(side.optimizer, norm, plan.max_grad_norm)
+        changing.enter_context(updating())
+        update(side.optimizer, norm, plan.max_grad_norm)
     if scaler:
         scaler.update(~torch.isfinite(norm))
     return row
+
+
+@contextmanager
+def _as_it_was(buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """What ends this before the weights change leaves the rest of the state, which a method may
+    have moved at the beginning of the update, as it was."""
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    try:
+        yield
+    except BaseException as error:
+        if not is_torn(error):
+            with torch.no_grad(), updating():
+                for name, buffer in buffers.items():
+                    buffer.copy_(before[name])
+        raise
+
+
+def _marked(begin: Callable[[Tensor], None], changing: ExitStack) -> Callable[[Tensor], None]:
+    """`begin` of a fused backward pass, in which weights are changed."""
+
+    def marked(losses: Tensor) -> None:
+        changing.enter_context(updating())
+        begin(losses)
+
+    return marked
 
 
 def _changing(trained: Trained, side: Side) -> list[nn.Parameter]:

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
 from compiler.memory import gib
-from compiler.plan import Plan, Rung
+from compiler.plan import Plan
 from runtime.errors import OutOfMemory
+from runtime.less_memory import advice
+from runtime.saved import latest, step_of
 
 TORN = "torn"  # attribute of an exception that came in the middle of an update
+SAYS = (
+    "out of memory",  # allocators, the CUDA runtime and driver, NCCL, Triton
+    "defaultcpuallocator",
+    "alloc_failed",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_; CUFFT_
+    "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_, ..._HOST_
+)
+"""What libraries say whose exceptions have no type of their own, in small letters."""
+OF_HOST = ("defaultcpuallocator", "host_allocation_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator raised `error`; torch's for the processor has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "DefaultCPUAllocator" in str(error)
-    )
+    """Whether `error` says that there was no memory left, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in SAYS)
 
 
-def let_go() -> None:
-    """Give back what a run that failed had on the device, once no exception holds it any more."""
+def _of_host(error: BaseException) -> bool:
+    """Whether it was surely the host's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | OSError) or any(words in text for words in OF_HOST)
+
+
+def let_go(error: BaseException | None = None) -> None:
+    """Give back what a run that failed had on the device, once no exception holds it any more, or
+    but for `error`, whose frames are cleared. A device that answers nothing more keeps it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with suppress(RuntimeError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @contextmanager
 def updating() -> Iterator[None]:
-    """Inside, weights are being changed: what interrupts it leaves them torn."""
+    """Inside, weights or their average are being changed: what interrupts it leaves them torn."""
     try:
         yield
     except BaseException as error:
@@ -40,45 +69,42 @@ def updating() -> Iterator[None]:
 
 
 def is_torn(error: BaseException) -> bool:
-    """Whether `error` came while weights were being changed."""
+    """Whether `error` came while weights or their average were being changed."""
     return bool(getattr(error, TORN, False))
 
 
 def refusal(plan: Plan, phase: str, error: BaseException, device: torch.device) -> OutOfMemory:
-    """The error for a person: the phase, what was planned, what was there, and the next rung."""
-    first = (str(error) or "no memory left").splitlines()[0]
+    """The error for a person: the phase, what was planned, what was there, and what to do."""
+    first = (str(error).strip() or "no memory left").splitlines()[0]
     planned = {p.name: p.device_bytes for p in plan.memory.phases}
-    words = f"{device} ran out of memory in phase {phase or 'load'}"
-    if phase in planned:
+    on_host = device.type != "cpu" and _of_host(error)
+    words = f"{'the host' if on_host else device} ran out of memory in phase {phase or 'load'}"
+    if phase in planned and not on_host:
         words += f", for which {gib(planned[phase])} were planned"
-    words += _there(device)
-    return OutOfMemory(f"{words}: {first}", _advice(plan), phase)
+    if not on_host:
+        words += _there(device)
+    told = advice(plan, phase, on_host=on_host)
+    help = f"{_kept(plan, torn=is_torn(error))}; {told}"
+    return OutOfMemory(f"{words}: {first}", help, phase, on_host=on_host)
 
 
 def _there(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # after some errors a process can ask its device nothing more
+        return ""
     ours = torch.cuda.memory_reserved(device)
     return f"; the device has {gib(total)}, of which others hold {gib(max(total - free - ours, 0))}"
 
 
-def next_rung(plan: Plan) -> Rung | None:
-    """The rung below the chosen one, if the plan looked at it."""
-    rungs = plan.memory.ladder
-    place = next((number for number, rung in enumerate(rungs) if rung.chosen), len(rungs))
-    return rungs[place + 1] if place + 1 < len(rungs) else None
-
-
-def _advice(plan: Plan) -> str:
-    rung = next_rung(plan)
-    start = "what was saved before is whole"
-    if rung is None:
-        return f"{start}; lower the batch size or the resolution"
-    chosen = next(r for r in plan.memory.ladder if r.chosen)
-    changed = [k for k, value in rung.settings.items() if value != chosen.settings.get(k)]
-    options = " ".join(f"--set {key}={rung.settings[key]}" for key in changed)
-    return (
-        f"{start}; the next rung needs {gib(rung.peak_bytes)}: run it again with {options}, or say "
-        'on_oom = "next-rung" in [memory], which does so by itself'
-    )
+def _kept(plan: Plan, *, torn: bool) -> str:
+    """What there is to go on from."""
+    if plan.steps.ranks > 1:  # rank 0 may be about to save
+        return "what was saved before is whole"
+    saved = latest(Path(plan.run_folder) / "checkpoints")
+    words = f"the run goes on from step {step_of(saved)}" if saved else "the run begins anew"
+    if torn:
+        words += ", for weights were being changed when it came, and those are not saved"
+    return words

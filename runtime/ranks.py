@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from runtime.batch import Batch
 from runtime.errors import MachineUnfit, RunFailed
+from runtime.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -379,9 +380,9 @@ def peers() -> Iterator[None]:
     """Inside, a failed connection means that a peer is gone."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RanksLost(str(error).strip().splitlines()[0][:200]) from error
 
 
@@ -401,6 +402,8 @@ def connected() -> Iterator[None]:
 
 def is_disconnected(error: BaseException) -> bool:
     """Whether it is the connections' own: a peer is gone."""
+    if is_out_of_memory(error):  # the connections' own buffers
+        return False
     return isinstance(error, dist.DistError) or any(n in str(error) for n in ("gloo", "NCCL"))
 
 

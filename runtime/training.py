@@ -50,8 +50,9 @@ def train_from(
             announce(context, step)
 
         def copied(step: int, epoch: int) -> Write:
-            there = resident(context.plan, trained)
-            with context.clock.gauge.reading("save", 0, there, on_host=True):
+            gauge = context.clock.gauge
+            there = resident(context.plan, trained) if gauge.wants("save") else {}
+            with gauge.reading("save", 0, there, on_host=True):
                 return _copied(context, built, trained, room, step, epoch)
 
         def led(step: int, epoch: int) -> None:
@@ -158,8 +159,9 @@ def _saver(context: Context, channel: sharded_saving.Channel | None) -> Iterator
     except BaseException:
         try:
             saver.finish()
-        except RunFailed as error:  # the first one is raised
-            context.events.message(error.message, "error")
+        except (RunFailed, RuntimeError, MemoryError, OSError) as error:  # the first one is raised
+            why = str(error).strip() or type(error).__name__
+            context.events.message(f"the last save failed: {why}", "error")
         raise
     saver.finish()
 

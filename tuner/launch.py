@@ -200,7 +200,8 @@ def _raised(failure: Mapping[str, Any], rank: int) -> Exception:
         case "bug":
             return WorkerBug(message)
         case "OutOfMemory":
-            return OutOfMemory(message, help, failure["phase"])
+            on_host = failure.get("on_host", False)
+            return OutOfMemory(message, help, failure["phase"], on_host=on_host)
         case "PlanChanged":
             key_old_new = tuple((k, old, new) for k, old, new in failure["changes"])
             return PlanChanged(message, help, key_old_new)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from attrs import asdict, evolve, frozen
 
-from compiler import lock
-from compiler.families import FAMILIES
+from compiler import lock, rungs
 from compiler.plan import Plan, lock_path
 from runtime.folder import RUNG
 from tuner.compiling import compile_here
@@ -39,10 +38,9 @@ def next_rung(job: Job, error: OutOfMemory) -> Job | None:
     plan, top = job.plan, peak(job.plan)
     if plan.memory.on_oom != "next-rung" or job.path is None or top is None:
         return None
-    apart = _apart(plan)
-    if error.phase in apart:  # the ladder is of the training, and has no say there
+    if error.phase in rungs.apart(plan) or error.on_host:  # the ladder has no say there
         return None
-    too_much = _needed(plan, error.phase)
+    too_much = rungs.needed(plan, error.phase)
     lower = Lower(
         overrides=(
             f'memory.budget="{top.device_bytes} B"',  # the other phases need what they did
@@ -55,34 +53,17 @@ def next_rung(job: Job, error: OutOfMemory) -> Job | None:
     compiled = compile_here(job.path, overrides, train_below=lower.train_below)
     if compiled.plan is None or compiled.manifest is None:
         return None
-    if not _goes_on(plan, compiled.plan) or _needed(compiled.plan, error.phase) >= too_much:
+    if not _goes_on(plan, compiled.plan) or rungs.needed(compiled.plan, error.phase) >= too_much:
         return None
     err(f"{error.message}\ngoing on with the next rung: {_words(plan, compiled.plan)}")
     _keep(compiled.plan, lower)
     return evolve(job, plan=compiled.plan, outlook=compiled.outlook, overrides=overrides)
 
 
-def _apart(plan: Plan) -> set[str]:
-    """Phases that the ladder has no say in: encoding, once before the training."""
-    return {*_encoders_of(plan), "text", "latents"}
-
-
-def _needed(plan: Plan, phase: str) -> int:
-    """Bytes that `phase` was planned to need; the most of the training where it is not known."""
-    apart = _apart(plan)
-    found = {p.name: p.device_bytes for p in plan.memory.phases if p.name not in apart}
-    return found.get(phase, max(found.values(), default=0))
-
-
-def _encoders_of(plan: Plan) -> list[str]:
-    names = FAMILIES[plan.model.family].text_encoders
-    return [part.name for part in plan.model.components if part.name in names]
-
-
 def _encoders(plan: Plan) -> list[str]:
     """Overrides that keep the text encoders as they are."""
     kept = {part.name: part.quantize for part in plan.model.components}
-    return [f'model.{name}.quantize="{kept[name]}"' for name in _encoders_of(plan)]
+    return [f'model.{name}.quantize="{kept[name]}"' for name in rungs.encoders_of(plan)]
 
 
 def _goes_on(old: Plan, new: Plan) -> bool:

@@ -369,6 +369,11 @@ def _keep_measured(plan: Plan, outcome: Outcome) -> None:
     with suppress(OSError):
         remember(default_cache() / SPEEDS, plan, look())
         memory = outcome.measured.get("memory", {})
+        for name, ratio in corrections.unlikely(memory).items():
+            err(
+                f"note: `{name}` needed {ratio:.1f} times the memory that was planned: later "
+                "plans are not corrected by so much"
+            )
         corrections.remember(default_cache() / corrections.CORRECTIONS, plan, look(), memory)
 
 

@@ -249,7 +249,7 @@ def told(error: Any) -> dict[str, Any]:
     kinds = (PlanChanged, OutOfMemory, MachineUnfit, RanksLost, InUse)
     kind = next((k.__name__ for k in kinds if isinstance(error, k)), "RunFailed")
     found = {"kind": kind, "message": error.message, "help": error.help}
-    extra = {n: getattr(error, n) for n in ("changes", "phase") if hasattr(error, n)}
+    extra = {n: getattr(error, n) for n in ("changes", "phase", "on_host") if hasattr(error, n)}
     return {**found, **extra}
 
 

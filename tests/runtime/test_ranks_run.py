@@ -14,13 +14,15 @@ import pytest
 import torch
 from attrs import evolve
 
-from compiler.plan import Plan, Speed
-from runtime import loop
+from compiler.plan import Checkpoints, Ema, Plan, Speed
+from runtime import ema as averaging
+from runtime import loop, training, validate
 from runtime.context import saved_step
 from runtime.errors import PlanChanged, RunFailed
 from runtime.events import Silent
 from runtime.execute import execute
 from runtime.ranks import RanksLost, buckets, join
+from tests.runtime.forked import start_worker
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.test_execute import MIXED, final, fork, metrics_of, wait
 from tests.runtime.tiny import make_tiny
@@ -162,11 +164,12 @@ def test_copies_of_masters_are_fresh_in_a_rank_that_had_no_batch(make):
     assert_close(together, alone, 1e-5)
 
 
-def launched(plan, manifest, folder: Path) -> int:
-    """A process that launches `plan`, noting its workers' pids and how it ended in `folder`."""
+def launched(plan, manifest, folder: Path, *, anew: bool) -> int:
+    """A process that launches `plan`, noting its workers' pids and how it ended in `folder`. They
+    are interpreters started `anew`, or forks."""
 
     def work():
-        begin = launch._start
+        begin = launch._start if anew else start_worker
 
         def noted(where, rank, *others):
             worker = begin(where, rank, *others)
@@ -196,7 +199,7 @@ def until_step(plan: Plan, count: int) -> None:
 
 def test_ctrl_c_saves_and_a_killed_rank_ends_the_run(make, tmp_path):
     plan, _, manifest = make("sana", "lora", 2, 1, steps=40000)
-    pid = launched(plan, manifest, tmp_path)
+    pid = launched(plan, manifest, tmp_path, anew=True)
     until_step(plan, 3)
     os.kill(pid, signal.SIGINT)
     assert wait(pid) == 130
@@ -204,7 +207,7 @@ def test_ctrl_c_saves_and_a_killed_rank_ends_the_run(make, tmp_path):
     assert (tmp_path / "said").read_text() == f"stopped {stopped}"
     assert [row["step"] for row in metrics_of(plan)] == list(range(1, stopped + 1))
 
-    pid = launched(plan, manifest, tmp_path)
+    pid = launched(plan, manifest, tmp_path, anew=False)
     until_step(plan, stopped + 3)
     os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
     began = time.monotonic()
@@ -253,6 +256,51 @@ def test_a_loss_that_is_no_number_in_one_rank(make):
     failures = [(folder / f"failed-{rank}").read_text() for rank in range(2)]
     assert failures[0] == failures[1]
     assert "loss nan; the weights were not updated" in failures[0]
+
+
+@pytest.mark.parametrize(
+    ("who", "where"), [(1, "step"), (1, "average"), (0, "step"), (0, "drawing"), (0, "copying")]
+)
+def test_one_rank_without_memory_ends_all_and_loses_nothing(make, who, where):
+    """Whichever it is and whatever the others wait for: rank 0 saves what all have made."""
+    every = 3 if where == "copying" else 0
+    plan, _, manifest = make(
+        "sana",
+        "lora",
+        2,
+        1,
+        steps=6,
+        ema=Ema(decay=0.9, device="same", every=1),
+        validation=evolve(PICTURES, every=3, at_start=False),
+        checkpoints=Checkpoints(every=every, keep=0),
+    )
+    calls: list[int] = []
+
+    def scarce(rank: int) -> None:
+        if rank != who:
+            return
+        module, name, call = {
+            "step": (loop, "_changing", 4),  # before the gradients are summed
+            "average": (averaging.Ema, "update", 3),
+            "drawing": (validate, "_embeddings", 1),
+            "copying": (training, "_copied", 1),
+        }[where]
+        real = getattr(module, name)
+
+        def called(*arguments, **options):
+            calls.append(1)
+            if len(calls) == call:
+                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            return real(*arguments, **options)
+
+        setattr(module, name, called)
+
+    codes = [1, 3] if who == 0 else [3, 1]
+    assert [wait(pid) for pid in start([(plan, manifest)], 2, scarce)] == codes
+    said = (Path(plan.run_folder) / f"failed-{who}").read_text()
+    assert "cpu ran out of memory in phase" in said and "tried to allocate 2 GiB" in said
+    assert saved_step(Path(plan.run_folder)) == 3
+    assert [row["step"] for row in metrics_of(plan)] == [1, 2, 3]
 
 
 def test_as_processes_of_another_launcher(make):

@@ -83,6 +83,7 @@ def test_encoding_is_on_no_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     job = begun(tmp_path, monkeypatch, LARGER + ENCODER, text=1499, budget=1500)
     for phase in ("text_encoder", "latents", "text"):
         assert next_rung.next_rung(job, OutOfMemory("", "", phase)) is None
+    assert next_rung.next_rung(job, OutOfMemory("", "", "validation", on_host=True)) is None
     assert next_rung.next_rung(job, OutOfMemory("", "", "validation")) is not None
 
 

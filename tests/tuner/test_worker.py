@@ -73,6 +73,7 @@ def ended(folder: Path, *codes: int, by_force: tuple[int, ...] = (), stopped: bo
     [
         RunFailed("step 7: loss nan", help="lower the learning rate"),
         OutOfMemory("too much", "less", "train"),
+        OutOfMemory("too much", "less", "train", on_host=True),
         MachineUnfit("no cuda here", "`tuner doctor` shows"),
         PlanChanged("another plan", "another name", (("optimizer.lr", "1.0", "2.0"),)),
     ],

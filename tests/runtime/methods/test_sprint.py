@@ -22,10 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compiler.costs import heads_parameters
 from compiler.plan import Layout, Optimizer, Plan, Precision, Sprint
-from runtime import checkpoints, rng
+from runtime import checkpoints, loop, rng
 from runtime.batch import Batch
 from runtime.build import build
 from runtime.context import result_folder
+from runtime.errors import OutOfMemory
 from runtime.execute import execute
 from runtime.export.draw import draw
 from runtime.export.export import export
@@ -35,7 +36,7 @@ from runtime.families import family_of
 from runtime.methods import sprint_draws
 from runtime.methods.base import Built
 from runtime.methods.heads import Heads
-from runtime.methods.sprint import Distillation
+from runtime.methods.sprint import Distillation, is_students
 from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan
 from tests.runtime.run_plan import Interrupting
 from tests.runtime.tiny import make_tiny, tiny_model
@@ -435,6 +436,32 @@ def test_killed_and_gone_on_is_as_never_stopped(place: Path, tmp_path: Path, num
     assert outcome.status == "finished"
     expected, found = left(whole), left(torn)
     assert expected.keys() == found.keys()
+    assert [k for k, v in expected.items() if not torch.equal(v, found[k])] == []
+
+
+def test_out_of_memory_in_the_discriminator_s_passes_moves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its singular vectors have moved by then: the step is done again from where they were."""
+    whole, manifest = plan_of(place, tmp_path / "whole", steps=4, every=0)
+    execute(whole, manifest, Interrupting(*NEVER))
+    plan, manifest = plan_of(place, tmp_path / "run", steps=4, every=0)
+    real = loop.method_step
+
+    def method_step(method: Any, batch: Batch, step: int, samples: float) -> dict[str, Tensor]:
+        if step == 3:
+            raise torch.OutOfMemoryError("in the passes")
+        return real(method, batch, step, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "method_step", method_step)
+        with pytest.raises(OutOfMemory, match="in the passes"):
+            execute(plan, manifest, Interrupting(*NEVER))
+    assert not is_students(FACTS, 3)
+    saved = checkpoints.latest(Path(plan.run_folder) / "checkpoints")
+    assert saved is not None and checkpoints.step_of(saved) == 3
+    execute(plan, manifest, Interrupting(*NEVER))
+    expected, found = left(whole), left(plan)
     assert [k for k, v in expected.items() if not torch.equal(v, found[k])] == []
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attrs import evolve
 
 from benchmarks import gpu_offload as script
+from compiler.memory import Candidate
 from compiler.plan import Layout
 from tests.runtime.memory_cases import small
 
@@ -28,6 +32,28 @@ def test_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = script.table(slower, ["- device: a fake"])
     assert "| nothing waits | 500.0 | 1.00 | 1.00 | 2.0 |" in text
     assert "| blocks and activations wait | 750.0 | 1.50 | 2.00 | 2.0 |" in text
+
+
+def test_a_layout_that_fails_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also the first one, to which the others would be compared."""
+
+    def measured(step: Candidate, device: torch.device, steps: int, name: str) -> script.Row:
+        if not step.layout.offload_blocks:
+            raise torch.OutOfMemoryError("CUDA out of memory | tried\nmore")
+        return script.Row(name, 0.5, 0.75, 10**6)
+
+    monkeypatch.setattr(script, "measured", measured)
+    monkeypatch.setattr(script, "look", lambda: SimpleNamespace(device_name="A Fake"))
+    monkeypatch.setattr(script, "head_of", lambda command: {"device": "a fake"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("sys.argv", ["gpu_offload.py", "--out", str(tmp_path)])
+    assert script.main() == script.FAILED
+    text = (tmp_path / "gpu-offload-a-fake.md").read_text()
+    assert "| nothing waits | failed: out of memory: CUDA out of memory / tried | | | |" in text
+    assert "| 38 of 38 blocks wait | 500.0 | - | - | 1.0 |" in text
 
 
 def test_its_layouts_go_from_nothing_to_all() -> None:
