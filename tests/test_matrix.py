@@ -1,7 +1,8 @@
 """Every family x method x adapter x number format x checkpointing, on tiny models: what a person
 does.
 
-A recipe is compiled, trained for three steps, killed off in the middle and gone on with. The result
+A recipe is compiled and trained for three steps. What was there in the middle, as a kill would have
+left it, is gone on with, to the same bits. The result
 is loaded by Diffusers' own pipeline, and draws the picture that the run drew. Diffusers loads LoRA
 and DoRA as they are, and of other adapters the merged model; where their own files load is in
 `tests/runtime/methods/test_kinds.py`.
@@ -15,6 +16,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
+import time
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ from compiler.compile import Compiled
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
 from compiler.plan import Plan
+from runtime import checkpoints
+from runtime.context import result_folder
 from runtime.events import Silent
 from runtime.execute import execute
 from runtime.export.export import export
@@ -119,6 +125,33 @@ def refines(folder: Path) -> bool:
     return FAMILIES[folder.name].refines > 0
 
 
+class CopyAfter(Silent):
+    """Copies the run's folder when some steps are done and those before are saved."""
+
+    def __init__(self, plan: Plan, steps: int) -> None:
+        self.run, self.steps, self.left = Path(plan.run_folder), steps, steps
+        self.copy = self.run.with_name(f"{self.run.name}-copy")
+
+    def step(self, metrics: Any) -> None:
+        """Counts."""
+        self.left -= 1
+        if self.left == 0:
+            until = time.monotonic() + 60
+            while not checkpoints.complete(self.run / "checkpoints")[self.steps - 2 :]:
+                assert time.monotonic() < until, "nothing was saved"
+                time.sleep(0.005)
+            shutil.copytree(self.run, self.copy)
+
+
+class UntilDrawn(Silent):
+    """Ends the run, as it comes, when its result is written and the pictures begin."""
+
+    def phase(self, name: str, total: int, unit: str) -> None:
+        """Looks."""
+        if name == "validate":
+            raise Killed
+
+
 class Killed(Exception):
     """In the middle of a run."""
 
@@ -171,16 +204,29 @@ def planned(folder: Path, name: str, case: str) -> tuple[Plan, Manifest]:
 
 @pytest.mark.parametrize(("family", "case"), PAIRS, indirect=["family"])
 def test_plans_runs_resumes_and_loads(family: Path, case: str) -> None:
-    whole, manifest = planned(family, f"{case}-whole", case)
-    assert execute(whole, manifest, Silent()).status == "finished"
-    halted, manifest = planned(family, f"{case}-halted", case)
+    plan, manifest = planned(family, case, case)
+    copied = CopyAfter(plan, 2)
+    assert execute(plan, manifest, copied).status == "finished"
+    ended = weights(Path(plan.run_folder))
+    check_picture(family, plan)
+    goes_on(plan, manifest, copied, drawn=False)
+    again = weights(Path(plan.run_folder))
+    assert again.keys() == ended.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ended.items())
+
+
+def goes_on(plan: Plan, manifest: Manifest, copied: CopyAfter, *, drawn: bool = True) -> None:
+    """Finish the run from what was there in its middle, in its place; `drawn`: with pictures."""
+    shutil.rmtree(copied.run)
+    copied.copy.rename(copied.run)
+    assert not result_folder(plan).exists()
+    done = checkpoints.complete(copied.run / "checkpoints")
+    assert [checkpoints.read_state(each)["step"] for each in done] == [copied.steps - 1]
+    if drawn:
+        assert execute(plan, manifest, Silent()).status == "finished"
+        return
     with pytest.raises(Killed):
-        execute(halted, manifest, KillAfter(2))
-    assert execute(halted, manifest, Silent()).status == "finished"
-    results = [weights(Path(plan.run_folder)) for plan in (whole, halted)]
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-    check_picture(family, whole)
+        execute(plan, manifest, UntilDrawn())
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -240,6 +286,13 @@ def pictured(family: Path, pipeline: Any, prompt: str = PROMPT) -> np.ndarray[An
     return np.asarray(drawn, np.float32)
 
 
+@cache
+def untaught(family: Path, dtype: torch.dtype, prompt: str = PROMPT) -> np.ndarray[Any, Any]:
+    """What Diffusers draws by the base, the same for all cases of a family."""
+    base = getattr(diffusers, FAMILIES[family.name].pipeline)
+    return pictured(family, base.from_pretrained(family / "base", dtype=dtype), prompt)
+
+
 def check_picture(family: Path, plan: Plan) -> None:
     """Diffusers alone draws what the run drew, up to rounding of its last bits; it would not, had
     nothing been loaded."""
@@ -254,7 +307,6 @@ def check_picture(family: Path, plan: Plan) -> None:
     # The pipeline's VAE runs in bf16 too, ours in its own float32.
     difference = np.abs(found - drawn).mean()
     assert difference < (0.05 if exact else 2.0), difference
-    base = getattr(diffusers, FAMILIES[family.name].pipeline)
-    untrained = pictured(family, base.from_pretrained(family / "base", dtype=dtype))
+    untrained = untaught(family, dtype)
     changed = np.abs(found - untrained).mean()
     assert changed > max(0.01, (4 if exact else 2) * difference), (changed, difference)

@@ -1,8 +1,8 @@
 """The matrix of what only some families have: new words, text encoders that are trained, the
 distillation of Sana, norms; and LoKr with lengths of rows apart, which all have.
 
-As in `test_matrix.py` a recipe is compiled, trained for three steps, killed off in the middle and
-gone on with, to the same bits; Diffusers loads the result and draws the run's picture.
+As in `test_matrix.py` a recipe is compiled and trained for three steps; what was there in the
+middle is gone on with, to the same bits; Diffusers loads the result and draws the run's picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from compiler.adapters import INVERSION, RESULTS
 from compiler.data.manifest import Manifest
 from compiler.families import FAMILIES
 from compiler.plan import Plan
-from runtime.events import Silent
 from runtime.execute import execute
 from runtime.new_tokens import FOLDER, file_of
 from tests.compiler.recipes import MACHINE, compiled, make_pictures
@@ -31,12 +30,13 @@ from tests.runtime.tiny import make_tiny
 from tests.test_matrix import (
     LORA,
     PROMPT,
-    KillAfter,
-    Killed,
+    CopyAfter,
     adapted,
+    goes_on,
     loaded,
     pictured,
     told,
+    untaught,
 )
 
 WORD = '\n[[embeddings.token]]\nname = "<k4>"\nvectors = 2\n'
@@ -100,16 +100,15 @@ def test_plans_runs_resumes_and_loads(
     family: Path, case: str, compute: str, checkpointing: int
 ) -> None:
     given = (case, compute, checkpointing)
-    whole, manifest = planned(family, f"{case}-{compute}-{checkpointing}-whole", *given)
-    assert execute(whole, manifest, Silent()).status == "finished"
-    halted, manifest = planned(family, f"{case}-{compute}-{checkpointing}-halted", *given)
-    with pytest.raises(Killed):
-        execute(halted, manifest, KillAfter(2))
-    assert execute(halted, manifest, Silent()).status == "finished"
-    one, other = (tensors(Path(plan.run_folder)) for plan in (whole, halted))
-    assert one.keys() == other.keys() and one
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    check_picture(family, whole)
+    plan, manifest = planned(family, f"{case}-{compute}-{checkpointing}", *given)
+    copied = CopyAfter(plan, 2)
+    assert execute(plan, manifest, copied).status == "finished"
+    ended = tensors(Path(plan.run_folder))
+    check_picture(family, plan)
+    goes_on(plan, manifest, copied, drawn=False)
+    again = tensors(Path(plan.run_folder))
+    assert again.keys() == ended.keys() and ended
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ended.items())
 
 
 def planned(
@@ -173,7 +172,6 @@ def check_picture(family: Path, plan: Plan) -> None:
     assert found.std() > 1, "a picture without contrast proves nothing"
     difference = np.abs(found - drawn).mean()
     assert difference < (0.05 if exact else 2.0), difference
-    base = getattr(diffusers, FAMILIES[family.name].pipeline)
-    untrained = pictured(family, base.from_pretrained(family / "base", dtype=dtype), prompt)
+    untrained = untaught(family, dtype, prompt)
     changed = np.abs(found - untrained).mean()
     assert changed > max(0.01, (4 if exact else 2) * difference), (changed, difference)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from compiler.compile import Compiled, compile_file
 from compiler.families import FAMILIES
 from compiler.plan import Plan
 from tests.compiler.recipes import MACHINE, held_file
+from tests.runtime.forked import Forked
+from tuner.cli import run_command
 from tuner.shelf import presets, shipped_recipes
 from tuner.simulations import memory_model
 
@@ -202,14 +202,14 @@ def test_sprint_recipes_have_the_script_s_settings(size: str, shards: Path, tmp_
 def test_the_quickstart_teaches_a_new_shape(tmp_path: Path) -> None:
     path = next(path for path in RECIPES if path.stem == "quickstart")
     elsewhere = [f"output={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "tuner", "run", str(path), *(f"--set={key}" for key in elsewhere)],
-        cwd=path.parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, ended.stderr
+    command = ["run", str(path), *(f"--set={key}" for key in elsewhere)]
+
+    def work() -> int:
+        os.chdir(path.parent.parent)
+        return run_command(command)
+
+    err = tmp_path / "err"
+    assert Forked(work, tmp_path / "out", err).wait() == 0, err.read_text()
     run = tmp_path / "quickstart"
     scores = [json.loads(p.read_text()) for p in sorted(run.glob("samples/*/scores.json"))]
     before, after = (found["groups"] for found in scores)

@@ -20,17 +20,23 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_train_as_one_process_does(make, strategy):
-    pairs = []
+def test_ranks_train_as_one_process_does(make):
+    jobs, pairs = [], []
     for kind in LAYERED:
         together, alone, manifest = make("sana", "lora", 2, 1, kind, optimizer="sgd")
         changes = {"init": "pissa"} if kind == "lora" else {}
         adapter = adapter_of(kind, "sana", **changes)
-        together = evolve(together, adapter=adapter, sharing=Sharing(strategy=strategy))
-        pairs.append((together, evolve(alone, adapter=adapter), manifest))
-    processes = start([(together, manifest) for together, _, manifest in pairs], 2)
-    assert [wait(pid) for pid in processes] == [0, 0]
-    for together, alone, manifest in pairs:
+        alone = evolve(alone, adapter=adapter)
         execute(alone, manifest, Silent())
+        for strategy in ("ddp", "fsdp"):
+            plan = evolve(
+                together,
+                adapter=adapter,
+                sharing=Sharing(strategy=strategy),
+                run_folder=f"{together.run_folder}-{strategy}",
+            )
+            jobs.append((plan, manifest))
+            pairs.append((plan, alone))
+    assert [wait(pid) for pid in start(jobs, 2)] == [0, 0]
+    for together, alone in pairs:
         assert_close(together, alone, 1e-5)

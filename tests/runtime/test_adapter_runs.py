@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from compiler.adapters import ADAPTERS, LORAS, AdapterKind
 from compiler.families import FAMILIES
 from compiler.plan import Plan
-from runtime.events import Silent
 from runtime.execute import execute
 from runtime.export.export import export
 from runtime.export.request import Refused, chosen, requested
@@ -21,7 +20,7 @@ from tests.runtime.families.test_sd import objective
 from tests.runtime.methods.test_kinds import LOADERS, adapter_of, apart, by_peft, output, plain
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.tiny import make_tiny
-from tests.test_matrix import KillAfter, Killed
+from tests.test_matrix import CopyAfter, goes_on
 
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"init": "pissa", "scaling": "sqrt-rank", "dropout": 0.2},
@@ -66,17 +65,16 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 def test_a_run_that_is_killed_ends_with_the_same_bits(
     planned: Callable[..., Any], family: str, kind: AdapterKind, tmp_path: Path
 ) -> None:
-    whole, manifest = planned(family, f"{kind}-whole", kind)
-    assert execute(whole, manifest, Silent()).status == "finished"
-    halted, manifest = planned(family, f"{kind}-halted", kind)
-    with pytest.raises(Killed):
-        execute(halted, manifest, KillAfter(2))
-    assert execute(halted, manifest, Silent()).status == "finished"
-    name = ADAPTERS[kind].file
-    one, other = (load_file(Path(p.run_folder) / kind / name) for p in (whole, halted))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-    check_exports(whole, tmp_path)
+    plan, manifest = planned(family, kind, kind)
+    copied = CopyAfter(plan, 2)
+    assert execute(plan, manifest, copied).status == "finished"
+    result = Path(plan.run_folder) / kind / ADAPTERS[kind].file
+    ended = {key: tensor.clone() for key, tensor in load_file(result).items()}
+    goes_on(plan, manifest, copied)
+    again = load_file(result)
+    assert again.keys() == ended.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in ended.items())
+    check_exports(plan, tmp_path)
 
 
 def check_exports(plan: Plan, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from tests.runtime.text_plans import (
     stock_of,
     wanted_of,
 )
-from tests.test_matrix import KillAfter, Killed
+from tests.test_matrix import CopyAfter, goes_on
 
 __all__ = ["planned"]  # the fixture
 
@@ -151,13 +151,12 @@ def test_inversion_is_resumed_exactly_and_loads_in_diffusers(
 ) -> None:
     whole, manifest = with_captions(planned(family, "inverted"))
     whole = words(whole)
-    assert execute(whole, manifest, Silent()).status == "finished"
-    halted = evolve(whole, name="cut", run_folder=whole.run_folder + "-cut")
-    halted = evolve(halted, checkpoints=evolve(whole.checkpoints, every=1))
-    with pytest.raises(Killed):
-        execute(halted, manifest, KillAfter(2))
-    assert execute(halted, manifest, Silent()).status == "finished"
-    one, other = final_weights(whole), final_weights(halted)
+    whole = evolve(whole, checkpoints=evolve(whole.checkpoints, every=1))
+    copied = CopyAfter(whole, 2)
+    assert execute(whole, manifest, copied).status == "finished"
+    one = final_weights(whole)
+    goes_on(whole, manifest, copied)
+    other = final_weights(whole)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     start = {n: p.detach() for n, p in built_of(whole).trainable.items()}

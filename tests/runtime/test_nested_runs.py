@@ -19,9 +19,9 @@ from tests.runtime.test_ranks_run import make, place, start
 from tests.runtime.test_speed import KINDS, REGIONAL, alike, counted, folder, fresh, graphs, state
 from tests.runtime.test_speed import made as built_on
 from tests.runtime.test_speed import train as trained
-from tests.runtime.test_zero import HERE, assert_as_alone, shared, stage
+from tests.runtime.test_zero import HERE, assert_as_alone, loaded, shared, stage
 
-__all__ = ["counted", "folder", "fresh", "make", "place", "shared"]
+__all__ = ["counted", "folder", "fresh", "loaded", "make", "place", "shared"]
 
 
 CHANGES: list[tuple[AdapterKind, dict[str, Any]]] = [("dylora", {}), ("lora", {"min_rank": 1})]

@@ -133,7 +133,7 @@ def test_masters_are_float32_and_what_computes_is_bfloat16(shared):
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_goes_on_later(shared, tmp_path):
     plan, _, manifest = shared("sana", "lora", 2, 1, steps=40000, every=4)
-    pid = launched(plan, manifest, tmp_path)
+    pid = launched(plan, manifest, tmp_path, anew=False)
     until_step(plan, 10)
     os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
     began = time.monotonic()
@@ -143,7 +143,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(shared, tmp_path):
     saved = saved_step(Path(plan.run_folder))
     assert saved >= 8 and saved % 4 == 0, "what was saved by all; rank 0 alone has only its part"
 
-    pid = launched(plan, manifest, tmp_path)
+    pid = launched(plan, manifest, tmp_path, anew=False)
     until_step(plan, saved + 3)
     os.kill(pid, signal.SIGINT)
     assert wait(pid) == 130

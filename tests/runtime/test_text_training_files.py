@@ -39,7 +39,7 @@ from tests.runtime.text_plans import (
     stock_of,
     wanted_of,
 )
-from tests.test_matrix import KillAfter, Killed
+from tests.test_matrix import CopyAfter, goes_on
 
 __all__ = ["planned"]  # the fixture
 
@@ -51,14 +51,13 @@ def test_a_run_is_resumed_exactly_and_loads_in_diffusers(
 ) -> None:
     settings: dict[str, Any] = {"validation": PICTURES, "te": 0.5, "until": 3, "kind": kind}
     whole, manifest = planned(family, f"whole-{kind}", **settings)
-    assert execute(whole, manifest, Silent()).status == "finished"
-    every = evolve(whole.checkpoints, every=1)
-    halted, manifest = planned(family, f"halted-{kind}", checkpoints=every, **settings)
-    with pytest.raises(Killed):
-        execute(halted, manifest, KillAfter(2))
-    assert execute(halted, manifest, Silent()).status == "finished"
+    whole = evolve(whole, checkpoints=evolve(whole.checkpoints, every=1))
+    copied = CopyAfter(whole, 2)
+    assert execute(whole, manifest, copied).status == "finished"
     file = f"{kind}/pytorch_lora_weights.safetensors"
-    one, other = (load_file(Path(p.run_folder, file)) for p in (whole, halted))
+    one = {key: tensor.clone() for key, tensor in load_file(Path(whole.run_folder, file)).items()}
+    goes_on(whole, manifest, copied)
+    other = load_file(Path(whole.run_folder, file))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     for encoder in FAMILIES[family].trainable_encoders:
@@ -71,6 +70,13 @@ def test_a_run_is_resumed_exactly_and_loads_in_diffusers(
     stock.load_lora_weights(f"{whole.run_folder}/{kind}")
     assert np.array_equal(pictured(whole, stock), drawn(whole, STEPS))
     assert not np.array_equal(untrained, drawn(whole, STEPS))
+
+
+def finished(planned: Planned, family: str) -> Plan:
+    """A run of LoRA with pictures, made once for all that is done with its files."""
+    plan, manifest = planned(family, "exported", validation=PICTURES)
+    assert execute(plan, manifest, Silent()).status in ("finished", "already")
+    return plan
 
 
 def check_start(plan: Plan, file: Path) -> None:
@@ -128,25 +134,24 @@ def test_whole_encoders_are_saved_beside_the_model(family: str, planned: Planned
 
 @pytest.mark.parametrize("family", RUNS)
 def test_exports_draw_the_same_pictures(family: str, planned: Planned, tmp_path: Path) -> None:
-    plan, manifest = planned(family, "exported", validation=PICTURES)
-    assert execute(plan, manifest, Silent()).status == "finished"
+    plan = finished(planned, family)
     picture, weights = drawn(plan, STEPS).astype(int), chosen(Path(plan.run_folder))
     (again,) = draw(weights, wanted_of(plan))
     assert np.array_equal(np.asarray(Image.open(again)), drawn(plan, STEPS))
-    of_step = chosen(Path(plan.run_folder), step=STEPS)
+    of_step, stock = chosen(Path(plan.run_folder), step=STEPS), stock_of(plan)
     for format, source in (("diffusers", of_step), ("kohya", weights), ("comfyui", weights)):
         path = tmp_path / f"{format}.safetensors"
         export(requested(source, format=format, out=path))
         if format == "kohya" and family in ("flux", "sd3"):  # which Diffusers does not read, or not
             check_keys(plan, path)  # of so few layers
             continue
-        stock = stock_of(plan)
         stock.load_lora_weights(path)
         assert np.abs(pictured(plan, stock).astype(int) - picture).max() <= 1, format
+        stock.unload_lora_weights()
     merged = tmp_path / "merged"
     export(requested(weights, merge=True, out=merged))
     assert np.abs(pictured(plan, built_stock(plan, merged)).astype(int) - picture).max() <= 1
-    assert np.abs(pictured(plan, stock_of(plan)).astype(int) - picture).max() > 1
+    assert np.abs(pictured(plan, stock).astype(int) - picture).max() > 1
     tuned = [merged]
     if family in ("sd", "sdxl"):  # whose published files hold the encoders
         one = export(
@@ -155,7 +160,7 @@ def test_exports_draw_the_same_pictures(family: str, planned: Planned, tmp_path:
         cls: Any = getattr(diffusers, FAMILIES[family].pipeline)
         options = {"safety_checker": None} if family == "sd" else {"add_watermarker": False}
         read = cls.from_single_file(str(one), config=plan.model.base, **options)
-        read.scheduler = stock_of(plan).scheduler
+        read.scheduler = stock.scheduler
         read.set_progress_bar_config(disable=True)
         assert np.abs(pictured(plan, read).astype(int) - picture).max() <= 1
         tuned.append(one)
@@ -163,10 +168,10 @@ def test_exports_draw_the_same_pictures(family: str, planned: Planned, tmp_path:
         with pytest.raises(Refused, match="leave them out"):
             requested(weights, merge=True, single_file=True, out=tmp_path / "1.safetensors")
     for number, model in enumerate(tuned):
-        check_extracted(plan, model, tmp_path / f"of-{number}.safetensors")
+        check_extracted(plan, stock, model, tmp_path / f"of-{number}.safetensors")
 
 
-def check_extracted(plan: Plan, tuned: Path, out: Path) -> None:
+def check_extracted(plan: Plan, stock: Any, tuned: Path, out: Path) -> None:
     """The LoRA of what `tuned` has more than the base, at full rank, makes its picture."""
     found = extract(
         Path(plan.model.base), tuned, Size(), format="diffusers", precision="fp32", out=out
@@ -175,10 +180,10 @@ def check_extracted(plan: Plan, tuned: Path, out: Path) -> None:
     keys = load_file(out)
     for encoder in FAMILIES[plan.model.family].trainable_encoders:
         assert any(key.startswith(f"{encoder}.text_model.encoder.") for key in keys)
-    stock = stock_of(plan)
     stock.load_lora_weights(out)
     difference = pictured(plan, stock).astype(int) - drawn(plan, STEPS).astype(int)
     assert np.abs(difference).max() <= 1
+    stock.unload_lora_weights()
 
 
 def test_what_a_lora_can_t_hold_of_text_encoders_is_told(planned: Planned, tmp_path: Path) -> None:
@@ -210,8 +215,7 @@ def test_what_a_lora_can_t_hold_of_text_encoders_is_told(planned: Planned, tmp_p
 def test_encoders_are_made_smaller_too(planned: Planned, tmp_path: Path) -> None:
     """Each layer is the nearest of its rank: what is left is the root of the other singular values'
     squares (Eckart and Young, 1936)."""
-    plan, manifest = planned("sd", "resized", validation=PICTURES)
-    assert execute(plan, manifest, Silent()).status == "finished"
+    plan = finished(planned, "sd")
     weights, found = chosen(Path(plan.run_folder)), {}
     for name, resize, format in (
         ("whole", "", "diffusers"),
@@ -259,8 +263,7 @@ def check_keys(plan: Plan, path: Path) -> None:
 
 
 def test_a_run_starts_from_what_another_one_made(planned: Planned) -> None:
-    plan, manifest = planned("sdxl", "first-half")
-    assert execute(plan, manifest, Silent()).status == "finished"
+    plan = finished(planned, "sdxl")
     assert plan.adapter is not None and plan.text_training is not None
     start = str(Path(plan.run_folder, "lora/pytorch_lora_weights.safetensors"))
     assert plan.text_training.adapter is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -26,11 +27,22 @@ from tests.runtime.test_sharded import begun, drawn, results
 __all__ = ["make", "place"]
 HERE = importlib.util.find_spec("deepspeed") is not None
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+LATE = ("accelerate", "deepspeed", "deepspeed.ops", "deepspeed.utils")  # loaded by a run
 real = pytest.mark.skipif(not HERE, reason="needs deepspeed")
 
 
 def stage(number: int, *, offload: bool = False) -> Sharing:
     return Sharing(strategy="deepspeed", stage=number, offload_optimizer=offload)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """The ranks are forks of this process: none has to load DeepSpeed by itself."""
+    if HERE:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DS_ACCELERATOR", "cpu")
+            for name in LATE:
+                importlib.import_module(name)
 
 
 @pytest.fixture
