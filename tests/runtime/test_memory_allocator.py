@@ -33,6 +33,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Tracker:
         "max_memory_reserved": lambda _: tracker.peak + SLACK,
         "reset_peak_memory_stats": lambda _: tracker.reset_peak(),
         "mem_get_info": lambda _: (10**12, 10**12),
+        "get_device_capability": lambda _: (9, 0),
         "is_available": lambda: True,
     }
     # The host is the device here: what is said to be on the host has to be left out.
