@@ -32,6 +32,7 @@ from runtime.export.whole import laid_out
 from runtime.families import family_of
 from runtime.families.single_file import stored_dtype, translated
 from tests.compiler.recipes import compiled, make_pictures
+from tests.runtime.export.test_whole import RECIPE
 from tests.runtime.test_weights_file import (
     TRANSFORMER,
     flux2_published,
@@ -168,32 +169,9 @@ def test_lumina_s_layers_of_unequal_rows(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) for name, tensor in wanted.items())
 
 
-RECIPE = """\
-name = "x"
-output = "runs"
-[model]
-family = "z_image"
-base = "{base}"
-{rest}
-[adapter]
-kind = "lora"
-rank = 2
-[data]
-resolution = 64
-[[data.source]]
-path = "pictures"
-captions = {{ from = "instance", prompt = "a photo of sks dog" }}
-[train]
-steps = 2
-optimizer = {{ name = "adamw", lr = 1e-2 }}
-[precision]
-compute = "fp32"
-"""
-
-
 def trained(place: Path, base: Path, rest: str) -> Plan:
     make_pictures(place / "pictures", [(64, 64)] * 2)
-    (place / "recipe.toml").write_text(RECIPE.format(base=base, rest=rest))
+    (place / "recipe.toml").write_text(RECIPE.format(family="z_image", base=base, more=rest))
     result = compiled(place / "recipe.toml")
     assert result.plan is not None and result.manifest is not None, result.diagnostics
     assert execute(result.plan, result.manifest, Silent()).status == "finished"
