@@ -37,6 +37,9 @@ class Curve:
     starts: Ints = NONE  # (parts,): the first row of each part; the curve's first row is in none
     levels: Ints = NONE  # (parts, categories): what is live right before the first row
     hosts: Ints = NONE  # (parts, 2): bytes on the host when it begins, and at most in it
+    turns: Ints = NONE
+    """(rows,), or none at all: whose turn comes with a row that stands for no tensor, if blocks are
+    to wait on the host. Block n's turn is n + 1 in a forward pass, -n - 1 in a backward one."""
 
     @property
     def peak(self) -> int:

@@ -14,6 +14,7 @@ from runtime.memory.shares import Form, Share, kind_of
 from runtime.memory.step import Course
 from runtime.memory.tracker import rounded
 from runtime.memory.update import Update
+from runtime.memory.waiting import Waiting
 
 STATES = ("optimizer", "ema")  # what is made when an optimizer is primed, and stays
 
@@ -50,7 +51,7 @@ def deepened(
     held = _sum({}, ((share.held, count) for share, count in further))
     grown = {name: update.primed.get(name, 0) - base.primed.get(name, 0) for name in STATES}
     rest = _sum(held, [(grown, 1)])
-    at_rest = More(live=rest, host=_times(further, "host"))
+    at_rest = More(live=rest, host=0)
     window, more = repeated(base.window, less.runs, at_rest)
     evaluate, judged = repeated(base.evaluate, less.runs, at_rest)
     validate, drawn = repeated(base.validate, less.runs, at_rest)
@@ -59,11 +60,10 @@ def deepened(
     _check(judged, rest, {})
     _check(drawn, rest, {})
     after = _sum(base.after, [(more.live, 1)])
-    return evolve(
+    deep = evolve(
         base,
         load=_sum(base.load, [(held, 1)]),
         window=window,
-        parked=base.parked + at_rest.host,
         after=after,
         update=update.within(after),
         save=_sum(base.save, [(rest, 1)]),
@@ -79,7 +79,36 @@ def deepened(
             "buffer bytes": numbers["buffer bytes"] + _times(further, "buffer_bytes"),
         },
         shares={},
+        weights=(),
     )
+    blocks = {number: base.weights[like] for number, like in less.waiting.items()}
+    return _waited(deep, Waiting(blocks)) if blocks else deep
+
+
+def _waited(deep: Course, waiting: Waiting) -> Course:
+    """That of the model whose blocks wait, from that of the one whose blocks tell their turns."""
+    load = _less(deep.load, waiting)
+    window = waiting.follow(deep.window)
+    after, save = _less(deep.after, waiting), _less(deep.save, waiting)
+    update = [waiting.lower(curve) for curve in deep.update]
+    waiting.settle()
+    return evolve(
+        deep,
+        load=load,
+        window=window,
+        parked=deep.parked + waiting.total,
+        after=after,
+        update=update,
+        save=save,
+        evaluate=waiting.follow(deep.evaluate),
+        validate=waiting.follow(deep.validate),
+    )
+
+
+def _less(live: Mapping[str, int], waiting: Waiting) -> dict[str, int]:
+    """Without what waits."""
+    away = waiting.away
+    return {name: nbytes - away[name] for name, nbytes in live.items()}
 
 
 def _check(end: More, rest: Mapping[str, int], kept: Mapping[str, int]) -> None:

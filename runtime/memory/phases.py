@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -79,11 +79,17 @@ class Tokens:
 
 
 def run_text(
-    candidate: Candidate, family: Family, encoder: str, device: torch.device, tracker: Tracker
+    candidate: Candidate,
+    family: Family,
+    encoder: str,
+    device: torch.device,
+    tracker: Tracker,
+    look: Callable[[nn.Module], None] = lambda _: None,
 ) -> dict[str, int]:
-    """Bytes by category when one prompt is encoded by `encoder`."""
+    """Bytes by category when one prompt is encoded by `encoder`, which `look` is given before."""
     with tracker:
         module = _component(candidate, family, encoder, device, tracker)
+        look(module)
         tokens = all_tokens(family, device)
         tracker.category = "activations"
         tracker.reset_peak()

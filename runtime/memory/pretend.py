@@ -21,7 +21,6 @@ from compiler.plan import AttentionKernel
 from runtime import attention, build
 from runtime.memory.attention import Attention, attention_for
 from runtime.memory.tracker import Tracker
-from runtime.offload import blocks
 from runtime.quantise import codes
 
 STARTS = tuple(name for name in dir(init) if name.endswith("_") and not name.startswith("_"))
@@ -86,12 +85,10 @@ def masks_kept(padded: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def shortened(again: Sequence[int], waiting: Sequence[int]) -> Iterator[None]:
-    """Inside, the blocks with these numbers are those that are recomputed, and those that wait on
-    the host."""
+def shortened(again: Sequence[int]) -> Iterator[None]:
+    """Inside, the blocks with these numbers are those that are recomputed."""
     with ExitStack() as stack:
         _exchange(stack, build, "recomputed", lambda *_: again)
-        _exchange(stack, blocks, "chosen", lambda *_: waiting)
         yield
 
 

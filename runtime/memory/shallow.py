@@ -36,13 +36,14 @@ WORTH = 0.9  # of the deep model's blocks: with more in the shallow one, it is n
 @frozen(kw_only=True)
 class Shallow:
     """A model in which each block of the deep one has its like: a block of the same kind between
-    blocks of the same kinds. `recomputed` and `waiting` are numbers of its blocks."""
+    blocks of the same kinds. None of them waits on the host."""
 
     base: Candidate
-    recomputed: Sequence[int]
-    waiting: Sequence[int]
+    recomputed: Sequence[int]  # numbers of its blocks
     runs: Sequence[Run]
     growth: Growth | None  # how it is built, if not as any other
+    waiting: Mapping[int, int]
+    """The deep model's blocks that wait, in order, and which one here each of them is like."""
 
     @property
     def further(self) -> Mapping[int, int]:
@@ -69,7 +70,7 @@ def shallow(candidate: Candidate) -> Shallow | None:
     if layout.offload_activations:  # they come back ahead of time, one a block at least
         before, after = before + AHEAD - 1, after + AHEAD - 1
     places = _places(card, config, counts)
-    word = _word(places, again, waits)
+    word = _word(places, again)
     wide = _contexts(word, before, after)
     kept = _kept(word, wide, before, after)
     if len(kept) > WORTH * depth:
@@ -80,18 +81,18 @@ def shallow(candidate: Candidate) -> Shallow | None:
     except AssertionError:  # two of its runs can't have other numbers than each other
         return None
     number_of = {number: place for place, number in enumerate(kept)}
-    waiting = [number_of[n] for n in kept if n in set(waits)]
     base = evolve(
         candidate,
         model=_with(candidate.model, short),
-        layout=evolve(layout, offload_blocks=len(waiting)),
+        layout=evolve(layout, offload_blocks=0),
     )
+    like = {wide[n]: number_of[n] for n in kept}
     return Shallow(
         base=base,
         growth=_growth(base, places, few),
         recomputed=[number_of[n] for n in kept if n in again],
-        waiting=waiting,
         runs=list(_runs(word, wide, _contexts(word, before, after - 1), number_of)),
+        waiting={number: like[wide[number]] for number in waits},
     )
 
 
@@ -136,25 +137,13 @@ def _places(
     return [*enumerate(counts), (None, card.depth(config) - sum(counts))]
 
 
-def _word(
-    places: Sequence[tuple[int | None, int]], again: set[int], waits: Sequence[int]
-) -> list[_Letter]:
-    """The blocks of the deep model; `again` are recomputed, and `waits` wait on the host.
-
-    While blocks come and go, two of those that wait are on the device: fewer before the first one
-    and after the last one. Each lets the one before it go, and has the one after it sent.
-    """
+def _word(places: Sequence[tuple[int | None, int]], again: set[int]) -> list[_Letter]:
+    """The blocks of the deep model, of which those with numbers in `again` are recomputed."""
     word: list[_Letter] = []
-    place_of = [place for place, (_, count) in enumerate(places) for _ in range(count)]
-    waiting = [place_of[number] for number in waits]
-    ends = zip([None, *waiting[:-1]], [*waiting[1:], None], strict=True) if waits else ()
-    beside = dict(zip(waits, ends, strict=True))
     for place, (run, count) in enumerate(places):
         for inside in range(count):
             number = len(word)
-            kind: tuple[Hashable, ...] = (place, number in again)
-            if waits:
-                kind += (beside.get(number), number > waits[0], number < waits[-1])
+            kind = (place, number in again)
             word.append(_Letter(run, place, inside, kind if run is not None else (number, kind)))
     return word
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from runtime.memory.curve import NotAlike
-from runtime.memory.tracker import Tracker, rounded
+from runtime.memory.tracker import Tracker
 from runtime.methods.base import Built
+from runtime.offload.blocks import frozen_of, in_backward
 from runtime.quantise.layers import num_weights
 from runtime.text_training import owner
 
@@ -33,12 +34,15 @@ def kind_of(form: Form) -> tuple[str, tuple[int, ...], torch.dtype]:
     return whose if whose.startswith("text_encoder") else "", shape, dtype
 
 
+Weights = Sequence[tuple[str, int]]
+"""Of one block: category and bytes of each."""
+
+
 @frozen(kw_only=True)
 class Share:
     """What one block has of a model's sums."""
 
     held: Mapping[str, int]  # bytes on the device of weights and adapter, by category
-    host: int  # bytes that wait on the host
     parameters: int  # without adapter
     adapted_modules: int
     numbers: int  # parameters, adapter included
@@ -80,16 +84,19 @@ def _share(
     built: Built, block: nn.Module, trained: Mapping[str, nn.Parameter], tracker: Tracker
 ) -> Share:
     parameters, buffers = list(block.parameters()), list(block.buffers())
-    away = [t for t in (*parameters, *buffers) if t.numel() and not t.untyped_storage().nbytes()]
     return Share(
         held=tracker.held([*parameters, *buffers, *trained.values()]),
-        host=sum(rounded(tensor.nbytes) for tensor in away),
         parameters=parameters_in(block, adapted=built.adapter is not None),
         adapted_modules=adapted_in(block),
         numbers=sum(p.numel() for p in parameters),
         buffer_bytes=sum(buffer.nbytes for buffer in buffers),
         forms=forms_of(trained),
     )
+
+
+def weights_of(block: nn.Module, tracker: Tracker) -> Weights:
+    """What of a block can wait on the host."""
+    return [one for tensor in frozen_of(block) for one in tracker.held([tensor]).items()]
 
 
 def mark_blocks(
@@ -108,11 +115,11 @@ def _hooks(
     number: int, tracker: Tracker, flops: Callable[[], int]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     def begin(*_: object) -> None:
-        if not _again():  # what records no gradients is not counted, see `run_step`
+        if not in_backward():  # what records no gradients is not counted, see `run_step`
             tracker.step(number, False, flops() if torch.is_grad_enabled() else 0)
 
     def end(module: nn.Module, given: Any, result: Any) -> None:
-        if _again() or not torch.is_grad_enabled():
+        if in_backward() or not torch.is_grad_enabled():
             return
         results = result if isinstance(result, tuple) else (result,)
         asked = [each for each in results if isinstance(each, Tensor) and each.requires_grad]
@@ -123,8 +130,3 @@ def _hooks(
         tracker.step(number, True, flops())
 
     return begin, end
-
-
-def _again() -> bool:
-    """Whether a block is being recomputed in a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from attrs import evolve
 from compiler import plan
 from compiler.memory import Candidate, Simulation
 from runtime.families import family_of
+from runtime.families.base import Family
 from runtime.families.common import import_classes
 from runtime.memory import host, phases
 from runtime.memory.attention import COUNTERS, workspace
@@ -24,6 +25,7 @@ from runtime.memory.buckets import of_batch, worst_of
 from runtime.memory.curve import NotAlike
 from runtime.memory.deep import deep_forms, deepened
 from runtime.memory.grown import CantGrow, Growth
+from runtime.memory.layers import run_few
 from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import Dequantised, as_on, remembering, shortened
 from runtime.memory.shallow import Shallow, shallow
@@ -55,6 +57,7 @@ class RuntimeMemoryModel:
         self._kernels: dict[str, MetaKernels] = {}
         self._encoded: dict[str, Phases] = {}
         self._courses: dict[str, Course] = {}
+        self._bases: dict[str, Course] = {}
         self._dequantised: dict[Any, Dequantised] = {}
         self._updates: dict[Hashable, Update] = {}
 
@@ -102,6 +105,7 @@ class RuntimeMemoryModel:
         candidate: Candidate,
         shape: Shape,
         asked_for: Collection[int] | None = None,
+        rehearsed: bool = False,
         grow: Growth | None = None,
     ) -> Course:
         tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
@@ -113,6 +117,7 @@ class RuntimeMemoryModel:
                 tracker,
                 lambda: kernels.flops,
                 asked_for,
+                rehearsed,
                 partial(_aside, kernels),
                 grow,
             )
@@ -130,11 +135,7 @@ class RuntimeMemoryModel:
         return self._courses[key]
 
     def _deep(self, candidate: Candidate, less: Shallow, shape: Shape) -> Course:
-        with shortened(less.recomputed, less.waiting):
-            try:
-                base = self._run(less.base, shape, less.further, less.growth)
-            except CantGrow:
-                base = self._run(less.base, shape, less.further)
+        base = self._base(less, shape)
         forms = deep_forms(base, less)
         key = depends_on(candidate, forms, base.idle)
         if key not in self._updates:
@@ -149,6 +150,20 @@ class RuntimeMemoryModel:
             partial(of_batch, candidate, shape),
             candidate.layout.fused_backward,
         )
+
+    def _base(self, less: Shallow, shape: Shape) -> Course:
+        """That of the shallow model, which many a deep one has in common: all that differ in what
+        waits on the host."""
+        rehearsed = bool(less.waiting)
+        key = repr((less.base, shape, less.recomputed, sorted(less.further), rehearsed))
+        if key not in self._bases:
+            run = partial(self._run, less.base, shape, less.further, rehearsed)
+            with shortened(less.recomputed):
+                try:
+                    self._bases[key] = run(less.growth)
+                except CantGrow:
+                    self._bases[key] = run()
+        return self._bases[key]
 
     @contextmanager
     def _encoding(self, candidate: Candidate) -> Iterator[Callable[[], Phases]]:
@@ -170,8 +185,7 @@ class RuntimeMemoryModel:
         found: dict[str, Mapping[str, int]] = {}
         with as_on(candidate.device):
             for name in family.card.text_encoders:
-                tracker = self.tracker(candidate.device)
-                found[name] = phases.run_text(candidate, family, name, META, tracker)
+                found[name] = self._text(candidate, family, name)
             pictures = []
             for *size, count in phases.fullest(shapes):
                 tracker = self.tracker(candidate.device)
@@ -180,6 +194,11 @@ class RuntimeMemoryModel:
                 )
         found["latents"] = max(pictures, key=lambda parts: sum(parts.values()))
         return found
+
+    def _text(self, candidate: Candidate, family: Family, encoder: str) -> Mapping[str, int]:
+        with suppress(NotAlike):
+            return run_few(candidate, family, encoder, self.tracker(candidate.device))
+        return phases.run_text(candidate, family, encoder, META, self.tracker(candidate.device))
 
     def tracker(self, device: str) -> Tracker:
         """A new one for meta tensors that stand for tensors on `device`."""

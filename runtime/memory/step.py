@@ -29,8 +29,17 @@ from runtime.memory import phases
 from runtime.memory.buckets import of_batch, parts_run, worst_of
 from runtime.memory.curve import Curve, highest
 from runtime.memory.grown import Growth
-from runtime.memory.shares import Form, Share, forms_of, mark_blocks, shares_of
+from runtime.memory.shares import (
+    Form,
+    Share,
+    Weights,
+    forms_of,
+    mark_blocks,
+    shares_of,
+    weights_of,
+)
 from runtime.memory.tracker import Tracker
+from runtime.memory.waiting import Rehearsal
 from runtime.methods.sprint import Distillation
 from runtime.methods.sprint_draws import example
 from runtime.modules import blocks_of
@@ -78,6 +87,7 @@ class Course:
     spent: int = 0  # the window's operations
     parked: int = 0  # bytes on the host of what belongs on the device, between two steps
     shares: Mapping[int, Share] = field(factory=dict)  # of blocks that were asked for
+    weights: Sequence[Weights] = ()  # of each block, if it was rehearsed that they wait
 
     @property
     def host(self) -> int:
@@ -127,14 +137,16 @@ def run_step(
     tracker: Tracker,
     flops: Callable[[], int] = lambda: 0,
     asked_for: Collection[int] | None = None,
+    rehearsed: bool = False,
     aside: Aside | None = None,
     grow: Growth | None = None,
 ) -> Course:
     """Build, prime and run one window of the bucket `shape` (width, height, batch) under `tracker`.
 
     `device` is "meta", or a real one for tests. `flops` reads a counter. With `asked_for` the
-    blocks' passes are told apart, and the blocks of these numbers have their shares. `aside` does
-    work beside other work, as `runtime.memory.beside`; `grow` is how the model is built.
+    blocks' passes are told apart, and the blocks of these numbers have their shares; with
+    `rehearsed`, too, when each of them would be needed if it waited. `aside` does work beside
+    other work, as `runtime.memory.beside`; `grow` is how the model is built.
     Raises NotAlike if blocks have no shares, and CantGrow.
     """
     aside = aside or here
@@ -150,10 +162,14 @@ def run_step(
         asked: list[int] = []
         marked = _marks_of_passes(built.model, tracker, flops, asked)
         shares: Mapping[int, Share] = {}
+        weights: Sequence[Weights] = ()
         if asked_for is not None:
             blocks = blocks_of(built.model, family.card.blocks)
             shares = shares_of(built, blocks, asked_for, tracker)
             marked += mark_blocks(blocks, tracker, flops)
+            if rehearsed:
+                weights = [weights_of(block, tracker) for block in blocks]
+                Rehearsal(blocks, tracker)
         # What is live between two steps is what is live before the first one, as a rule: then what
         # is done there needs no step before it, and can be done beside it.
         between = partial(_between, candidate, family, built, device, tracker)
@@ -196,6 +212,7 @@ def run_step(
         block_numbers=_block_numbers(built.model, family),
         primed=primed,
         shares=shares,
+        weights=weights,
     )
 
 

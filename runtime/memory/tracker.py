@@ -20,7 +20,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.memory.curve import Curve, Step
+from runtime.memory.curve import NONE, Curve, Step
 
 # The CUDA caching allocator rounds each request up to this many bytes (kMinBlockSize in
 # c10/cuda/CUDACachingAllocator.h). Used for every device, so that figures compare.
@@ -100,6 +100,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hosts = [0]  # all that `host` was
         self._marks = [self._now()]
         self._steps: list[list[tuple[_Moment, Step]]] = [[]]  # after each mark
+        self._turns: list[tuple[int, int]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -175,7 +176,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak, self._peak_at = self.current, self._clock
         self.host_peak = self.host
         self._hosts = [self.host]
-        self._marks, self._steps = [self._now()], [[]]
+        self._marks, self._steps, self._turns = [self._now()], [[]], []
 
     def mark(self) -> None:
         """The end of one curve and the start of the next; see `curves`."""
@@ -185,6 +186,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def step(self, block: int, backward: bool, flops: int) -> None:
         """A block's pass begins, `flops` operations after the simulation did; see `Curve.steps`."""
         self._steps[-1].append((self._now(), Step(block, backward, flops)))
+
+    def turn(self, block: int, backward: bool) -> None:
+        """A block is needed; see `Curve.turns`."""
+        self._clock += 1
+        self._turns.append((self._clock, -block - 1 if backward else block + 1))
 
     def _now(self) -> _Moment:
         return _Moment(self._clock, len(self._hosts))
@@ -206,13 +212,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 sizes[born] = block.nbytes
             if block.died >= 0:
                 change[max(block.died - origin, 0), column] -= block.nbytes
+        turns = np.zeros(len(change), np.int64)
+        for clock, turn in self._turns:
+            turns[clock - origin] = turn
         live = change.cumsum(axis=0)
         found = []
         for (mark, end), steps in zip(
             pairwise([*self._marks, self._now()]), self._steps, strict=True
         ):
             first, last = mark.clock - origin, end.clock - origin
-            rows = np.flatnonzero(sizes[first + 1 : last + 1]) + first + 1
+            within = slice(first + 1, last + 1)
+            rows = np.flatnonzero(sizes[within] + np.abs(turns[within])) + first + 1
             moments = [mark, *(moment for moment, _ in steps), end]
             clocks = [moment.clock - origin for moment in moments[:-1]]
             starts = np.searchsorted(rows, clocks, side="right")
@@ -226,6 +236,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     starts=1 + starts,
                     levels=live[np.append(rows - 1, last)[starts]],
                     hosts=np.array([(each[0], max(each)) for each in hosts]),
+                    turns=np.concatenate([[0], turns[rows]]) if self._turns else NONE,
                 )
             )
         return found

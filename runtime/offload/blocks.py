@@ -11,7 +11,7 @@ again with it. All numbers stay the same, bit for bit: what moves is only copied
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ def offload_blocks(
     return Blocks([blocks[number] for number in numbers], waiting) if numbers else None
 
 
+def moves(here: Set[int], number: int, backward: bool, count: int) -> tuple[Set[int], int | None]:
+    """Of `count` blocks that wait, of which these are `here`: which ones leave when block `number`
+    is needed, and which one is sent for."""
+    coming = number - 1 if backward else number + 1
+    return here - {number, coming}, coming if 0 <= coming < count else None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is going on."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 @define(eq=False)
 class Waiting:
     """A weight, and its copy on the host."""
@@ -105,11 +117,10 @@ class Blocks:
         event = self._arriving.pop(number, None)
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
-        backward = torch._C._current_graph_task_id() != -1
-        coming = number - 1 if backward else number + 1
-        for other in self._here - {number, coming}:
+        gone, coming = moves(self._here, number, in_backward(), len(self._weights))
+        for other in gone:
             self._release(other)
-        if 0 <= coming < len(self._weights):
+        if coming is not None:
             self._start(coming)
 
     def settle(self) -> None:
@@ -155,13 +166,17 @@ class Blocks:
         block.forward = forward
 
 
+def frozen_of(block: nn.Module) -> list[Tensor]:
+    """What of `block` can wait: all that is frozen."""
+    tensors = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    return [each for each in tensors.values() if not each.requires_grad and _alone(each)]
+
+
 @torch.no_grad()
 def _frozen(block: nn.Module, device: torch.device) -> list[Waiting]:
-    """The weights of `block` that wait: all that is frozen. They leave the device at once."""
+    """The weights of `block` that wait. They leave the device at once."""
     found = []
-    for tensor in {id(t): t for t in (*block.parameters(), *block.buffers())}.values():
-        if tensor.requires_grad or not _alone(tensor):
-            continue
+    for tensor in frozen_of(block):
         place = torch.empty_strided(
             tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
         )
