@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from runtime.memory.curve import NotAlike
-from runtime.memory.tracker import Tracker, rounded
+from runtime.memory.rounding import rounded
+from runtime.memory.tracker import Tracker
 from runtime.methods.base import Built
+from runtime.offload.host import packed
 from runtime.quantise.layers import num_weights
 from runtime.text_training import owner
 
@@ -83,7 +85,7 @@ def _share(
     away = [t for t in (*parameters, *buffers) if t.numel() and not t.untyped_storage().nbytes()]
     return Share(
         held=tracker.held([*parameters, *buffers, *trained.values()]),
-        host=sum(rounded(tensor.nbytes) for tensor in away),
+        host=sum(rounded(size) for size in packed([tensor.nbytes for tensor in away])[1]),
         parameters=parameters_in(block, adapted=built.adapter is not None),
         adapted_modules=adapted_in(block),
         numbers=sum(p.numel() for p in parameters),
