@@ -20,7 +20,7 @@ test *arguments:
 
 # Every family x method x adapter x number format x checkpointing, and their memory: an hour or so.
 test-matrix *arguments:
-    TUNER_WHOLE_MATRIX=1 {{python}} -m pytest -q --dist load tests/test_matrix.py tests/test_matrix_more.py tests/runtime/test_memory_families.py {{arguments}}
+    TUNER_WHOLE_MATRIX=1 {{python}} -m pytest -q --dist load tests/test_matrix.py tests/test_matrix_more.py tests/runtime/test_memory_families.py tests/runtime/test_memory_text.py tests/runtime/test_adapter_runs.py {{arguments}}
 
 # Start-up times, the scan of 100,000 pictures, a plan of a million, feeding: some minutes.
 bench:
@@ -34,7 +34,7 @@ bench:
 bench-fill folder:
     {{python}} benchmarks/fill.py {{folder}}
 
-# Planned memory beside the allocator's, over 28 configurations: needs a CUDA device.
+# Planned memory beside the allocator's, over 30 configurations: needs a CUDA device.
 bench-gpu-memory *arguments:
     {{python}} benchmarks/gpu_memory.py {{arguments}}
 

@@ -24,7 +24,7 @@ from attrs import evolve, frozen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_memory import FAILED, head_of
+from benchmarks.gpu_memory import FAILED, as_in_runs, head_of
 from compiler.memory import Candidate
 from compiler.plan import Layout
 from runtime.build import build
@@ -142,6 +142,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: this benchmark needs a CUDA device; there is none here", file=sys.stderr)
         return 3
+    as_in_runs()
     base = candidate(known(LARGE), rank=64, device="cuda")
     device, rows = torch.device("cuda", 0), list[Row]()
     told = head_of("python benchmarks/gpu_offload.py")

@@ -81,6 +81,11 @@ class Simulation:
     flops: int
     """Operations of the forward and backward passes of one batch of the worst bucket, without those
     for what the base predicts."""
+    kernels: int = 0  # of the passes of one part of a batch; an underestimate
+    blocks_waiting: int = 0
+    """Bytes of blocks that wait on the host: each part of a batch fetches them twice."""
+    activations_waiting: int = 0
+    """Bytes of activations that go to the host in each part of a batch, and come back."""
     seconds: float  # how long the simulation took
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from attrs import evolve, field, frozen
@@ -16,24 +16,21 @@ class Tokens:
     numbers: Mapping[str, Tensor]  # encoder -> (B, tokens) int64
     blank: Tensor | None = None  # (B,) bool: samples whose embedding is zeros; None: none is
 
-    def part(self, start: int, end: int) -> Tokens:
-        """Those of the samples from `start` up to `end`: views."""
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same with `change` made to each tensor."""
         return Tokens(
-            numbers={name: each[start:end] for name, each in self.numbers.items()},
-            blank=None if self.blank is None else self.blank[start:end],
+            numbers={name: change(each) for name, each in self.numbers.items()},
+            blank=None if self.blank is None else change(self.blank),
         )
 
     def to(self, device: torch.device) -> Tokens:
         """The same on `device`."""
-        return Tokens(
-            numbers={name: each.to(device) for name, each in self.numbers.items()},
-            blank=None if self.blank is None else self.blank.to(device),
-        )
+        return self.mapped(lambda each: each.to(device))
 
 
 @frozen(kw_only=True)
 class Batch:
-    """One batch of one bucket. All tensors live on the training device.
+    """One batch of one bucket. In a step all tensors live on the training device.
 
     `latents` are scaled as the family states (unit variance); `sigmas` are the noise levels in
     (0, 1], already shifted, or places in a table of noise levels (`runtime.noise_table`); `text`
@@ -57,20 +54,24 @@ class Batch:
         if size == 0 or size >= count:
             return [self]
         return [
-            Batch(
-                latents=self.latents[start : start + size],
-                noise=self.noise[start : start + size],
-                sigmas=self.sigmas[start : start + size],
-                kept=None if self.kept is None else self.kept[start : start + size],
-                text={name: tensor[start : start + size] for name, tensor in self.text.items()},
-                weights=None if self.weights is None else self.weights[start : start + size],
-                mask=None if self.mask is None else self.mask[start : start + size],
-                keeps_base=self.keeps_base,
-                draws={name: each[start : start + size] for name, each in self.draws.items()},
-                tokens=None if self.tokens is None else self.tokens.part(start, start + size),
-            )
+            self.mapped(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
             for start in range(0, count, size)
         ]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with `change` made to each tensor."""
+        return Batch(
+            latents=change(self.latents),
+            noise=change(self.noise),
+            sigmas=change(self.sigmas),
+            text={name: change(each) for name, each in self.text.items()},
+            kept=None if self.kept is None else change(self.kept),
+            weights=None if self.weights is None else change(self.weights),
+            mask=None if self.mask is None else change(self.mask),
+            keeps_base=self.keeps_base,
+            draws={name: change(each) for name, each in self.draws.items()},
+            tokens=None if self.tokens is None else self.tokens.mapped(change),
+        )
 
 
 def masked(batch: Batch) -> Batch:

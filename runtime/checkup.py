@@ -6,7 +6,6 @@ Nothing here raises on what a machine lacks, and nothing goes to the network unl
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -80,11 +79,6 @@ def open_files() -> int | None:
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def spills() -> bool:
-    """Whether the driver may move device memory to the host's without a word (Windows, WSL)."""
-    return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
 def disk_speed(folder: Path, num_bytes: int = PROBE_BYTES) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from runtime.events import Events
 from runtime.families.base import Family
 from runtime.loop import Trained
 from runtime.optimizers import kept_weights
+from runtime.out_of_memory import is_out_of_memory
 from runtime.publish.publisher import Publisher
 from runtime.ranks import ALONE, Ranks
+from runtime.segments import BY_PAGES, FIXED, setting
 from runtime.stop import Stop
 
 LOG = "run.log"
@@ -78,8 +80,29 @@ def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
                 help="set launch.devices to how many there are",
             )
         torch.cuda.set_device(ranks.local)
-        return torch.device("cuda", ranks.local)
-    return torch.device(plan.device)
+        return claimed(torch.device("cuda", ranks.local))
+    return claimed(torch.device(plan.device))
+
+
+def claimed(device: torch.device) -> torch.device:
+    """`device`, on which a first tensor has been: where its driver can't map memory by pages (some
+    virtual devices), the allocator does without."""
+    if device.type != "cuda":
+        return device
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        if is_out_of_memory(error) or setting() != BY_PAGES:
+            raise
+        tell_allocator(FIXED)
+        torch.empty(1, device=device)
+    return device
+
+
+def tell_allocator(words: str) -> None:
+    """Change this process's settings of PyTorch's allocator, by a function that was renamed."""
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (tell or torch.cuda.memory._set_allocator_settings)(words)
 
 
 def is_sharded(context: Context) -> bool:

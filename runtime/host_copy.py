@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -54,6 +55,9 @@ class HostCopy:
         address = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
         code = torch.cuda.cudart().cudaHostRegister(address, len(room), 0)  # type: ignore[no-untyped-call]
         self._locked = address if int(code) == 0 else 0
+        if not self._locked:
+            with suppress(RuntimeError):  # the error stays with CUDA until somebody asks for it
+                torch.zeros(1, device=self._device)
 
     def close(self) -> None:
         """Let go of the room; copies that are still held stay as they are."""

@@ -22,6 +22,7 @@ from compiler.machine import COMPILER, DEEPSPEED, HUB_TOKEN, OPENCV, TRITON, Mac
 from compiler.optimizers import packages
 from compiler.plan import Device
 from compiler.trackers import TRACKERS, TrackerFacts
+from runtime.segments import setting
 
 PACKAGES = (
     "torch",
@@ -306,6 +307,7 @@ def facts(folder: Path, *, deep: bool = False) -> dict[str, Any]:
         "versions": versions(),
         "machine": asdict(look()),
         "cuda": [asdict(gpu) for gpu in cuda_devices()],
+        "allocator": setting(),
         "disk": {"folder": str(folder), "total_bytes": disk.total, "free_bytes": disk.free},
     }
     if deep:

@@ -14,11 +14,9 @@ from runtime.clock import Clock
 from runtime.errors import RunFailed
 from runtime.loop import Trained
 from runtime.machine import look, versions
-from runtime.memory.corrections import CUBLAS
+from runtime.memory.constants import OUTSIDE
 from runtime.memory.gauge import Reading
 from runtime.memory.sharing import SUMS
-from runtime.memory.simulate import CUDA_CONTEXT
-from runtime.memory.tracker import rounded
 from runtime.one_more import evaluation_parts, step_parts
 from runtime.out_of_memory import is_out_of_memory
 
@@ -100,15 +98,13 @@ def planned_peaks(plan: Plan, *, apart: bool = False) -> dict[str, dict[str, int
     """Bytes by category of each phase that is measured, without what no allocator tells of.
 
     Unless they are told `apart`, a step is measured as a whole: what is planned for it is its
-    passes or its update, whichever needs more. The device's context lies outside of its
-    allocator's figures.
+    passes or its update, whichever needs more.
     """
     found = {phase.name: dict(phase.parts) for phase in plan.memory.phases}
     update = {} if apart else found.pop("update", {})
     if sum(update.values()) > sum(found.get("train", {}).values()):
         found["train"] = update
-    for parts in found.values():
-        outside = parts.pop("context", 0)
-        if outside > CUDA_CONTEXT:
-            parts[CUBLAS] = outside - rounded(CUDA_CONTEXT)
-    return found
+    return {
+        name: {part: n for part, n in parts.items() if part not in OUTSIDE}
+        for name, parts in found.items()
+    }

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compiler.machine import TRITON
 from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS, OptimizerFacts
 from compiler.plan import Optimizer, Plan
 from runtime.errors import MachineUnfit
-from runtime.machine import compiler
+from runtime.machine import compiler, version
 from runtime.new_tokens import is_rows
 from runtime.out_of_memory import updating
 
@@ -84,6 +85,11 @@ def check_usable(optimizer: Optimizer, device: str) -> None:
     class_of(facts)
     if device not in facts.devices:
         raise MachineUnfit(f"optimizer `{facts.name}` does not run on {device}")
+    if facts.compiled and device == "cuda" and not version(TRITON):
+        raise MachineUnfit(
+            f"optimizer `{facts.name}` compiles its step, which needs the package {TRITON}",
+            help=f"pip install {TRITON}",
+        )
     if facts.compiled and not compiler():
         raise MachineUnfit(
             f"optimizer `{facts.name}` compiles its step, and there is no C++ compiler",

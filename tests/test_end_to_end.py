@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.runtime.anew import Anew
 from tests.runtime.forked import Forked
 from tests.runtime.tiny import make_tiny
 from tuner.cli import run_command
 
-ROOT = Path(__file__).parent.parent
 STEPS = 24
 KILL_AFTER = 5  # steps; the last checkpoint is then at step 4
 SEED = 42
@@ -103,7 +101,7 @@ assert not set(("tuner", "runtime", "compiler")) & set(sys.modules)
 """
 
 
-Process = Forked | subprocess.Popen[bytes]
+Process = Forked | Anew
 
 
 def tuner(*arguments: str, cwd: Path, anew: bool) -> Process:
@@ -113,15 +111,10 @@ def tuner(*arguments: str, cwd: Path, anew: bool) -> Process:
         os.chdir(cwd)
         return run_command(arguments)
 
+    out, err = cwd / "out", cwd / "err"
     if not anew:
-        return Forked(work, cwd / "out", cwd / "err")
-    with (cwd / "out").open("wb") as out, (cwd / "err").open("wb") as err:
-        command = [sys.executable, "-m", "tuner", *arguments]
-        return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=out, stderr=err)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+        return Forked(work, out, err)
+    return Anew(arguments, module="tuner", cwd=cwd, out=out, err=err)
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -182,14 +175,9 @@ def test_two_concepts_killed_and_finished(
 
     result = run / ("lora" if adapter else "model")
     picture = tmp_path / "loaded.png"
-    loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, family, tmp_path / "base", result, picture],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert loaded.returncode == 0, loaded.stderr
+    out, err = tmp_path / "loaded", tmp_path / "loaded-err"
+    arguments = [family, tmp_path / "base", result, picture]
+    assert Anew(arguments, code=LOAD, cwd=tmp_path, out=out, err=err).wait() == 0, err.read_text()
     own = pixels(run / "samples" / f"step-{STEPS:06}" / f"dog-64x64-{SEED}.png")
     base = pixels(run / "samples" / "step-000000" / f"dog-64x64-{SEED}.png")
     assert np.abs(pixels(picture) - own).max() <= 1  # eight-bit rounding

@@ -201,7 +201,7 @@ def test_sprint_recipes_have_the_script_s_settings(size: str, shards: Path, tmp_
 @pytest.mark.slow
 def test_the_quickstart_teaches_a_new_shape(tmp_path: Path) -> None:
     path = next(path for path in RECIPES if path.stem == "quickstart")
-    elsewhere = [f"output={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
+    elsewhere = [f"output={tmp_path}", f"cache.path={tmp_path / 'cache'}", "launch.threads=1"]
     command = ["run", str(path), *(f"--set={key}" for key in elsewhere)]
 
     def work() -> int:

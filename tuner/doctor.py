@@ -46,6 +46,7 @@ def examined(*, online: bool) -> dict[str, Any]:
     from compiler.home import default_cache
     from runtime import checkup
     from runtime.machine import compiler, facts
+    from runtime.segments import spills
 
     found = facts(default_cache(), deep=True)
     found["families"] = sorted(FAMILIES)
@@ -59,7 +60,7 @@ def examined(*, online: bool) -> dict[str, Any]:
     found["hub"] = {"token": checkup.has_token()}
     if online:
         found["hub"]["problem"] = checkup.hub_answers()
-    found["notes"] = notes(found, checkup.bad_versions(found["versions"]), checkup.spills())
+    found["notes"] = notes(found, checkup.bad_versions(found["versions"]), spills())
     found["problems"] = problems(found)
     found["fit"] = not found["problems"]
     return found
@@ -109,6 +110,7 @@ def text(found: Mapping[str, Any]) -> str:
         ("device", _device(machine)),
         *(("cuda", _gpu(gpu)) for gpu in found["cuda"]),
         *([("offers", _flags(found["features"]))] if found["features"] else []),
+        *([("allocator", found["allocator"])] if found["cuda"] and found["allocator"] else []),
         ("memory", _room(machine["host_free_bytes"], machine["host_total_bytes"])),
         ("disk", _disk(disk)),
         ("tools", _tools(found)),

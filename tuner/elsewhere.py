@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from attrs import evolve
 
 from compiler.devices import GIB, named, names
@@ -34,7 +36,9 @@ def elsewhere(machine: Machine, word: str) -> Machine:
     try:
         size = ByteSize.parse(word)
     except ValueError:
-        guess = nearest(word.lower(), names())
+        sized = re.compile(re.escape(word.lower()) + r"-\d+gb")
+        sizes = (name for name in names() if sized.fullmatch(name))
+        guess = next(sizes, None) or nearest(word.lower(), names())
         hint = f"did you mean `{guess}`?" if guess else f"known are {choices(EXAMPLES)} and others."
         raise UnknownDevice(
             f'no device `{word}` is known: {hint} An amount of memory will do, such as "24 GiB"'

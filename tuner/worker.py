@@ -25,6 +25,7 @@ from attrs import frozen
 from compiler import lock
 from compiler.data.manifest import Manifest, ManifestDamaged
 from compiler.plan import Plan, lock_path
+from runtime.segments import map_by_pages
 from tuner.exits import BUG, DONE, FAILED, STOPPED, UNFIT
 from tuner.screen import err, prepare
 
@@ -203,6 +204,7 @@ def _same_samples(plan: Plan) -> Manifest:
 def main(arguments: list[str]) -> int:
     """See the module; returns the exit code."""
     prepare()
+    map_by_pages()
     _end_with_parent()
     folder, rank = Path(arguments[0]), int(os.environ["RANK"])
     try:

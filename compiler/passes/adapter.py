@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from math import gcd
 from pathlib import Path
@@ -262,8 +263,10 @@ def _check_patterns(draft: Draft, where: KeyPath, patterns: Any) -> None:
 
 def _check_pattern(draft: Draft, where: KeyPath, pattern: str) -> bool:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what a later Python will read otherwise, as `[[`
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         named = where[1] == "targets"
         sets = tuple(FAMILIES[draft.recipe.model.family].target_sets)
         draft.error(

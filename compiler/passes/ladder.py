@@ -168,7 +168,8 @@ def choices(draft: Draft) -> Choices:
         sibling = ""
     # The networks of a distillation take turns in one pass, and judge whole batches.
     alone = draft.sprint is not None
-    moves = not alone and draft.device != "cpu" and not _sharded(draft)
+    # Only there copies are made beside the computing; Apple's devices share the host's memory.
+    moves = not alone and draft.device == "cuda" and not _sharded(draft)
     parted = not alone and memory.micro_batch == "auto" and not start.fused_backward
     return Choices(
         checkpointing=(start.checkpointing, *_intervals(draft)),

@@ -22,6 +22,7 @@ from compiler.spans import KeyPath
 from compiler.units import ByteSize
 
 BUDGET: KeyPath = ("memory", "budget")
+MICRO_BATCH: KeyPath = ("memory", "micro_batch")
 
 
 def resolve_memory(draft: Draft) -> None:
@@ -95,7 +96,8 @@ def _fit_encoders(search: Search, chosen: Rung) -> None:
             needed = (p.device_bytes for p in search.look(chosen).phases if p.name == name)
             if not budget or max(needed, default=0) <= budget:
                 break
-            why = f"the fewest bits saved that fit {gib(budget)} while it encodes"
+            why = f"the fewest bits saved that fit {gib(budget)} while it encodes; it alters the "
+            why += "result a little"
             settle(search.draft, name, kind, why=why)
             search.base = _candidate(search.draft)
             del search.found[chosen]  # other rungs are judged by what comes after
@@ -127,18 +129,20 @@ def _settle(draft: Draft, rung: Rung, why: str) -> None:
         words = f"{why}; it alters the result a little"
         draft.optimizer = resolve_optimizer(draft, rung.optimizer, why=words)
     draft.steps = evolve(draft.steps, micro_batch=rung.micro_batch)
+    parted = rung.micro_batch and rung.micro_batch != ladder.first(draft).micro_batch
     decided: dict[KeyPath, object] = {
         ("memory", "activation_checkpointing"): rung.checkpointing or "off",
         ("memory", "fused_backward"): rung.fused_backward,
         ("memory", "offload", "activations"): rung.activations,
         ("memory", "offload", "blocks"): rung.blocks,
-        ("memory", "micro_batch"): rung.micro_batch or "whole batches",
-        ("memory", "on_oom"): draft.recipe.memory.on_oom,
     }
     if not isinstance(draft.recipe.memory.offload, OffloadRecipe):
         decided["memory", "offload"] = _offloaded(rung)
     for path, value in decided.items():
         draft.decide(path, value, by="decided", why=why)
+    words = f"{why}; it alters the result a little" if parted else why
+    draft.decide(MICRO_BATCH, rung.micro_batch or "whole batches", by="decided", why=words)
+    draft.decide(("memory", "on_oom"), draft.recipe.memory.on_oom)
 
 
 def _offloaded(rung: Rung) -> str:

@@ -10,7 +10,7 @@ import attrs
 from compiler import plan
 from compiler.diagnostics import choices, nearest
 from compiler.draft import Draft
-from compiler.machine import COMPILER
+from compiler.machine import COMPILER, TRITON
 from compiler.optimizers import DEFAULT, OPTIMIZERS, OptimizerFacts, called_here
 from compiler.source import dotted
 from compiler.spans import KeyPath
@@ -188,7 +188,10 @@ def _lacking(draft: Draft, row: OptimizerFacts) -> list[tuple[str, str]]:
     if row.package in missing:
         message = f"optimizer `{row.name}` needs the package {row.package}, which is not installed"
         found.append((f"{message} here", f"pip install {row.package}"))
-    if row.compiled and COMPILER in missing:
+    if row.compiled and draft.device == "cuda" == draft.machine.device and TRITON in missing:
+        message = f"optimizer `{row.name}` compiles its step, which needs the package {TRITON}"
+        found.append((f"{message}; it is not installed here", f"pip install {TRITON}"))
+    elif row.compiled and COMPILER in missing:
         message = f"optimizer `{row.name}` compiles its step, and there is no C++ compiler here"
         found.append((message, "install g++ or clang, or set CXX to its path"))
     return found

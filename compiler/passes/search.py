@@ -10,7 +10,7 @@ from compiler import plan
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.passes import ladder
-from compiler.passes.estimates import Estimates, ordered, waiting_bytes
+from compiler.passes.estimates import Estimates, host_bytes, ordered, rank
 from compiler.passes.ladder import Rung
 from compiler.passes.modelled_time import Clock, clock
 
@@ -27,7 +27,8 @@ class Search:
 
     The order and the estimates are the same for every budget. The search starts at the first rung
     that is estimated to fit, goes on to slower ones until one does fit, or back to quicker ones as
-    long as they fit. So whatever it ends at for one budget, it ends there or before for a larger.
+    long as they fit. So whatever it ends at for one budget, it ends there or before for a larger;
+    of all that it has looked at by then, the quickest that fits is chosen.
     """
 
     def __init__(self, *, draft: Draft, model: MemoryModel, base: Candidate, budget: int) -> None:
@@ -42,13 +43,14 @@ class Search:
         if not self.budget or only or self.fits(self.first):
             return self.first
         start = self._estimated()
-        fitting = (n for n in range(start, len(self.order)) if self._goes(n))
+        fitting = (n for n in range(start, len(self.order)) if self._goes(self.order[n]))
         place = next(fitting, None)
         if place is None:
             return min(self.estimates.ends, key=self.peak)
-        while place > 1 and self._goes(place - 1):
+        while place > 1 and self._goes(self.order[place - 1]):
             place -= 1
-        return self.order[place]
+        self._look_beyond(place)
+        return min(filter(self._goes, list(self.found)), key=self._rank)
 
     def _estimated(self) -> int:
         """The place of the first rung that is estimated to fit; else the last place."""
@@ -57,25 +59,32 @@ class Search:
                 return place
         return len(self.order) - 1
 
-    def _goes(self, place: int) -> bool:
-        """Whether a rung fits, and what waits on the host finds room there, where that is known;
-        there is nothing thriftier than an end."""
-        rung = self.order[place]
-        if not self.fits(rung):
-            return False
-        total = self.draft.machine.host_total_bytes
-        room = not total or waiting_bytes(self.look(rung)) <= ROOM * total
-        return room or rung in self.estimates.ends
+    def _look_beyond(self, place: int) -> None:
+        """Where the rung at `place` turned out slower than was estimated: look at some that come
+        after it and are estimated to be quicker than it is."""
+        taken = self._seconds(self.order[place])
+        for rung in self.order[place + 1 :][:NEIGHBOURS]:
+            if self.estimates.seconds(rung) + FINEST * self._seconds(self.first) < taken:
+                self.look(rung)
+
+    def _goes(self, rung: Rung) -> bool:
+        """Whether a rung fits, and what waits on the host finds room there, where that is known."""
+        return self.fits(rung) and host_bytes(self.look(rung)) <= self.room
+
+    @property
+    def room(self) -> float:
+        """Bytes on the host, where that is known."""
+        return ROOM * (self.draft.machine.host_total_bytes or float("inf"))
 
     @cached_property
     def estimates(self) -> Estimates:
         """Of this base; simulates the anchors."""
-        return Estimates(self.choices, self.look, self._clock)
+        return Estimates(self.choices, self.look, self._clock, self.room)
 
     @cached_property
     def order(self) -> tuple[Rung, ...]:
         """The rungs worth a look, the first rung first, then the quickest."""
-        return tuple(ordered(self.estimates, self.apart, FINEST, STEP))
+        return tuple(ordered(self.estimates, self.apart, self.room, FINEST, STEP))
 
     def _clock(self, parameters: int) -> Clock:
         return clock(self.draft, parameters)
@@ -127,9 +136,7 @@ class Search:
         rungs = [chosen, *self._single()] if chosen == self.first else self._around(chosen)
         if len(rungs) == 1:
             return ()
-        start = self.look(self.first)
-        timer = self._clock(start.parameters)
-        fastest = timer.seconds(self.first, start.flops, 0)
+        fastest = self._seconds(self.first)
         return tuple(
             plan.Rung(
                 settings=ladder.settings(self.draft, rung),
@@ -149,25 +156,31 @@ class Search:
         return []
 
     def _seconds(self, rung: Rung) -> float:
-        if "estimates" in self.__dict__:
-            return self.estimates.seconds(rung)
-        start, found = self.look(self.first), self.look(rung)
-        more = waiting_bytes(found) - waiting_bytes(start)
-        return self._clock(start.parameters).seconds(rung, found.flops, more)
+        """Modelled time of a step of a rung that is looked at."""
+        found = self.look(rung)
+        crossing = found.blocks_waiting + found.activations_waiting
+        return self._clock(found.parameters).seconds(rung, found.flops, crossing, found.kernels)
+
+    def _rank(self, rung: Rung) -> tuple[object, ...]:
+        time = self._seconds(rung) / self._seconds(self.first)
+        return rank(self.choices, rung, time, FINEST)
 
     def _around(self, chosen: Rung) -> list[Rung]:
-        place, needed = self.order.index(chosen), self.peak(chosen)
-        above = [rung for rung in self._falling(self.order[:place]) if self.peak(rung) > needed]
-        for rung in self.order[place + 1 :][:NEIGHBOURS]:
+        needed, taken = self.peak(chosen), self._seconds(chosen)
+        slower = (rung for rung in self.order if self.estimates.seconds(rung) > taken)
+        for rung in islice(slower, NEIGHBOURS):
             if self.peak(rung) < needed:
                 break
-        below = [rung for rung in self._falling(self.order[place:]) if self.peak(rung) < needed]
+        looked = sorted(self.found, key=self._rank)
+        place = looked.index(chosen)
+        above = [rung for rung in self._falling(looked[:place]) if self.peak(rung) > needed]
+        below = [rung for rung in self._falling(looked[place:]) if self.peak(rung) < needed]
         return [*above, chosen, *below]
 
     def _falling(self, rungs: Sequence[Rung]) -> list[Rung]:
-        """Those looked at, without what needs no less than one before it."""
+        """Without what needs no less than one before it."""
         found: list[Rung] = []
         for rung in rungs:
-            if rung in self.found and (not found or self.peak(rung) < self.peak(found[-1])):
+            if not found or self.peak(rung) < self.peak(found[-1]):
                 found.append(rung)
         return found

@@ -190,9 +190,9 @@ class MemoryRecipe:
     """Recompute every n-th block in the backward pass. "off" or 0: none; 1: all."""
     fused_backward: bool | Auto = "auto"
     """Update each weight as soon as its gradient is complete, and drop the gradient. Results stay
-    the same, bit for bit. Needs `max_grad_norm = 0` and no accumulation."""
+    the same. Needs `max_grad_norm = 0` and no accumulation."""
     offload: OffloadRecipe | Literal["auto", "none"] = field(factory=OffloadRecipe)
-    """What waits in host memory until it is needed. Results stay the same, bit for bit."""
+    """What waits in host memory until it is needed. Results stay the same: only bits move."""
     micro_batch: Annotated[int, Range(ge=1, le=65_536)] | Auto = "auto"
     """Samples at most in one forward pass: a larger batch is run in parts and its gradients are
     added up. Steps stay the same. "auto": whole batches, or what fits."""

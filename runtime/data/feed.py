@@ -1,4 +1,7 @@
-"""Feeds the training step: batches from the cache, on the device, ready before they are asked for.
+"""Feeds the training step: batches from the cache, ready before they are asked for.
+
+They wait on the host, and come to the device when their step's turn has come: only one window is
+there. Their memory is pinned, so that nothing waits for the copies but what is computed with them.
 
 All that is random about a sample follows from (seed, purpose, step, slot), where `slot` is the
 sample's place in the whole window of its step. How a window is cut into batches or dealt out to
@@ -10,14 +13,14 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from compiler.data.geometry import shown_to_model
@@ -57,6 +60,10 @@ class Window:
     names: tuple[str, ...]  # of the samples in `batches`, in order: source/key
     all_names: tuple[str, ...] = ()  # of the whole window's
     places: tuple[Place, ...] = ()  # of `batches` in the whole window
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Window:
+        """The same with `change` made to each tensor."""
+        return evolve(self, batches=tuple(batch.mapped(change) for batch in self.batches))
 
 
 class Feed:
@@ -103,13 +110,22 @@ class Feed:
             while (item := ahead.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                yield self._brought(item)
         finally:
             closed.set()
             thread.join()
 
     def window(self, step: int) -> Window:
         """The window of one step, made here and now."""
+        return self._brought(self._made(step))
+
+    def _brought(self, window: Window) -> Window:
+        """On the device."""
+        pinned = self._device.type == "cuda"
+        return window.mapped(lambda tensor: tensor.to(self._device, non_blocking=pinned))
+
+    def _made(self, step: int) -> Window:
+        """On the host."""
         rows = self._order.window(step)
         count = sum(len(batch.rows) for batch in rows)
         mine = slice(self._rank, None, self._plan.steps.ranks)
@@ -132,7 +148,11 @@ class Feed:
     ) -> None:
         try:
             for step in range(start, self._plan.steps.total):
-                if not _hand_over(self.window(step), ahead, closed):
+                window = self._made(step)
+                if self._device.type == "cuda":
+                    with torch.cuda.device(self._device):  # each thread has a current one
+                        window = window.mapped(Tensor.pin_memory)
+                if not _hand_over(window, ahead, closed):
                     return
             _hand_over(None, ahead, closed)
         except BaseException as error:
@@ -160,15 +180,15 @@ class Feed:
         sigmas = self._sigmas(latents, step, slots, count)
         table = self._plan.objective.table
         return Batch(
-            latents=latents.float().to(self._device),
-            noise=noise.to(self._device),
-            sigmas=sigmas.to(self._device),
-            kept=None if table is None else kept_at(table, sigmas).to(self._device),
-            text={name: tensor.to(self._device) for name, tensor in collated.items()},
+            latents=latents.float(),
+            noise=noise,
+            sigmas=sigmas,
+            kept=None if table is None else kept_at(table, sigmas),
+            text=collated,
             weights=self._weights(batch.rows),
             mask=self._mask(batch.rows),
             keeps_base=self._source(batch.rows).target == "base",
-            draws={k: v.to(self._device) for k, v in self._draws(latents, step, slots).items()},
+            draws=self._draws(latents, step, slots),
             tokens=self._tokens(which),
         )
 
@@ -191,7 +211,7 @@ class Feed:
         if all(source.loss_weight == 1.0 for source in self._plan.sources):
             return None
         weights = [self._plan.sources[self._manifest.source(int(r))].loss_weight for r in rows]
-        return torch.tensor(weights, dtype=torch.float32, device=self._device)
+        return torch.tensor(weights, dtype=torch.float32)
 
     def _mask(self, rows: Rows) -> Tensor | None:
         """Weights of places; None where the bucket's source has no masks."""
@@ -199,7 +219,7 @@ class Feed:
         if rules is None:
             return None
         shown = self._cache.stack(self._latents, rows, (masks.NAME,))[masks.NAME].float()
-        return place_weights(shown, rules.floor).to(self._device)
+        return place_weights(shown, rules.floor)
 
     def _posterior(self, cached: Entry, step: int, slots: range) -> Tensor | None:
         """Noise to draw the VAE's posterior with, where it has one."""
@@ -230,7 +250,7 @@ class Feed:
             return None
         prompts = ["" if number is None else self._manifest.texts[number] for number in which]
         dropped = [number is None for number in which]
-        return self._tokenizers.batch(prompts, dropped).to(self._device)
+        return self._tokenizers.batch(prompts, dropped)
 
     def _caption(self, step: int, slot: int, row: int) -> int | None:
         """The number of one of the row's captions, or None where it is dropped."""

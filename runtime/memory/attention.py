@@ -27,7 +27,8 @@ HALVES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements to which CUDA kernels pad head sizes and masks (sdp_utils, attention.cpp)
 FLASH_HEAD = 256  # largest head size of the CUDA flash kernel
 FLASH_ROWS = 128  # rows to which its backward pass pads its buffers
-EFFICIENT_ROWS = 64  # and the memory-efficient kernel's
+TILE = 64  # and the memory-efficient kernel's: rows and head sizes
+AMPERE, VOLTA = 8.0, 7.0  # compute capabilities
 
 # PyTorch counts the CUDA kernels' operations; the CPU's has the same arguments.
 COUNTERS: Mapping[Any, Callable[..., int]] = {
@@ -41,13 +42,18 @@ COUNTERS: Mapping[Any, Callable[..., int]] = {
 }
 
 
-def attention_for(device: str, stock: Attention, like: Like = "device") -> Attention:
+def attention_for(
+    device: str, stock: Attention, like: Like = "device", capability: float = 0.0
+) -> Attention:
     """`scaled_dot_product_attention` as `device` ("cpu", "cuda", ...) runs it; `stock`: PyTorch's.
 
-    `like` is the kernel that was asked for, "device" for the device's own choice. The devices
-    without a rule here (mps, xpu) are taken to have CUDA's kernels.
+    `like` is the kernel that was asked for, "device" for the device's own choice, which depends on
+    CUDA's compute capability (0: not known). The devices without a rule here (mps, xpu) are taken
+    to have CUDA's kernels.
     """
-    run: Callable[..., Tensor | None] = _on_cpu if device == "cpu" else partial(_on_cuda, like)
+    run: Callable[..., Tensor | None] = partial(_on_cuda, like, capability)
+    if device == "cpu":
+        run = _on_cpu
     if like == "math":
         run = _multiplied_out
 
@@ -84,18 +90,21 @@ def attention_for(device: str, stock: Attention, like: Like = "device") -> Atten
     return attention
 
 
-def choose(query: Tensor, value: Tensor, masked: bool) -> Kernel:
-    """The kernel that CUDA takes from compute capability 8.0 (sdp_utils.cpp: flash comes first).
+def choose(query: Tensor, value: Tensor, masked: bool, capability: float = 0.0) -> Kernel:
+    """The kernel that CUDA takes (sdp_utils.cpp: flash comes first); a `capability` that is not
+    known, 0, is taken for 8.0 or more.
 
-    Capability 9.0 and above may take cuDNN's, which saves the same tensors as flash.
+    Before 8.0 there is no flash, and the memory-efficient kernel knows no bfloat16. Capability 9.0
+    and above may take cuDNN's, which saves the same tensors as flash.
     """
-    largest = max(query.shape[-1], value.shape[-1])
-    if not masked and query.dtype in HALVES and largest <= FLASH_HEAD:
+    largest, half = max(query.shape[-1], value.shape[-1]), query.dtype in HALVES
+    old = 0 < capability < AMPERE
+    if half and not masked and not old and largest <= FLASH_HEAD:
         return "flash"
-    step = 16 // query.element_size()
-    if query.dtype in (*HALVES, torch.float32) and not (
-        query.shape[-1] % step or value.shape[-1] % step
-    ):
+    known = query.dtype in (torch.float16, torch.float32) or (half and not old)
+    cores = not old or (half and capability >= VOLTA)  # tensor cores want heads aligned
+    step = 16 // query.element_size() if cores else 1
+    if known and not (query.shape[-1] % step or value.shape[-1] % step):
         return "efficient"
     return "math"
 
@@ -125,6 +134,7 @@ def _on_cpu(
 
 def _on_cuda(
     like: Like,
+    capability: float,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -134,7 +144,9 @@ def _on_cuda(
     scale: float | None,
 ) -> Tensor | None:
     """Flash, memory-efficient, or None: the stock function multiplies it out."""
-    kernel = choose(query, value, mask is not None) if like == "device" else like
+    kernel = like
+    if like == "device":
+        kernel = choose(query, value, mask is not None, capability)
     if kernel == "efficient" and key.shape[1] != query.shape[1]:
         kernel = "math"  # it knows no groups
     if kernel == "flash":
@@ -183,10 +195,8 @@ def _broadcast(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
 def workspace(device: str) -> Mapping[Any, Callable[..., int]]:
     """Operation -> bytes that its kernel on `device` allocates inside and frees before it returns.
 
-    CUDA: the backward pass of flash attention sums the queries' gradient in float32 and keeps one
-    float32 per row (mha_bwd in flash_api.cpp); the memory-efficient one's buffer likewise
-    (workspace_gq in kernel_backward.h). The CPU's kernel takes some hundred KiB a thread, which is
-    not counted.
+    CUDA: see `_flash_backward` and `_efficient_backward`. The CPU's kernel takes some hundred KiB a
+    thread, which is not counted.
     """
     if device == "cpu":
         return {}
@@ -196,20 +206,41 @@ def workspace(device: str) -> Mapping[Any, Callable[..., int]]:
     }
 
 
-def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **options: Any) -> int:
+def _flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any, **options: Any
+) -> int:
+    """It sums the queries' gradient in float32 and keeps one float32 per row; of keys that several
+    heads share it makes a gradient for each head (mha_bwd in flash_api.cpp). It wants the output
+    and its gradient to lie by tokens (_flash_attention_backward in attention_backward.cu)."""
     batch, heads, rows, size = query.shape
     padded = batch * heads * _up(rows, FLASH_ROWS)
-    return 4 * padded * _up(size, 32) + 4 * padded
+    sums = 4 * padded * _up(size, 32 if size <= 128 else 64) + 4 * padded
+    shared = 0 if key.shape[1] == heads else 2 * batch * heads * key.shape[2] * size
+    return sums + shared * query.element_size() + _by_tokens(grad) + _by_tokens(out)
 
 
-def _efficient_backward(grad: Tensor, query: Tensor, *rest: Any, **options: Any) -> int:
+def _efficient_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> int:
+    """It sums the queries' gradient in float32, in tiles, and keeps one float32 per row
+    (workspace_elements_gq in kernel_backward.h, kNeedsAccumGradQ). In float32 what is kept per row
+    is computed before, by a product of the output and its gradient (kKernelComputesDelta). Here it
+    is the gradient alone that is to lie by tokens (_efficient_attention_backward in
+    attention_backward.cu). Not counted: sums of the keys' and values' gradients, which are there in
+    16 bits for heads of more than 128 (on cards with little shared memory of more than 96): 26 MB
+    at most, for up to 200 heads in a batch."""
     batch, heads, rows, size = query.shape
-    sums = (
-        0
-        if query.dtype == torch.float32
-        else batch * heads * _up(rows, EFFICIENT_ROWS) * _up(size, 32)
-    )
-    return 4 * sums + 4 * batch * heads * rows
+    row = 4 * batch * heads * rows
+    tile = TILE if size <= TILE else 2 * TILE
+    most = row + 4 * batch * heads * _up(rows, tile) * _up(size, TILE)
+    if query.dtype == torch.float32:
+        most = max(most, row * value.shape[-1] + 2 * row)
+    return most + _by_tokens(grad)
+
+
+def _by_tokens(tensor: Tensor) -> int:
+    """Bytes of a copy of (B, H, N, D) that lies as (B, N, H, D); 0 if it does."""
+    return 0 if tensor.transpose(1, 2).is_contiguous() else tensor.numel() * tensor.element_size()
 
 
 def _up(value: int, step: int) -> int:

@@ -103,6 +103,11 @@ def parts_run(sizes: Sequence[int]) -> list[int]:
     return [0, max(later, key=lambda part: (sizes[part], part))] if later else [0]
 
 
+def runs_of(candidate: Candidate, shape: Shape) -> int:
+    """How many parts of a window of the bucket `shape` are run."""
+    return len(parts_run(part_sizes(shape[2], candidate.micro_batch) * candidate.accumulate))
+
+
 def of_batch(candidate: Candidate, shape: Shape, spent: int) -> int:
     """Operations of one batch of the bucket `shape`, of those `spent` in the parts that are run:
     as many for each sample."""

@@ -22,6 +22,7 @@ from compiler.memory import CORRECTION, Candidate, MemoryModel, Simulation
 from compiler.plan import Phase, Plan, digest_of
 from runtime.files import write_whole
 from runtime.memory.alike import kind_of, kind_of_plan
+from runtime.memory.constants import ALL, CUBLAS
 
 FORMAT = 2  # the first one kept bytes, which say nothing of a plan of another size
 CORRECTIONS = "memory.json"
@@ -32,10 +33,6 @@ LOWEST, HIGHEST = 0.5, 1.5
 """Ratios that are taken. Compiled code may keep half of what is planned, for it is planned without;
 nothing that is known takes half as much again. Beyond, unlike things were compared, or the file is
 damaged."""
-CUBLAS = "workspace of cuBLAS"
-"""The part of what was planned that the allocator holds and no tensor does."""
-CONTEXT = "context"
-"""The part of a phase that is all of this kind."""
 
 
 @frozen(kw_only=True)
@@ -139,7 +136,7 @@ class CorrectedMemoryModel:
         known = self._known.get(key(device, kind, "train" if together else phase.name))
         if known is None:
             return phase
-        tensors = phase.device_bytes - phase.parts.get(CONTEXT, 0)
+        tensors = phase.device_bytes - sum(phase.parts.get(name, 0) for name in ALL)
         more = round((known.ratio - 1.0) * tensors)
         if abs(more) < LEAST:
             return phase

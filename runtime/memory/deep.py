@@ -9,10 +9,10 @@ from attrs import evolve
 
 from runtime.memory.curve import NotAlike
 from runtime.memory.repeat import More, repeated
+from runtime.memory.rounding import rounded
 from runtime.memory.shallow import Shallow
 from runtime.memory.shares import Form, Share, kind_of
 from runtime.memory.step import Course
-from runtime.memory.tracker import rounded
 from runtime.memory.update import Update
 from runtime.memory.waiting import Waiting
 
@@ -70,6 +70,7 @@ def deepened(
         evaluate=evaluate,
         validate=validate,
         flops=of_batch(base.spent + more.flops),
+        kernels=round(base.kernels * (1 + more.flops / base.spent)) if base.spent else base.kernels,
         parameters=base.parameters + _times(further, "parameters"),
         adapted_modules=base.adapted_modules + _times(further, "adapted_modules"),
         forms=forms,

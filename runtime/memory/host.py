@@ -7,7 +7,7 @@ from typing import Protocol
 
 from compiler.memory import Candidate
 from compiler.optimizers import OPTIMIZERS
-from runtime.memory.tracker import rounded
+from runtime.memory.rounding import rounded
 from runtime.memory.zero import on_host
 from runtime.new_tokens import encoders_of
 
@@ -84,6 +84,8 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
     if OPTIMIZERS[candidate.optimizer.name].host_bytes:  # gradients come there to be used
         found["update"] += trace.trained_bytes
     found["load"] = trace.largest + trace.parked  # weights come one at a time
+    if candidate.layout.offload_blocks:  # all are on the host before some go to the device
+        found["load"] += trace.load.get("weights", 0)
     if sharded:  # or all of them, to be dealt out from there
         found["load"] = sum(trace.load.values())
     if zero:  # its checkpoint is written where it lies

@@ -20,6 +20,7 @@ from compiler.attention import KERNELS
 from compiler.plan import AttentionKernel
 from runtime import attention, build
 from runtime.memory.attention import Attention, attention_for
+from runtime.memory.norms import norm_for
 from runtime.memory.tracker import Tracker
 from runtime.quantise import codes
 
@@ -30,8 +31,9 @@ SKIPS = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
 
 
 @contextmanager
-def as_on(device: str) -> Iterator[None]:
-    """Inside, meta tensors are treated as tensors on `device` ("cpu", "cuda", ...).
+def as_on(device: str, capability: str = "") -> Iterator[None]:
+    """Inside, meta tensors are treated as tensors on `device` ("cpu", "cuda", ...), for CUDA of
+    that compute capability ("8.9"); "" is taken for 8.0 or more.
 
     Functions are exchanged, not intercepted: an interception by torch's function modes is off while
     checkpointed blocks are recomputed in the backward pass. Not for use in several threads.
@@ -48,11 +50,13 @@ def as_on(device: str) -> Iterator[None]:
     from transformers import masking_utils
 
     stock = functional.scaled_dot_product_attention
+    number = float(capability or 0)
     with ExitStack() as stack:
         # A mask selects at most everything; what it selects is not known without data.
         _exchange(stack, fx_config, "meta_nonzero_assume_all_nonzero", True)
-        _exchange(stack, functional, "scaled_dot_product_attention", attention_for(device, stock))
-        _exchange(stack, attention, "on_meta", _like(device, stock))
+        chosen = attention_for(device, stock, capability=number)
+        _exchange(stack, functional, "scaled_dot_product_attention", chosen)
+        _exchange(stack, attention, "on_meta", _like(device, stock, number))
         for name in STARTS:
             _exchange(stack, init, name, _valued(getattr(init, name)))
         # Diffusers' pipelines ask each module of the model whether it has put a part elsewhere.
@@ -63,6 +67,8 @@ def as_on(device: str) -> Iterator[None]:
             _exchange(stack, owner, name, _with_meta(getattr(owner, name)))
         if device != "cpu":
             _exchange(stack, functional, "dropout", _fused_dropout(functional.dropout))
+        if device == "cuda":
+            _exchange(stack, functional, "rms_norm", norm_for(functional.rms_norm))
         yield
 
 
@@ -144,9 +150,11 @@ def _exchange(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _like(device: str, stock: Attention) -> Callable[[AttentionKernel], Attention]:
+def _like(
+    device: str, stock: Attention, capability: float
+) -> Callable[[AttentionKernel], Attention]:
     """A kernel's like on `device`: what `runtime.attention` runs on meta tensors."""
-    return lambda name: attention_for(device, stock, KERNELS[name].like)
+    return lambda name: attention_for(device, stock, KERNELS[name].like, capability)
 
 
 def _unpadded(stock: Callable[..., bool]) -> Callable[..., bool]:

@@ -24,8 +24,8 @@ from attrs import evolve
 from compiler.memory import Candidate
 from runtime.families.common import DTYPES
 from runtime.memory.curve import Curve
+from runtime.memory.rounding import rounded
 from runtime.memory.step import Course
-from runtime.memory.tracker import rounded
 from runtime.ranks import BUCKET
 
 OWNED = ("weights", "adapter", "gradients", "optimizer", "ema")

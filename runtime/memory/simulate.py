@@ -19,9 +19,11 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import import_classes
 from runtime.memory import host, phases
-from runtime.memory.attention import COUNTERS, workspace
+from runtime.memory.attention import workspace
 from runtime.memory.beside import beside
 from runtime.memory.buckets import of_batch, worst_of
+from runtime.memory.constants import constants
+from runtime.memory.counters import COUNTERS
 from runtime.memory.curve import NotAlike
 from runtime.memory.deep import deep_forms, deepened
 from runtime.memory.grown import CantGrow, Growth
@@ -31,20 +33,8 @@ from runtime.memory.pretend import Dequantised, as_on, remembering, shortened
 from runtime.memory.shallow import Shallow, shallow
 from runtime.memory.sharing import shared_parts
 from runtime.memory.step import META, Course, run_step
-from runtime.memory.tracker import Tracker, rounded
+from runtime.memory.tracker import Tracker
 from runtime.memory.update import Update, depends_on, run_update
-
-# What a process holds on a CUDA device besides tensors. The context with its loaded kernels is
-# outside of PyTorch's count ("some context needs to be created on GPU", documentation of
-# torch.cuda.memory_allocated); 0.4 to 0.6 GB with lazy module loading, here the middle.
-CUDA_CONTEXT = 500_000_000
-# cuBLAS: 2 x 4 MiB + 8 x 16 KiB (CUBLAS_WORKSPACE_CONFIG ":4096:2:16:8", PyTorch's default before
-# compute capability 9.0; 32 MiB from there on), taken through PyTorch's allocator. Each thread has
-# a handle of its own, and each handle a workspace, which it keeps: the backward pass runs in a
-# second thread (PyTorch's notes "CUDA semantics", cuBLAS workspaces; "Autograd mechanics").
-CUBLAS_WORKSPACE = rounded((2 * 4096 + 8 * 16) * 1024)
-HOPPER_WORKSPACE = rounded(32 * 2**20)
-HOPPER = 9.0
 
 Shape = tuple[int, int, int]  # width, height, batch size
 Phases = Mapping[str, Mapping[str, int]]
@@ -73,16 +63,19 @@ class RuntimeMemoryModel:
             **shared_parts(candidate, found),
         }
         before = {*family_of(candidate.model.family).card.text_encoders, "latents", "load"}
-        context = {name: constants(candidate, 1 if name in before else 2) for name in parts}
+        fixed = {name: constants(candidate, backward=name not in before) for name in parts}
         waiting = host.bytes_of(candidate, found) | host.encoding(candidate, encoded)
         return Simulation(
             phases=tuple(
-                _phase(name, of, context[name], waiting.get(name, 0)) for name, of in parts.items()
+                _phase(name, of, fixed[name], waiting.get(name, 0)) for name, of in parts.items()
             ),
             parameters=found.parameters,
             trainable=found.trainable,
             adapted_modules=found.adapted_modules,
             flops=found.flops,
+            kernels=found.kernels,
+            blocks_waiting=found.parked if candidate.layout.offload_blocks else 0,
+            activations_waiting=round(found.filled * (found.host - found.parked)),
             seconds=time.perf_counter() - start,
         )
 
@@ -109,7 +102,7 @@ class RuntimeMemoryModel:
         grow: Growth | None = None,
     ) -> Course:
         tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
-        with as_on(candidate.device), remembering(tracker, self._dequantised):
+        with as_on(candidate.device, candidate.capability), remembering(tracker, self._dequantised):
             return run_step(
                 candidate,
                 shape,
@@ -139,7 +132,7 @@ class RuntimeMemoryModel:
         forms = deep_forms(base, less)
         key = depends_on(candidate, forms, base.idle)
         if key not in self._updates:
-            with as_on(candidate.device):
+            with as_on(candidate.device, candidate.capability):
                 tracker = self.tracker(candidate.device)
                 self._updates[key] = run_update(candidate, forms, base.idle, tracker)
         return deepened(
@@ -173,7 +166,8 @@ class RuntimeMemoryModel:
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
         every = (*candidate.shapes, *candidate.evaluated)
         shapes = candidate.encoded or tuple((width, height, 1) for width, height, _ in every)
-        key = repr((parts, configs, candidate.text, shapes, candidate.device))
+        device = candidate.device, candidate.capability
+        key = repr((parts, configs, candidate.text, shapes, device))
         if key in self._encoded:
             yield lambda: self._encoded[key]
             return
@@ -183,7 +177,7 @@ class RuntimeMemoryModel:
     def _encode(self, candidate: Candidate, shapes: tuple[Shape, ...]) -> Phases:
         family = family_of(candidate.model.family)
         found: dict[str, Mapping[str, int]] = {}
-        with as_on(candidate.device):
+        with as_on(candidate.device, candidate.capability):
             for name in family.card.text_encoders:
                 found[name] = self._text(candidate, family, name)
             pictures = []
@@ -235,17 +229,7 @@ def _aside(kernels: MetaKernels, work: Callable[[], Any]) -> Iterator[Callable[[
         yield found
 
 
-def constants(candidate: Candidate, threads: int) -> int:
-    """Bytes on the candidate's device that belong to no tensor, where so many threads compute."""
-    if candidate.device != "cuda":
-        return 0
-    hopper = float(candidate.capability or 0) >= HOPPER
-    return rounded(CUDA_CONTEXT) + threads * (HOPPER_WORKSPACE if hopper else CUBLAS_WORKSPACE)
-
-
-def _phase(name: str, parts: Mapping[str, int], context: int, host: int) -> plan.Phase:
-    """Parts from the largest down; "context" always last and only where there is one."""
-    ordered = dict(sorted(parts.items(), key=lambda part: -part[1]))
-    if context:
-        ordered["context"] = context
+def _phase(name: str, parts: Mapping[str, int], fixed: Mapping[str, int], host: int) -> plan.Phase:
+    """Parts from the largest down; constants last, and only where there are any."""
+    ordered = {**dict(sorted(parts.items(), key=lambda part: -part[1])), **fixed}
     return plan.Phase(name=name, device_bytes=sum(ordered.values()), host_bytes=host, parts=ordered)

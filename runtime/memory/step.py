@@ -26,7 +26,7 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
-from runtime.memory.buckets import of_batch, parts_run, worst_of
+from runtime.memory.buckets import of_batch, parts_run, runs_of, worst_of
 from runtime.memory.curve import Curve, highest
 from runtime.memory.grown import Growth
 from runtime.memory.shares import (
@@ -43,7 +43,7 @@ from runtime.memory.waiting import Rehearsal
 from runtime.methods.sprint import Distillation
 from runtime.methods.sprint_draws import example
 from runtime.modules import blocks_of
-from runtime.offload.host import counted
+from runtime.offload.host import counted, giving
 from runtime.optimizers import grouped, make_optimizer
 from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
@@ -85,6 +85,8 @@ class Course:
     primed: Mapping[str, int] = field(factory=dict)
     """Before the window, once the optimizer has its state and the average is there."""
     spent: int = 0  # the window's operations
+    kernels: int = 0  # of one part's passes: as many as made a new tensor
+    filled: float = 1.0  # of the host memory of activations that wait, what they take of it
     parked: int = 0  # bytes on the host of what belongs on the device, between two steps
     shares: Mapping[int, Share] = field(factory=dict)  # of blocks that were asked for
     weights: Sequence[Weights] = ()  # of each block, if it was rehearsed that they wait
@@ -151,7 +153,7 @@ def run_step(
     """
     aside = aside or here
     family = family_of(candidate.model.family)
-    with tracker, collector_off(), counted(tracker.elsewhere):
+    with tracker, collector_off(), counted(tracker.elsewhere), giving() as given:
         built = _build(candidate, family, device, grow)
         _name_model(tracker, built, candidate.adapter is not None)
         load, parked = tracker.categories(), tracker.host
@@ -178,6 +180,7 @@ def run_step(
             window, after, updating, idle = _window(
                 candidate, family, built, optimizer, ema, shape, tracker
             )
+            kernels = sum(len(curve.sizes) for curve in window)
             if rivals is not None and built.rival is not None:  # its updates take turns
                 other = evolve(built, trainable=built.rival.trainable)
                 more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
@@ -203,6 +206,8 @@ def run_step(
         validate=drawn,
         flops=of_batch(candidate, shape, spent),
         spent=spent,
+        kernels=kernels // runs_of(candidate, shape),
+        filled=given.share,
         parked=parked,
         largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from attrs import fields
+
 from compiler.memory import Candidate, MemoryModel, Simulation
 from compiler.plan import Phase, digest_of, plain
 from runtime.files import write_whole
@@ -116,8 +118,9 @@ def _read(path: Path) -> Simulation | None:
 
 
 def _simulation(tree: dict[str, Any]) -> Simulation:
+    others = {"phases", "seconds"}
     counts = {
-        name: int(tree[name]) for name in ("parameters", "trainable", "adapted_modules", "flops")
+        each.name: int(tree[each.name]) for each in fields(Simulation) if each.name not in others
     }
     return Simulation(
         phases=tuple(map(_phase, tree["phases"])), seconds=float(tree["seconds"]), **counts

@@ -21,16 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.memory.curve import NONE, Curve, Step
+from runtime.memory.rounding import rounded
 
-# The CUDA caching allocator rounds each request up to this many bytes (kMinBlockSize in
-# c10/cuda/CUDACachingAllocator.h). Used for every device, so that figures compare.
-GRANULE = 512
 RESIZE = torch.ops.inductor.resize_storage_bytes_.default  # gives memory back, or takes it
-
-
-def rounded(nbytes: int) -> int:
-    """`nbytes` as the allocator hands it out; nothing for an empty tensor."""
-    return -(-nbytes // GRANULE) * GRANULE
 
 
 class Kernels(Protocol):

@@ -15,9 +15,11 @@ from attrs import evolve
 from torch import nn
 
 from runtime.memory.curve import Curve, Ints
+from runtime.memory.rounding import rounded
 from runtime.memory.shares import Weights
 from runtime.memory.tracker import Tracker
 from runtime.offload.blocks import Blocks, in_backward, moves
+from runtime.offload.host import packed
 
 
 class Rehearsal(Blocks):
@@ -45,7 +47,11 @@ class Waiting:
     @property
     def total(self) -> int:
         """Bytes that wait on the host, which they never leave."""
-        return sum(nbytes for weights in self._weights for _, nbytes in weights)
+        return sum(
+            rounded(piece)
+            for weights in self._weights
+            for piece in packed([nbytes for _, nbytes in weights])[1]
+        )
 
     @property
     def away(self) -> Counter[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Hashable
 from typing import Any
 
@@ -21,6 +22,7 @@ from runtime.offload.host import host_like, new_stream
 
 SMALLEST = 2**20  # bytes; smaller tensors cost more to move than they save
 AHEAD = 2  # tensors on their way back to the device
+BEHIND = 2  # tensors on their way to the host; the next one waits until the first is there
 
 
 def offload_activations(model: nn.Module) -> None:
@@ -59,7 +61,8 @@ class Saved:
         self._order: list[weakref.ref[Parked]] = []
         self._known: dict[Hashable, Parked] = {}
         self._living: dict[int, tuple[Any, list[Hashable]]] = {}  # storage -> keys in `_known`
-        self._coming: dict[int, Tensor] = {}  # number -> on its way or there, not asked for yet
+        self._leaving: deque[tuple[Tensor, Any]] = deque()  # and when each is on the host
+        self._coming: dict[int, tuple[Tensor, Any]] = {}  # by number: not asked for yet, as above
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def pack(self, tensor: Tensor) -> Tensor | Parked:
@@ -85,6 +88,7 @@ class Saved:
         if isinstance(saved, Tensor):
             return saved
         self._known.clear()  # the forward pass is over
+        self._leave(0)
         saved.asked = True
         tensor = self._bring(saved)
         self._coming.pop(saved.number, None)
@@ -93,8 +97,14 @@ class Saved:
             if parked is None or parked.asked:
                 continue
             if parked.back is None or parked.back() is None:
-                self._coming[number] = self._bring(parked, wait=False)
+                self._coming[number] = self._bring(parked, wait=False), parked.event
         return tensor
+
+    def __del__(self) -> None:
+        """A copy that nobody asked for must not write into memory given back."""
+        for _, arrived in self._coming.values():
+            _wait(arrived)
+        self._leave(0)
 
     def _park(self, tensor: Tensor) -> Parked:
         host = host_like(tensor)
@@ -107,9 +117,20 @@ class Saved:
             with torch.cuda.stream(stream):
                 host.copy_(tensor.detach(), non_blocking=True)
                 parked.event = stream.record_event()
-            tensor.record_stream(stream)
         self._order.append(weakref.ref(parked))
+        self._leaving.append((tensor.detach(), parked.event))
+        self._leave(BEHIND)
         return parked
+
+    def _leave(self, kept: int) -> None:
+        """Let go of tensors that are on the host, but for the last `kept`.
+
+        What computes waits for their copies instead of the allocator (`record_stream`), which
+        would take more and more memory the further the processor runs ahead of the device.
+        """
+        while len(self._leaving) > kept:
+            _, there = self._leaving.popleft()
+            _wait(there)
 
     def _bring(self, parked: Parked, *, wait: bool = True) -> Tensor:
         tensor = parked.back() if parked.back is not None else None
@@ -122,8 +143,8 @@ class Saved:
             )
             self._copy_back(parked, tensor)
             parked.back = weakref.ref(tensor)
-        if wait and parked.event is not None:
-            torch.cuda.current_stream().wait_event(parked.event)
+        if wait:
+            _wait(parked.event)
         return tensor
 
     def _copy_back(self, parked: Parked, tensor: Tensor) -> None:
@@ -135,7 +156,6 @@ class Saved:
         with torch.cuda.stream(stream):
             tensor.copy_(parked.host, non_blocking=True)
             parked.event = stream.record_event()
-        tensor.record_stream(stream)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -154,6 +174,12 @@ class Saved:
     def _forget(self, address: int) -> None:
         for key in self._living.pop(address)[1]:
             self._known.pop(key, None)
+
+
+def _wait(event: Any) -> None:
+    """Let what is computed from now on wait for `event`; None: it has happened."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from attrs import define
 from torch import Tensor, nn
 
 from runtime.modules import blocks_of
-from runtime.offload.host import host_like, new_stream
+from runtime.offload.host import host_for, new_stream
 
 _uncounted: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 _resize = torch.ops.inductor.resize_storage_bytes_  # one that the memory tracker sees
@@ -82,7 +82,7 @@ class Waiting:
 
     def claim(self) -> None:
         """Take memory on the device."""
-        _resize(self.tensor, self.host.untyped_storage().nbytes())
+        _resize(self.tensor, self.host.nbytes)
 
     def fill(self) -> None:
         """Copy the weight there."""
@@ -95,7 +95,8 @@ class Waiting:
 
 
 class Blocks:
-    """The offloaded blocks of one model, in the order of its forward pass."""
+    """The offloaded blocks of one model, in the order of its forward pass. It has to run on one
+    stream, the current one: their memory is given back in that one's order."""
 
     def __init__(self, blocks: Sequence[nn.Module], weights: Sequence[Sequence[Waiting]]) -> None:
         self._weights = weights
@@ -175,12 +176,12 @@ def frozen_of(block: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def _frozen(block: nn.Module, device: torch.device) -> list[Waiting]:
     """The weights of `block` that wait. They leave the device at once."""
+    frozen = frozen_of(block)
     found = []
-    for tensor in frozen_of(block):
+    for tensor, host in zip(frozen, host_for(frozen, device), strict=True):
         place = torch.empty_strided(
             tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
         )
-        host = host_like(place)
         host.copy_(tensor)
         tensor.data = place
         waiting = Waiting(tensor, host)

@@ -167,6 +167,12 @@ def test_patterns_are_compiled(tmp_path: Path, key: str) -> None:
     assert message.startswith("`a((` is not a valid pattern: ")
 
 
+def test_a_pattern_that_python_will_read_otherwise_one_day(tmp_path: Path) -> None:
+    """It warns of `[[`, on the screen of whoever compiles it."""
+    message, _ = refused(tmp_path, '[adapter]\nkind = "lora"\nexclude = ["a[[b]"]\n', "bad-pattern")
+    assert message == "`a[[b]` is not a valid pattern: Possible nested set at position 2"
+
+
 def stored(path: Path, tensors: dict[str, list[int]], **metadata: str) -> None:
     """A safetensors file of zeros."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}

@@ -167,6 +167,9 @@ def test_a_missing_package_is_a_warning_with_the_command(path: Path) -> None:
     machine = evolve(MACHINE, missing=("c++",))
     fault = only(path, "train.optimizer.name=adamw-4bit", machine=machine)
     assert fault.code == "missing-package" and "no C++ compiler" in fault.message
+    machine = evolve(GPU, missing=("triton",))
+    fault = only(path, "train.optimizer.name=adamw-4bit", machine=machine)
+    assert fault.code == "missing-package" and fault.help == "pip install triton"
     assert "torch-optimi" in packages() and "" not in packages()
 
 

@@ -12,7 +12,7 @@ from attrs import evolve, frozen
 from compiler.draft import Draft
 from compiler.memory import Candidate, Simulation
 from compiler.passes import memory
-from compiler.passes.estimates import altered, waiting_bytes
+from compiler.passes.estimates import altered
 from compiler.passes.ladder import Rung
 from compiler.passes.modelled_time import clock
 from compiler.passes.search import FINEST, STEP, Search
@@ -42,8 +42,9 @@ class Sizes:
         """See `MemoryModel.simulate`."""
         layout = candidate.layout
         part = next(c for c in candidate.model.components if c.name == "transformer")
-        weights = self.weights * BITS[part.quantize]
-        moved = weights * 0.9 * layout.offload_blocks / 28
+        blocks = 0.9 * self.weights * BITS[part.quantize]  # all that is quantised
+        weights = 0.1 * self.weights + blocks
+        moved = blocks * layout.offload_blocks / 28
         every = layout.activation_checkpointing
         share = 1 - (1 - self.kept) / every if every else 1.0
         size = candidate.micro_batch or max(count for *_, count in candidate.shapes)
@@ -70,6 +71,8 @@ class Sizes:
             trainable=10**6,
             adapted_modules=10,
             flops=round(10**12 * self.sample * (1 + (1 / every / 3 if every else 0))),
+            blocks_waiting=round(off * moved * MIB),
+            activations_waiting=round(off * crossing * MIB),
             seconds=0.0,
         )
 
@@ -135,8 +138,7 @@ def shown_time(found: Search, rung: Rung) -> int:
     """In the finest steps that are told apart."""
     if rung == found.first:
         return round(1 / FINEST)
-    fastest = found.estimates.seconds(found.first)
-    return round(max(found.estimates.seconds(rung) / fastest, 1.0) / FINEST)
+    return round(max(found._seconds(rung) / found._seconds(found.first), 1.0) / FINEST)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
@@ -170,9 +172,8 @@ def test_nothing_quicker_fits(held: tuple[Draft, Candidate], seed: int) -> None:
     every = []
     for rung in wide.choices.every():
         one = wide.look(rung)
-        time = timer.seconds(rung, one.flops, waiting_bytes(one)) / timer.seconds(
-            wide.first, start.flops, 0
-        )
+        waiting = one.blocks_waiting + one.activations_waiting
+        time = timer.seconds(rung, one.flops, waiting) / timer.seconds(wide.first, start.flops, 0)
         every.append((wide.peak(rung) / MIB, time, altered(wide.choices, rung)))
     assert len(every) > 800
     for budget in span(held, model, 7)[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
     "boft": {"dropout": 0.5},
     "dylora": {"dropout": 0.2, "block_size": 1},
 }
-PAIRS = [(kind, "sana") for kind in CASES]  # and of the other two families, one after the other
-PAIRS += [
-    pytest.param(kind, ("sd3", "sd")[number % 2], marks=pytest.mark.slow)
+WHOLE = bool(os.environ.get("TUNER_WHOLE_MATRIX"))  # else each kind with one family after the other
+PAIRS = [
+    pytest.param(kind, family, marks=() if family == "sana" else pytest.mark.slow)
     for number, kind in enumerate(CASES)
+    for place, family in enumerate(("sd", "sana", "sd3"))
+    if WHOLE or place == number % 3
 ]
 
 

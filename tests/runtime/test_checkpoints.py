@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -24,8 +21,7 @@ from runtime.events import Silent
 from runtime.saved import fault
 from runtime.saving import prune
 from runtime.shard_files import read_whole
-
-ROOT = Path(__file__).parents[2]
+from tests.runtime.forked import Forked
 
 
 def snapshot(step: int, plan: str = "digest", size: int = 100, ema: bool = True) -> Snapshot:
@@ -133,23 +129,18 @@ def test_a_write_that_fails_loses_nothing_older(tmp_path, monkeypatch, failing):
 def test_a_real_write_error_loses_nothing_older(tmp_path, limit):
     """The system itself refuses to write past a limit, inside the libraries' own writers."""
     checkpoints.save(tmp_path, snapshot(1))
-    script = f"""
-        import resource, signal
-        from pathlib import Path
-        from runtime import checkpoints
-        from runtime.errors import RunFailed
-        from tests.runtime.test_checkpoints import snapshot
+    out, err = (tmp_path.with_name(f"{tmp_path.name}.{kind}") for kind in ("out", "err"))
+
+    def work() -> int:
+        import resource
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-        try:
-            checkpoints.save(Path({str(tmp_path)!r}), snapshot(2, size=1 << 17))
-        except RunFailed as error:
-            print("failed:", error)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert "failed: could not save the checkpoint of step 2" in done.stdout, done.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(RunFailed, match="could not save the checkpoint of step 2"):
+            checkpoints.save(tmp_path, snapshot(2, size=1 << 17))
+        return 0
+
+    assert Forked(work, out, err).wait() == 0, err.read_text()
     assert checkpoints.complete(tmp_path) == [tmp_path / "step-000001"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001"]
 
@@ -157,32 +148,25 @@ def test_a_real_write_error_loses_nothing_older(tmp_path, limit):
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a POSIX process")
 def test_killed_while_saving(tmp_path):
     """A writer is killed again and again; no reader ever sees a torn checkpoint."""
-    script = f"""
-        from pathlib import Path
-        from compiler.plan import Checkpoints
-        from runtime import checkpoints
-        from runtime.saving import prune
-        from tests.runtime.test_checkpoints import snapshot
-        folder = Path({str(tmp_path)!r})
-        print("ready", flush=True)
+    err = tmp_path.with_name(f"{tmp_path.name}.err")
+
+    def work() -> int:
         for step in range(1, 1000):
-            checkpoints.save(folder, snapshot(step, size=1 << 16))
-            prune(folder, Checkpoints(every=1, keep=2), folder / "none")
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
-            visible = [p for p in tmp_path.iterdir() if p.name.startswith("step-")]
-            for folder in visible:
-                assert checkpoints.is_complete(folder) or not folder.exists()
-        os.kill(process.pid, signal.SIGKILL)
+            checkpoints.save(tmp_path, snapshot(step, size=1 << 16))
+            prune(tmp_path, Checkpoints(every=1, keep=2), tmp_path / "none")
+        return 0
+
+    process = Forked(work, err=err)
+    while checkpoints.latest(tmp_path) is None:
+        assert process.poll() is None, err.read_text()
+        time.sleep(0.005)
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        visible = [p for p in tmp_path.iterdir() if p.name.startswith("step-")]
+        for folder in visible:
+            assert checkpoints.is_complete(folder) or not folder.exists()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     newest = checkpoints.latest(tmp_path)
     assert newest is not None
     loaded = checkpoints.load(newest)

@@ -13,16 +13,14 @@ from compiler.memory import Candidate, Simulation
 from compiler.plan import Layout, Phase, Plan
 from runtime.measured import planned_peaks
 from runtime.memory.alike import kind_of, kind_of_plan
+from runtime.memory.constants import CUBLAS
 from runtime.memory.corrections import (
-    CUBLAS,
     CorrectedMemoryModel,
     Correction,
     read,
     remember,
     unlikely,
 )
-from runtime.memory.simulate import CUBLAS_WORKSPACE, CUDA_CONTEXT
-from runtime.memory.tracker import rounded
 from tests.compiler.recipes import GPU, RECIPE, compiled, project
 from tests.runtime.memory_cases import known, small
 from tests.tuner.examples import sd35_large_lora
@@ -249,14 +247,14 @@ def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
 
 
 def test_what_is_compared_with_the_allocator() -> None:
-    """A step as a whole, and without the device's context."""
-    context = rounded(CUDA_CONTEXT) + CUBLAS_WORKSPACE
+    """A step as a whole, and of the constants what goes through the allocator."""
     plan = sd35_large_lora()
 
     def phase(name: str, tensors: int) -> Phase:
-        parts = {"weights": tensors, "context": context}
-        return Phase(name=name, device_bytes=tensors + context, host_bytes=0, parts=parts)
+        parts = {"weights": tensors, "pages of the allocator": 22, "buffers of NCCL": 9}
+        parts |= {"workspace of cuBLAS": 8, "context": 500}
+        return Phase(name=name, device_bytes=sum(parts.values()), host_bytes=0, parts=parts)
 
     memory = evolve(plan.memory, phases=(phase("train", 500), phase("update", 600)))
     found = planned_peaks(evolve(plan, memory=memory))
-    assert found == {"train": {"weights": 600, "workspace of cuBLAS": CUBLAS_WORKSPACE}}
+    assert found == {"train": {"weights": 600, "workspace of cuBLAS": 8}}

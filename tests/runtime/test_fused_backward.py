@@ -23,9 +23,9 @@ from runtime.methods.base import Built
 from runtime.optimizers import host_state, make_optimizer, state_tensors
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, micro_step, update
+from tests.runtime.optimizer_steps import needs, tree_bytes
 from tests.runtime.plans import draw_data, tiny_plan
 from tests.runtime.test_loop import trained_of, weights, window_of
-from tests.runtime.test_optimizers import needs, tree_bytes
 from tests.runtime.test_step import BF16, FP32, LORA, MIXED, OBJECTIVE, batch, made
 from tests.runtime.tiny import make_tiny, tiny_model
 

@@ -234,7 +234,7 @@ def test_an_infinite_gradient_is_found_though_the_loss_is_finite(plan):
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_a_fused_optimizer_skips_on_the_device(name):
     """What an accelerator does without being waited for."""
-    from tests.runtime.test_optimizers import planned
+    from tests.runtime.optimizer_steps import planned
 
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = make_optimizer(planned(name, fused=True), [("p", p)], CPU)

@@ -42,6 +42,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     answers["empty_cache"] = lambda: None
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     return tracker
 
 
@@ -84,7 +85,6 @@ def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A case that the processor can measure; the benchmark's only one."""
     case = script.Case("tiny", small("sana", rank=4, pictures=((128, 128),)))
     monkeypatch.setattr(script, "cases", lambda: iter([case]))
-    monkeypatch.setattr(script, "rounded", lambda _: 0)  # no context on the processor
     return case
 
 
@@ -176,6 +176,7 @@ def test_what_is_measured_is_written_at_once(
     monkeypatch.setattr(script, "look", lambda: SimpleNamespace(device_name="A Fake"))
     monkeypatch.setattr(script, "cuda_devices", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(script, "claimed", lambda device: device)
     given = ["gpu_memory.py", "--out", str(tmp_path / "made")]
     monkeypatch.setattr("sys.argv", [*given, "--only", "a killed"])
     with pytest.raises(Ended):

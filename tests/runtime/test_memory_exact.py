@@ -17,7 +17,7 @@ from runtime.memory.pretend import as_on
 from runtime.memory.simulate import RuntimeMemoryModel
 from runtime.memory.step import META, Course, run_step
 from runtime.memory.tracker import Tracker
-from tests.runtime.memory_cases import small
+from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known, small
 
 MODEL = RuntimeMemoryModel()
 
@@ -39,10 +39,14 @@ def check(step: Candidate) -> None:
     assert simulated.peak == measured.peak > sum(measured.load.values())
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3"])
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [0, 1, 2, 3])
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+PAIRS = [  # every two values of these together; all of them are in `test_memory_families`
+    (family, (0, 4)[(n + every) % 2], every, ("float32", "bfloat16")[(n + every // 2) % 2])
+    for n, family in enumerate(("sana", "sd3"))
+    for every in range(4)
+]
+
+
+@pytest.mark.parametrize(("family", "rank", "checkpointing", "compute"), PAIRS)
 def test_peak(family: str, rank: int, checkpointing: int, compute: str) -> None:
     check(small(family, rank=rank, checkpointing=checkpointing, compute=compute))
 
@@ -61,7 +65,10 @@ def test_optimizers(optimizer: str, trained: str) -> None:
         pytest.skip(f"{row.package} is not installed")
     if trained not in row.weights:
         pytest.skip(f"it does not train {trained}")
-    check(small("sd3", compute=trained, trained=trained, optimizer=optimizer, fused=False, rank=4))
+    shape = {**SMALL["sd3"], "num_layers": 2}  # what optimizers hold does not depend on the depth
+    model = known(BASES["sd3"], SMALL_PARTS["sd3"], **shape)
+    given = {"compute": trained, "trained": trained, "optimizer": optimizer, "fused": False}
+    check(candidate(model, rank=4, tokens=32, shapes=((128, 128, 2),), device="cpu", **given))
 
 
 @pytest.mark.parametrize("family", ["sana", "sd3"])

@@ -22,7 +22,7 @@ from runtime.ranks import BUCKET
 from runtime.sharded import pieces_of, shard
 from runtime.step import gradient_norm, micro_step, update
 from tests.runtime.memory_cases import BASES, SMALL, SMALL_PARTS, candidate, known
-from tests.runtime.test_execute import fork, wait
+from tests.runtime.whole_runs import fork, wait
 
 MODEL = RuntimeMemoryModel()
 WIDE = {

@@ -12,7 +12,8 @@ from runtime.memory.attention import COUNTERS, choose, workspace
 from runtime.memory.measure import measure
 from runtime.memory.meta import MetaKernels
 from runtime.memory.pretend import as_on
-from runtime.memory.tracker import Tracker, rounded
+from runtime.memory.rounding import rounded
+from runtime.memory.tracker import Tracker
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ def test_weights_come_when_their_block_is_needed_by_hand() -> None:
     for turn in (1, 2, 3, -3, -2, -1):
         rows += [(0, 29 + len(rows) // 2 + 1, turn), (1, 30 + len(rows) // 2 + 1, 0)]
     waiting = Waiting({0: [("w", 4), ("w", 6)], 2: [("w", 10)]})
-    assert (waiting.total, waiting.away) == (20, {"w": 20})
+    assert (waiting.total, waiting.away) == (1024 + 512, {"w": 20})  # pieces, see `offload.host`
     (found,) = waiting.follow([course(*rows)])
     # The first comes, and the last behind it; it leaves at the last one's turn and is sent for in
     # the backward pass, at the end of which the last one leaves.
@@ -36,7 +36,7 @@ def test_weights_come_when_their_block_is_needed_by_hand() -> None:
     assert found.live[:, 0].tolist() == [10, 14, 20, 30, 31, 32, 23, 27, 33, 34, 35, 26]
     assert waiting.away == {"w": 10}
     assert waiting.lower(course((0, 30, 0))).live.tolist() == [[20]]
-    assert found.hosts.tolist() == [[20, 20]]
+    assert found.hosts.tolist() == [[1536, 1536]]
 
 
 @pytest.mark.parametrize(

@@ -14,25 +14,30 @@ from compiler.plan import Sharing
 from runtime.events import Silent
 from runtime.execute import execute
 from tests.runtime.methods.test_kinds import adapter_of
-from tests.runtime.test_execute import wait
 from tests.runtime.test_ranks_run import make, place, start
-from tests.runtime.test_speed import KINDS, REGIONAL, alike, counted, folder, fresh, graphs, state
+from tests.runtime.test_speed import KINDS, REGIONAL, alike, counted, fresh, graphs, state
 from tests.runtime.test_speed import made as built_on
 from tests.runtime.test_speed import train as trained
 from tests.runtime.test_zero import HERE, assert_as_alone, loaded, shared, stage
+from tests.runtime.whole_runs import wait
 
-__all__ = ["counted", "folder", "fresh", "loaded", "make", "place", "shared"]
+__all__ = ["counted", "fresh", "loaded", "make", "place", "shared"]
 
 
 CHANGES: list[tuple[AdapterKind, dict[str, Any]]] = [("dylora", {}), ("lora", {"min_rank": 1})]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes"), CHANGES)
+@pytest.mark.parametrize(("base", "kind", "changes"), [("sana", *CHANGES[0]), ("sd3", *CHANGES[1])])
 def test_all_ranks_are_one_graph(
-    folder: Path, counted: None, kind: AdapterKind, changes: dict[str, Any]
+    base: str,
+    counted: None,
+    kind: AdapterKind,
+    changes: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     """And it moves the weights as the layers without a compiler do."""
+    folder: Path = request.getfixturevalue(f"tiny_{base}")
     own = adapter_of(kind, folder.name, **changes)
     family, plain = built_on(folder, own)
     _, quick = built_on(folder, own, REGIONAL)

@@ -27,8 +27,8 @@ from runtime.ranks import RanksLost, connected, peers
 from runtime.stop import Stop
 from tests.runtime.plans import PICTURES, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
-from tests.runtime.test_execute import NEVER, assert_equal
 from tests.runtime.tiny import make_tiny
+from tests.runtime.whole_runs import NEVER, assert_equal
 from tests.tuner.examples import sd35_large_lora
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def at_call(number: int, real, fault=fails):
 
 
 def feeding_fails(monkeypatch) -> None:
-    monkeypatch.setattr(feed.Feed, "window", at_call(4, feed.Feed.window))
+    monkeypatch.setattr(feed.Feed, "_made", at_call(4, feed.Feed._made))
 
 
 def averaging_fails(monkeypatch) -> None:

@@ -24,8 +24,8 @@ from runtime.execute import execute
 from runtime.ranks import RanksLost, buckets, join
 from tests.runtime.forked import start_worker
 from tests.runtime.plans import LORA, PICTURES, draw_data, source_of, tiny_plan
-from tests.runtime.test_execute import MIXED, final, fork, metrics_of, wait
 from tests.runtime.tiny import make_tiny
+from tests.runtime.whole_runs import MIXED, final, fork, metrics_of, wait
 from tuner import launch, worker
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")

@@ -28,10 +28,10 @@ from tests.runtime.methods.test_methods import MIXED, adapter_of, shake
 from tests.runtime.plans import LORA, draw_data, source_of, tiny_plan
 from tests.runtime.quantise.test_loading import quantised_model
 from tests.runtime.replay import FP32, OBJECTIVE
-from tests.runtime.test_execute import wait
 from tests.runtime.test_ranks_run import assert_close, start
 from tests.runtime.test_step import batch, gradients
 from tests.runtime.tiny import tiny_model
+from tests.runtime.whole_runs import wait
 
 CPU = torch.device("cpu")
 CLASSES = {"sana": "SanaTransformer2DModel", "sd3": "SD3Transformer2DModel"}

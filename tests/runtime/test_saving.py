@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,27 @@ def test_the_room_is_used_again() -> None:
     assert first.data_ptr() == second.data_ptr() and bool((second == 2).all())
     (third,) = room.take([torch.ones(100_000)])  # a larger one; what is held stays
     assert bool((second == 2).all()) and bool((third == 1).all())
+
+
+def test_memory_that_can_not_be_locked_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps an error until somebody asks for it: a kernel does, which is there to fail."""
+    asked: list[str] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *_: 2,
+        cudaHostUnregister=lambda *_: asked.append("unregister"),
+    )
+
+    def fails(*_: Any, **__: Any) -> None:
+        asked.append("kernel")
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch, "zeros", fails)
+    room = HostCopy(torch.device("cuda", 0))
+    (copied,) = room.take([torch.ones(10)])
+    room.close()
+    assert bool((copied == 1).all()) and asked == ["kernel"]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

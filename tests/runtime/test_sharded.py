@@ -21,8 +21,8 @@ from runtime.context import result_folder, saved_step
 from runtime.events import Silent
 from runtime.execute import execute
 from tests.runtime.plans import PICTURES
-from tests.runtime.test_execute import MIXED, assert_equal, final, metrics_of, wait
 from tests.runtime.test_ranks_run import assert_close, launched, make, place, start, until_step
+from tests.runtime.whole_runs import MIXED, assert_equal, final, metrics_of, wait
 
 __all__ = ["make", "place"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")

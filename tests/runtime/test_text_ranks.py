@@ -14,9 +14,9 @@ from compiler.plan import TextTraining
 from runtime.events import Silent
 from runtime.execute import execute
 from tests.runtime.plans import LORA, draw_data, source_of, tiny_plan
-from tests.runtime.test_execute import wait
 from tests.runtime.test_ranks_run import assert_close, start
 from tests.runtime.tiny import make_tiny
+from tests.runtime.whole_runs import wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 

@@ -44,8 +44,15 @@ from tests.test_matrix import CopyAfter, goes_on
 __all__ = ["planned"]  # the fixture
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("sd", "lora"),
+        ("sd", "dora"),
+        *(pytest.param(name, "lora", marks=pytest.mark.slow) for name in ("flux", "sd3", "sdxl")),
+        pytest.param("sd3", "dora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_is_resumed_exactly_and_loads_in_diffusers(
     family: str, kind: str, planned: Planned
 ) -> None:

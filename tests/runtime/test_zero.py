@@ -20,9 +20,9 @@ from runtime.events import Silent
 from runtime.execute import execute
 from runtime.zero_saving import judge
 from tests.runtime.plans import PICTURES
-from tests.runtime.test_execute import MIXED, metrics_of, wait
 from tests.runtime.test_ranks_run import make, place, start
 from tests.runtime.test_sharded import begun, drawn, results
+from tests.runtime.whole_runs import MIXED, metrics_of, wait
 
 __all__ = ["make", "place"]
 HERE = importlib.util.find_spec("deepspeed") is not None

@@ -11,6 +11,7 @@ import string
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -39,19 +40,33 @@ from compiler.families import FAMILIES
 from compiler.plan import Component, Model
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
+MADE: dict[str, dict[Path, bytes]] = {}  # by everything that a pipeline is made from
 
 
 def make_tiny(family: str, folder: Path, seed: int = 0, **transformer: Any) -> Path:
     """Write a tiny pipeline of `family` into `folder` and return it.
 
-    The same seed gives the same weights; `transformer` overrides its configuration.
+    The same seed gives the same weights; `transformer` overrides its configuration. Each is made
+    once and then copied.
     """
-    with torch.random.fork_rng(devices=[]):
+    key = repr((family, seed, sorted(transformer.items())))
+    if key not in MADE:
+        MADE[key] = _files(family, seed, transformer)
+    for name, content in MADE[key].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _files(family: str, seed: int, transformer: dict[str, Any]) -> dict[Path, bytes]:
+    """The files of a pipeline, a megabyte or so."""
+    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as name:
         torch.manual_seed(seed)
         pipeline = _maker(family)(transformer)
         _wake(getattr(pipeline, FAMILIES[family].trained_component))
-    pipeline.save_pretrained(folder)
-    return folder
+        pipeline.save_pretrained(name)
+        written = [path for path in Path(name).rglob("*") if path.is_file()]
+        return {path.relative_to(name): path.read_bytes() for path in written}
 
 
 def _maker(family: str) -> Callable[[dict[str, Any]], Any]:

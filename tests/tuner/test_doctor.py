@@ -25,6 +25,7 @@ FACTS: dict[str, Any] = {
         "host_free_bytes": GIB, "host_total_bytes": 2 * GIB,
     },
     "cuda": [],
+    "allocator": "",
     "disk": {"folder": "/data", "free_bytes": GIB, "total_bytes": 3 * GIB},
     "torch": {"version": "2.13.0+cpu", "cuda": False},
     "families": ["sana", "sd3"],

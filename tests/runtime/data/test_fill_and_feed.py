@@ -455,6 +455,20 @@ def feeders() -> int:
     return sum(thread.name == "feed" for thread in threading.enumerate())
 
 
+def test_windows_wait_on_the_host(tmp_path: Path) -> None:
+    """On the device is the one that is asked for, or plans would have to count all of them."""
+    plan, manifest, family, cache = filled(tmp_path)
+    feed = Feed(plan, manifest, family, cache, torch.device("meta"))
+
+    def devices(window: Window) -> set[str]:
+        batches = window.batches
+        tensors = [t for b in batches for t in (b.latents, b.noise, b.sigmas, *b.text.values())]
+        return {tensor.device.type for tensor in tensors}
+
+    assert devices(feed._made(0)) == {"cpu"} and devices(feed.window(0)) == {"meta"}
+    assert all(devices(window) == {"meta"} for window in feed.windows(0))
+
+
 def test_closing_early_ends_the_thread(tmp_path: Path) -> None:
     plan, manifest, family, cache = filled(tmp_path)
     feed = Feed(plan, manifest, family, cache, CPU)
@@ -468,14 +482,14 @@ def test_what_goes_wrong_ahead_arrives_in_order(
 ) -> None:
     plan, manifest, family, cache = filled(tmp_path)
     feed = Feed(plan, manifest, family, cache, CPU)
-    real = feed.window
+    real = feed._made
 
     def failing(step: int) -> Window:
         if step == 3:
             raise RuntimeError("torn")
         return real(step)
 
-    monkeypatch.setattr(feed, "window", failing)
+    monkeypatch.setattr(feed, "_made", failing)
     seen: list[int] = []
 
     def read(windows: Iterator[Window]) -> None:

@@ -31,9 +31,9 @@ from runtime.families.base import Family
 from runtime.ranks import RanksLost, join
 from tests.runtime.data.fakes import FakeFamily, fake_base
 from tests.runtime.plans import draw_data, source_of, tiny_plan
-from tests.runtime.test_execute import fork, wait
 from tests.runtime.test_ranks_run import free_port
 from tests.runtime.tiny import make_tiny
+from tests.runtime.whole_runs import fork, wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 SIZES = [(70 + n, 70) for n in range(8)] + [(140, 70)] * 4

@@ -34,8 +34,8 @@ from tests.runtime.data import test_masks
 from tests.runtime.data.fakes import FakeFamily, fake_base
 from tests.runtime.data.test_sharing import together
 from tests.runtime.plans import draw_data, tiny_plan
-from tests.runtime.test_execute import wait
 from tests.runtime.tiny import make_tiny
+from tests.runtime.whole_runs import wait
 
 SIZES = [(70, 70)] * 4 + [(140, 70)] * 3
 ENTRY = dict[str, Tensor]

@@ -49,6 +49,7 @@ def test_a_layout_that_fails_takes_no_other_with_it(
     monkeypatch.setattr(script, "head_of", lambda command: {"device": "a fake"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(script, "as_in_runs", lambda: None)
     monkeypatch.setattr("sys.argv", ["gpu_offload.py", "--out", str(tmp_path)])
     assert script.main() == script.FAILED
     text = (tmp_path / "gpu-offload-a-fake.md").read_text()

@@ -16,7 +16,7 @@ from runtime.data.keys import latent_keys, text_keys
 from runtime.families import family_of
 from tests.runtime.plans import LORA, PICTURES, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting, run
-from tests.runtime.test_execute import MIXED, NEVER, assert_equal, fork, wait
+from tests.runtime.whole_runs import MIXED, NEVER, assert_equal, fork, wait
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and POSIX signals")
 
