@@ -4,8 +4,8 @@ What has no row is left to the device: PyTorch's own function takes the fastest 
 Names of back ends are those of Diffusers' dispatcher (models/attention_dispatch.py of 0.42; what
 each refuses is what its functions there raise). What kernels need of the device: FlashAttention 2
 compute capability 8.0 and 16 bits, FlashAttention 3 capability 9.0 (README of
-Dao-AILab/flash-attention); cuDNN's 8.0 (sdp_utils.cpp of PyTorch). SageAttention has no backward
-pass (README of thu-ml/SageAttention).
+Dao-AILab/flash-attention); cuDNN's 8.0, as the memory-efficient one for bfloat16 (sdp_utils.cpp
+of PyTorch). SageAttention has no backward pass (README of thu-ml/SageAttention).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class AttentionFacts:
     devices: tuple[Device, ...] = ("cuda",)
     formats: tuple[Dtype, ...] = ALL
     capability: float = 0.0  # CUDA compute capability at least
+    bf16_capability: float = 0.0  # of bfloat16, where that needs more
     masks: bool = True  # takes a mask
     backward: bool = True  # has derivatives
     like: Literal["device", "flash", "efficient", "math"]
@@ -51,7 +52,12 @@ KERNELS: Mapping[AttentionKernel, AttentionFacts] = {
             masks=False,
             like="flash",
         ),
-        AttentionFacts(name="native-efficient", backend="_native_efficient", like="efficient"),
+        AttentionFacts(
+            name="native-efficient",
+            backend="_native_efficient",
+            bf16_capability=8.0,
+            like="efficient",
+        ),
         AttentionFacts(
             name="native-cudnn",
             backend="_native_cudnn",

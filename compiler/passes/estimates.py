@@ -187,6 +187,8 @@ class Estimates:
         if end.blocks == self.start.blocks or blocks == self.start.blocks:
             return 0.0
         every = self._waiting_blocks(end.quantize, end.blocks)
+        if not every:  # a model without weights in its blocks
+            return 0.0
         like = self._train(self._of("quantize", end.quantize)).parts.get("weights", 0)
         saved = like - self._train(end).parts.get("weights", 0)
         mine = self._waiting_blocks(quantize, blocks)

@@ -129,6 +129,9 @@ def unfit(draft: Draft, row: AttentionFacts) -> str:
         return f"does not run on {draft.device}"
     if here and float(here) < row.capability:
         return f"needs compute capability {row.capability:g}, and this device has {here}"
+    if here and compute == "bfloat16" and float(here) < row.bf16_capability:
+        needed = f"{row.bf16_capability:g}"
+        return f"computes bfloat16 from compute capability {needed} on, and this device has {here}"
     if compute not in row.formats:
         return f"computes {choices(row.formats)}, not {compute}"
     if family.masked_attention and not row.masks:

@@ -96,6 +96,15 @@ def test_kernels_that_can_not(
     assert f"`{kernel}`" in message and f"`{kernel}`" not in advice and "`native`" in advice
 
 
+def test_a_kernel_that_knows_bfloat16_on_newer_devices(tmp_path: Path) -> None:
+    given = ('speed.attention="native-efficient"', 'precision.compute="bf16"')
+    code, message, _ = refused(tmp_path, *given, machine=evolve(OLD, bf16=True))
+    assert code == "attention-unfit" and "bfloat16 from compute capability 8 on" in message
+    fp16 = ('speed.attention="native-efficient"', 'precision.compute="fp16"')
+    found = compiled(project(tmp_path / "b"), *fp16, machine=OLD)
+    assert not [f for f in found.diagnostics if f.code == "attention-unfit"]
+
+
 def test_a_kernel_for_other_formats(tmp_path: Path) -> None:
     given = ('speed.attention="native-flash"', 'precision.compute="fp32"')
     code, message, _ = refused(tmp_path, *given)
