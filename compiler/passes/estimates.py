@@ -88,17 +88,12 @@ class Estimates:
     def seconds(self, rung: Rung) -> float:
         """Modelled time of a step; of an anchor by what was simulated of it."""
         if rung in self.anchors:
-            return self.taken(rung, self._look(rung))
+            return self.clock.taken(rung, self._look(rung))
         none, every = self._look(self.start), self._look(self.deep)
         flops = self._between(rung.checkpointing, none.flops, every.flops)
         kernels = self._between(rung.checkpointing, none.kernels, every.kernels)
         blocks = self._waiting_blocks(rung.quantize, rung.blocks)
         return self.clock.seconds(rung, flops, blocks + self._waiting_activations(rung), kernels)
-
-    def taken(self, rung: Rung, found: Simulation) -> float:
-        """Modelled time of a step of `rung`, as it was simulated."""
-        crossing = found.blocks_waiting + found.activations_waiting
-        return self.clock.seconds(rung, found.flops, crossing, found.kernels)
 
     def host(self, rung: Rung) -> float:
         """Bytes on the host in a step."""

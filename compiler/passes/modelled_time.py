@@ -13,6 +13,7 @@ from attrs import frozen
 
 from compiler.devices import peak_flops
 from compiler.draft import Draft
+from compiler.memory import Simulation
 from compiler.passes.ladder import Rung, largest_batch
 from compiler.quantisers import QUANTISERS
 
@@ -43,6 +44,11 @@ class Clock:
         moved = traffic * self.parameters * passes * parts
         computing = flops / (UTILISATION * self.peak) + moved * FLOPS_PER_BYTE / self.peak
         return max(computing, kernels * parts * LAUNCH, 2 * max(waiting, 0) * parts / LINK_BYTES)
+
+    def taken(self, rung: Rung, found: Simulation) -> float:
+        """Of one step of `rung`, as it was simulated."""
+        crossing = found.blocks_waiting + found.activations_waiting
+        return self.seconds(rung, found.flops, crossing, found.kernels)
 
 
 def clock(draft: Draft, parameters: int) -> Clock:

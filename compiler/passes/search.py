@@ -158,8 +158,7 @@ class Search:
     def _seconds(self, rung: Rung) -> float:
         """Modelled time of a step of a rung that is looked at."""
         found = self.look(rung)
-        crossing = found.blocks_waiting + found.activations_waiting
-        return self._clock(found.parameters).seconds(rung, found.flops, crossing, found.kernels)
+        return self._clock(found.parameters).taken(rung, found)
 
     def _rank(self, rung: Rung) -> tuple[object, ...]:
         time = self._seconds(rung) / self._seconds(self.first)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300.0  # until a process is there
@@ -23,10 +24,18 @@ NUMBERS = count()
 
 
 @cache
-def _nursery() -> subprocess.Popen[str]:
-    """Of this process; it ends when this one does."""
+def _nursery() -> TextIO:
+    """What that of this process reads; it ends when this one does. It is no child of this one: some
+    tests look whether they have left any."""
     command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        subprocess.Popen(command, cwd=ROOT, stdin=read)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(read)
+    return os.fdopen(write, "w", encoding="utf-8")
 
 
 class Anew:
@@ -46,7 +55,7 @@ class Anew:
         out: Path,
         err: Path,
     ) -> None:
-        process = _nursery()
+        nursery = _nursery()
         self._kept = out.with_name(f".anew-{next(NUMBERS)}")
         asked = {
             "module": module,
@@ -58,12 +67,11 @@ class Anew:
             "err": str(err),
             "kept": str(self._kept),
         }
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(asked) + "\n")
-        process.stdin.flush()
+        nursery.write(json.dumps(asked) + "\n")
+        nursery.flush()
         until = time.monotonic() + SECONDS
         while (pid := self._noted(".pid")) is None:
-            assert process.poll() is None and time.monotonic() < until, "no process was made"
+            assert time.monotonic() < until, "no process was made"
             time.sleep(0.005)
         self.pid = pid
 
