@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from compiler.plan import Model
 from runtime.memory.shares import adapted_in, parameters_in
@@ -50,7 +51,8 @@ class Growth:
             if count > 1 and not isinstance(parent, nn.ModuleList):
                 raise CantGrow("a block that stands in no list")
             _, blocks = wanted.setdefault(id(parent), (parent, []))
-            blocks += [block, *(_like(block, {}) for _ in range(count - 1))]
+            with _disable_current_modes():  # whoever counts tensors is told of the whole model's
+                blocks += [block, *(_like(block, {}) for _ in range(count - 1))]
             parameters += (count - 1) * parameters_in(block, adapted=True)
             modules += (count - 1) * adapted_in(block)
         for parent, blocks in wanted.values():

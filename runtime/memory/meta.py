@@ -7,15 +7,16 @@ result's form (shape, strides, type) is kept and later ones are made from it.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
+
+from runtime.memory.forms import CONTAINERS, RULES, Form
 
 META = torch.device("meta")
 
@@ -27,8 +28,6 @@ WITHOUT_META = (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_)
 ASKED = torch.ops.aten._local_scalar_dense.default
 
 Key = tuple[Any, ...]
-# One output: shape, strides, type; None where the operation returned None.
-Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
 
 
 # Makes the zeros without memory that stand for the derivative of a constant. What is made of them
@@ -129,8 +128,9 @@ class MetaKernels:
         return found and all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in updated)
 
     def _first(self, key: Key, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        form = PLAIN[id(func)](args, kwargs) if id(func) in PLAIN else None
-        out: Any = func(*args, **kwargs) if form is None else _make(form)
+        out = _by_rule(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         if self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
             out = _layer_norm_on_cpu(out, *args)
         counter = self.counters.get(func.overloadpacket)
@@ -140,64 +140,14 @@ class MetaKernels:
         return out
 
 
-def _elementwise(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Form:
-    """The result's form where tensors of one type lie row by row; None: to be asked."""
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    first, *others = tensors
-    if not all(t.dtype == first.dtype and t.is_contiguous() for t in tensors) or not (
-        first.is_floating_point()
-        and all(type(v) in (int, float) for v in args if not isinstance(v, Tensor))
-        and not any(isinstance(v, Tensor) for v in kwargs.values())
-    ):
+def _by_rule(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result where a rule tells its form, else None."""
+    rule = RULES.get(id(func))
+    forms = rule(args, kwargs) if rule is not None else None
+    if forms is None:
         return None
-    shape = tuple(first.shape)
-    if any(t.shape != shape for t in others):
-        shape = tuple(torch.broadcast_shapes(*(t.shape for t in tensors)))  # type: ignore[no-untyped-call]
-        if 1 in shape:  # where there is no order among the dimensions, others are possible
-            return None
-    return shape, _strides(shape), first.dtype
-
-
-def _addmm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Form:
-    """See `_elementwise`."""
-    added, one, other = args
-    if kwargs or not added.dtype == one.dtype == other.dtype:
-        return None
-    shape = (one.shape[0], other.shape[1])
-    if added.shape not in (shape, shape[1:]):
-        return None
-    return shape, _strides(shape), one.dtype
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row by row, as PyTorch states them."""
-    counts = accumulate((max(size, 1) for size in shape[:0:-1]), operator.mul, initial=1)
-    return tuple(counts)[::-1] if shape else ()
-
-
-aten = torch.ops.aten
-PLAIN: Mapping[int, Callable[[tuple[Any, ...], Mapping[str, Any]], Form]] = {
-    id(aten.addmm.default): _addmm,
-    **dict.fromkeys(
-        map(
-            id,
-            (
-                aten.add.Tensor,
-                aten.sub.Tensor,
-                aten.mul.Tensor,
-                aten.div.Tensor,
-                aten.mul.Scalar,
-                aten.pow.Tensor_Scalar,
-                aten.gelu.default,
-                aten.gelu_backward.default,
-                aten.silu.default,
-                aten.silu_backward.default,
-            ),
-        ),
-        _elementwise,
-    ),
-}
-"""Operations whose result's form follows from a rule, for PyTorch needs a millisecond for each."""
+    container = CONTAINERS.get(id(func))
+    return _make(forms[0]) if container is None else container(map(_make, forms))
 
 
 def _layer_norm_on_cpu(

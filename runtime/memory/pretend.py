@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -116,6 +117,8 @@ def remembering(tracker: Tracker, known: dict[Any, Dequantised]) -> Iterator[Non
             known[key] = _seen(tracker, inputs, run)
         seen = known[key]
         tracker.workspace(seen.most, tracker.category)
+        if math.prod(seen.shape) == seen.elements:  # a permutation of what its storage holds
+            return torch.empty_strided(seen.shape, seen.stride, dtype=dtype, device="meta")
         whole = torch.empty(seen.elements, dtype=dtype, device="meta")
         return whole.as_strided(seen.shape, seen.stride)
 

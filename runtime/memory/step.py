@@ -26,6 +26,7 @@ from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
+from runtime.memory.again import Again
 from runtime.memory.buckets import of_batch, parts_run, runs_of, worst_of
 from runtime.memory.curve import Curve, highest
 from runtime.memory.grown import Growth
@@ -235,8 +236,12 @@ def _between(
         judged += tracker.curves()
     drawn: Sequence[Curve] = ()
     if candidate.pictures:
-        phases.run_pictures(candidate, family, built.model, device, tracker, built.text)
-        drawn = tracker.curves()
+        again = Again()
+        # Which blocks are there depends on the pass before where the model has some that wait.
+        alike = device == META and built.waiting is None
+        with again.left_out(built.model, tracker) if alike else nullcontext():
+            phases.run_pictures(candidate, family, built.model, device, tracker, built.text)
+        drawn = again.complete(tracker.curves())
     return there, judged, drawn
 
 
@@ -317,8 +322,13 @@ def prime(
     make = simulated if next(iter(trainable.values())).is_meta else make_optimizer
     named = grouped(trainable.items(), candidate)
     optimizer = make(candidate.optimizer, named, device)
-    for parameter in trainable.values():
-        parameter.grad = torch.zeros_like(parameter)
+    if next(iter(trainable.values())).is_meta:
+        gradients = tracker.made((p.shape, p.dtype) for p in trainable.values())
+    else:
+        gradients = [torch.zeros_like(parameter) for parameter in trainable.values()]
+    for parameter, gradient in zip(trainable.values(), gradients, strict=True):
+        parameter.grad = gradient
+    del gradients, gradient
     update(optimizer, gradient_norm(trainable.values()), candidate.max_grad_norm)
     return optimizer
 

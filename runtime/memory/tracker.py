@@ -8,7 +8,7 @@ and neither is what exists before (see `register`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from runtime.memory.curve import NONE, Curve, Step
 from runtime.memory.rounding import rounded
@@ -125,6 +125,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if block is not None:
                 block.category = category
 
+    def made(self, forms: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+        """Tensors on "meta" of these shapes and types, entered all together: to look at how each
+        is made takes longer than to make it."""
+        with _disable_current_modes():
+            tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in forms]
+            for tensor in tensors:
+                self._see(tensor)
+        return tensors
+
     def exclude(self, tensors: Iterable[Tensor]) -> None:
         """Leave storages out that stand for tensors on the host, from now to their end."""
         for tensor in tensors:
@@ -175,6 +184,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The end of one curve and the start of the next; see `curves`."""
         self._marks.append(self._now())
         self._steps.append([])
+
+    @property
+    def curve(self) -> int:
+        """The number of the curve that goes on now; see `curves`."""
+        return len(self._marks) - 1
 
     def step(self, block: int, backward: bool, flops: int) -> None:
         """A block's pass begins, `flops` operations after the simulation did; see `Curve.steps`."""

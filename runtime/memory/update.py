@@ -64,9 +64,9 @@ def run_update(
     """The update of parameters of `forms`, of which `idle` get no gradient."""
     with tracker, collector_off(), counted(tracker.elsewhere):
         tracker.category = "weights" if candidate.adapter is None else "adapter"
+        made = tracker.made((shape, dtype) for _, shape, dtype in forms)
         trainable = {
-            name: nn.Parameter(torch.empty(shape, dtype=dtype, device=META))
-            for name, shape, dtype in forms
+            name: nn.Parameter(tensor) for (name, *_), tensor in zip(forms, made, strict=True)
         }
         optimizer = prime(candidate, trainable, tracker)
         ema = average(candidate, trainable, tracker)
@@ -79,10 +79,16 @@ def run_update(
         else:
             tracker.category = "gradients"
             left = Counter(map(kind_of, idle))
+            reached = []
             for form, parameter in zip(forms, trainable.values(), strict=True):
                 left[kind_of(form)] -= 1
-                idles = left[kind_of(form)] >= 0
-                parameter.grad = None if idles else torch.empty_like(parameter)
+                parameter.grad = None
+                if left[kind_of(form)] < 0:
+                    reached.append(parameter)
+            gradients = tracker.made((p.shape, p.dtype) for p in reached)
+            for parameter, gradient in zip(reached, gradients, strict=True):
+                parameter.grad = gradient
+            del gradients, gradient
         before = tracker.categories()
         complete(candidate, trainable, optimizer, ema, finish, tracker)
     return Update(primed=primed, before=before, curves=tracker.curves())
