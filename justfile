@@ -26,6 +26,7 @@ test-matrix *arguments:
 bench:
     {{python}} benchmarks/startup.py
     {{python}} benchmarks/first_plan.py
+    {{python}} benchmarks/candidates.py
     {{python}} benchmarks/scan.py
     {{python}} benchmarks/million.py
     {{python}} benchmarks/feed.py
