@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compiler.memory import Candidate, Simulation
 from compiler.plan import Layout, Quantisation
-from runtime.context import claimed, tell_allocator
+from runtime.device import claimed, tell_allocator
 from runtime.families import family_of
 from runtime.machine import cuda_devices, look, versions
 from runtime.memory import phases
@@ -37,7 +37,7 @@ from runtime.memory.constants import OUTSIDE
 from runtime.memory.simulate import RuntimeMemoryModel
 from runtime.memory.step import run_step
 from runtime.out_of_memory import is_out_of_memory, let_go
-from runtime.segments import map_by_pages, setting
+from runtime.segments import map_by_pages, number_by_bus, setting
 from tests.runtime.memory_cases import candidate, known
 
 SANA_06 = "Efficient-Large-Model/Sana_600M_1024px_diffusers"
@@ -233,6 +233,7 @@ def forget_workspaces() -> None:
 def as_in_runs() -> None:
     """Tell the allocator what runs tell it. Before the device's first tensor."""
     map_by_pages()
+    number_by_bus()
     if setting():
         tell_allocator(setting())
     claimed(torch.device("cuda", 0))

@@ -296,8 +296,12 @@ def forward_share(plan: Plan) -> float:
 
 def validate_flops(plan: Plan) -> float:
     """Floating-point operations of all validation pictures, without decoding: each sampling step
-    is a forward pass, two with guidance; and of all evaluation losses."""
-    passes = plan.validation.steps * (2 if plan.validation.guidance > 1 else 1)
+    is a forward pass, two with guidance that the model is not told; and of all evaluation losses.
+    """
+    card, config = FAMILIES[plan.model.family], _config(plan, plan.model.trained_component)
+    told = plan.sprint is not None or card.told_guidance(config)
+    twice = plan.validation.guidance > 1 and not told
+    passes = plan.validation.steps * (2 if twice else 1)
     pixels = len(validation_steps(plan)) * _pixels_drawn(plan)
     drawn = passes * pixels
     return _flops_per_pixel(plan) * forward_share(plan) * (drawn + _pixels_judged(plan))
@@ -317,10 +321,9 @@ def step_key(plan: Plan, device_name: str) -> str:
     parts = {name: value for name, value in plain(plan).items() if name in names}
     shapes = {(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets}
     optimizer = [plan.optimizer.name, plan.optimizer.fused]
-    interval = plan.memory.layout.activation_checkpointing
-    return digest_of(
-        [device_name, parts, sorted(shapes), optimizer, interval, plan.steps.accumulate]
-    )
+    parted = [plan.steps.accumulate, plan.steps.micro_batch]
+    layout = plain(plan.memory.layout)
+    return digest_of([device_name, parts, sorted(shapes), optimizer, layout, parted])
 
 
 def device_key(plan: Plan, device_name: str) -> str:
@@ -340,6 +343,8 @@ def _duration(plan: Plan, machine: Machine, site: Site | None) -> tuple[Duration
     if rate is None:
         return None, f"the rate of {machine.device_name} is not known; a first run measures it"
     speed, basis, why = rate
+    if basis == "data-sheet":
+        speed /= plan.memory.overhead
     duration = Duration(
         train_seconds=flops / speed,
         validate_seconds=validate_flops(plan) / speed,

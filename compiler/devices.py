@@ -119,7 +119,8 @@ def named(word: str) -> tuple[str, DeviceFacts] | None:
     None if the table has none whose name tells its memory.
     """
     name = re.sub(r"[\s_-]+", " ", word.strip())
-    for form in (name, re.sub(r"^(geforce |nvidia |amd |instinct )+", "", name, flags=re.I)):
+    card = re.sub(r"^(?=\d{4}\b)", "RTX ", name)  # "4090"
+    for form in (name, card, re.sub(r"^(geforce |nvidia |amd |instinct )+", "", name, flags=re.I)):
         for spelt in (form, re.sub(r"(?<=[a-z])(?=\d{4})", " ", form, flags=re.I)):
             row = facts_of(spelt)
             if row is not None and row.memory_bytes:

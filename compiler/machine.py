@@ -28,4 +28,5 @@ class Machine:
     bf16: bool  # the device multiplies bfloat16 natively
     capability: str = ""  # CUDA compute capability, "9.0"
     processor_flops: float = 0.0  # a second and core in float32, nominal; 0: not known
+    here: bool = True  # else one that was named: of it little more is known than its device
     missing: tuple[str, ...] = ()  # optional packages, `COMPILER` or `HUB_TOKEN`: what is not there

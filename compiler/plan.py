@@ -558,7 +558,7 @@ class Rung:
     settings: dict[str, str]  # key of the recipe -> value, of all that the ladder may choose
     peak_bytes: int
     relative_time: float  # of a step, modelled; 1: the first rung
-    alters: bool  # it trains other weights than the rung above
+    alters: bool  # it trains other weights than the first rung
     chosen: bool
 
 
@@ -574,6 +574,9 @@ class Memory:
     counts: dict[str, int] = field(factory=dict)
     """Of the simulated step: "parameters", "trainable", "adapted" (modules), "flops"; empty where
     nothing was simulated."""
+    overhead: float = 1.0
+    """Modelled time of a step over that of its operations alone: weights that are read, kernels
+    that are sent off, what crosses to the host and back. 1 where the device is not known."""
 
 
 @frozen(kw_only=True)

@@ -15,15 +15,12 @@ from compiler.plan import Plan
 from runtime import checkpoints
 from runtime.clock import Clock
 from runtime.data.cache import Cache
-from runtime.errors import MachineUnfit
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.loop import Trained
 from runtime.optimizers import kept_weights
-from runtime.out_of_memory import is_out_of_memory
 from runtime.publish.publisher import Publisher
-from runtime.ranks import ALONE, Ranks
-from runtime.segments import BY_PAGES, FIXED, setting
+from runtime.ranks import Ranks
 from runtime.stop import Stop
 
 LOG = "run.log"
@@ -55,54 +52,6 @@ def saved_step(run_folder: Path) -> int:
 def result_folder(plan: Plan) -> Path:
     """Where the trained weights end up: `lora` or `model` in the run folder."""
     return Path(plan.run_folder) / result_name(plan.adapter)
-
-
-def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
-    """The plan's device, of several CUDA devices the one of this rank, which becomes the current
-    one. Raises MachineUnfit if torch can't use it here."""
-    usable: dict[str, Callable[[], bool]] = {
-        "cpu": lambda: True,
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "xpu": torch.xpu.is_available,
-    }
-    if not usable[plan.device]():
-        raise MachineUnfit(
-            f"the plan runs on {plan.device}, which torch {torch.__version__} can't use here",
-            help="`tuner doctor` shows what it finds",
-        )
-    if plan.device == "cuda" and ranks.count > 1:
-        count = torch.cuda.device_count()
-        if ranks.local >= count:
-            raise MachineUnfit(
-                f"rank {ranks.rank} is to train on cuda:{ranks.local}, and this machine has "
-                f"{count} CUDA device{'s' * (count != 1)}",
-                help="set launch.devices to how many there are",
-            )
-        torch.cuda.set_device(ranks.local)
-        return claimed(torch.device("cuda", ranks.local))
-    return claimed(torch.device(plan.device))
-
-
-def claimed(device: torch.device) -> torch.device:
-    """`device`, on which a first tensor has been: where its driver can't map memory by pages (some
-    virtual devices), the allocator does without."""
-    if device.type != "cuda":
-        return device
-    try:
-        torch.empty(1, device=device)
-    except RuntimeError as error:
-        if is_out_of_memory(error) or setting() != BY_PAGES:
-            raise
-        tell_allocator(FIXED)
-        torch.empty(1, device=device)
-    return device
-
-
-def tell_allocator(words: str) -> None:
-    """Change this process's settings of PyTorch's allocator, by a function that was renamed."""
-    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    (tell or torch.cuda.memory._set_allocator_settings)(words)
 
 
 def is_sharded(context: Context) -> bool:

@@ -7,14 +7,19 @@ warm-up, the decay at the average's k-th update (from 1) is min((1 + k) / (10 + 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from compiler import plan
 from runtime.out_of_memory import updating
+
+PIECE = 64 * 2**20
+"""Bytes of weights that are copied together to an average on another device; a larger tensor is
+copied alone. Copies of all of them would take as much of the host as the average itself."""
+Pair = tuple[Tensor, nn.Parameter]  # of an average and what it follows
 
 
 class Ema:
@@ -45,27 +50,31 @@ class Ema:
     def update(self, done: int, *, in_turn: bool = False) -> None:
         """Take in the weights after `done` updates, if their turn has come.
 
-        All at once, which has copies of all of them where formats differ; with `in_turn` one after
-        the other, to the same bits. What fails while it makes copies has changed nothing, unless
-        it is `in_turn`.
+        Beside them all at once, which has copies of all of them where formats differ; on another
+        device in pieces of `PIECE` bytes; with `in_turn` one after the other: to the same bits.
+        What fails while the first copies are made has changed nothing.
         """
         if done % self.facts.every:
             return
         share = 1.0 - self.decay(done)
-        if in_turn:
-            with updating():
-                for parameter, average in zip(
-                    self.parameters.values(), self.average.values(), strict=True
-                ):
-                    average.lerp_(parameter.detach().to(average.device, average.dtype), share)
-            return
-        averages = list(self.average.values())
-        weights = [
-            p.detach().to(a.device, a.dtype)
-            for p, a in zip(self.parameters.values(), averages, strict=True)
-        ]
-        with updating():
-            torch._foreach_lerp_(averages, weights, share)
+        with ExitStack() as changing:
+            for piece in self._pieces(in_turn=in_turn):
+                _follow(piece, share, changing)
+
+    def _pieces(self, *, in_turn: bool) -> Iterator[Sequence[Pair]]:
+        """The averages with their parameters, in parts that are copied together."""
+        most = 0 if in_turn else PIECE
+        piece: list[Pair] = []
+        held = 0
+        for average, parameter in zip(self.average.values(), self.parameters.values(), strict=True):
+            size = average.nbytes if in_turn or _is_elsewhere(average, parameter) else 0
+            if piece and held + size > most:
+                yield piece
+                piece, held = [], 0
+            piece.append((average, parameter))
+            held += size
+        if piece:
+            yield piece
 
     def state(self) -> dict[str, Tensor]:
         """The average by parameter name, copied to host memory."""
@@ -98,3 +107,24 @@ class Ema:
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _follow(piece: Sequence[Pair], share: float, changing: ExitStack) -> None:
+    """Take in the weights of a piece, entering what tells of changes once they begin."""
+    averages = [average for average, _ in piece]
+    weights = [_copied(*pair) for pair in piece]
+    changing.enter_context(updating())
+    torch._foreach_lerp_(averages, weights, share)
+
+
+def _copied(average: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A parameter as its average's device and format are. It is widened there, not before it is
+    moved, which would take more of the device that it leaves."""
+    weight = parameter.detach()
+    if _is_elsewhere(average, parameter):
+        weight = weight.to(average.device)
+    return weight.to(average.dtype)
+
+
+def _is_elsewhere(average: Tensor, parameter: nn.Parameter) -> bool:
+    return average.device != parameter.device

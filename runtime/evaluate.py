@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,14 @@ class Judge:
         device: torch.device,
         *,
         done: int,
+        met: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
-        """For a run that has done `done` updates. Raises CacheIncomplete, and FileGone where a
-        picture's content can't be told any more."""
+        """For a run that has done `done` updates; `met` is told of each batch. Raises
+        CacheIncomplete, and FileGone where a picture's content can't be told any more."""
         assert plan.evaluation is not None and manifest.held_out is not None
         self._plan, self._facts, self._manifest = plan, plan.evaluation, manifest.held_out
         self._family, self._cache, self._device = family, cache, device
+        self._met = met
         self._vae: Mapping[str, Any] = json.loads(plan.model.configs["vae"])
         keys = text_keys(plan, family, cache)
         self._latents = latents_located(plan, self._manifest, family, cache)
@@ -131,6 +133,7 @@ class Judge:
                     return None
                 chosen = judged[start : start + group.batch_size]
                 for batch in self._batches(chosen):
+                    self._met(batch)
                     found.append(
                         forward_losses(
                             self._family,
@@ -144,7 +147,7 @@ class Judge:
                     whose += [self._manifest.name(int(row)) for row in chosen]
                 done += len(chosen)
                 events.advance(done)
-        whole = {name: torch.cat(each).double().cpu() for name, each in by_source.items()}
+        whole = {name: torch.cat(each).cpu().double() for name, each in by_source.items()}
         means = {LOSS: torch.cat(list(whole.values())).mean().item()}
         if len(whole) > 1:
             means |= {f"{LOSS}/{name}": each.mean().item() for name, each in whole.items()}

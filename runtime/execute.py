@@ -26,7 +26,6 @@ from runtime.context import (
     LOG,
     Context,
     as_leader_at_end,
-    device_of,
     result_folder,
     saved_step,
 )
@@ -35,6 +34,7 @@ from runtime.data.fill import fill_latents, fill_text
 from runtime.data.leaks import warn_of_leaks
 from runtime.data.pages import trimmed
 from runtime.data.sharing import team_of
+from runtime.device import check_size, device_of
 from runtime.errors import RunFailed
 from runtime.events import Events
 from runtime.families import family_of
@@ -47,7 +47,7 @@ from runtime.quiet import native_output, quiet
 from runtime.ranks import ALONE, Ranks
 from runtime.result import export_result, go_back
 from runtime.result_step import result_step
-from runtime.resume import prepared
+from runtime.resume import model_of, prepared
 from runtime.seeing import draw_result, draw_samples, judge_of, measure_loss, painter_of
 from runtime.speed import check_speed
 from runtime.stop import Stop
@@ -110,6 +110,7 @@ def _executed(plan: Plan, manifest: Manifest, events: Events, recipe: str, ranks
         events = journal = Journal(run_folder / EVENTS if ranks.leads else Path(os.devnull), events)
         with quiet(run_folder / LOG), Stop(events, looked_at, ranks).listening() as stop:
             device = device_of(plan, ranks)
+            check_size(plan, device)
             context = Context(
                 plan=plan,
                 manifest=manifest,
@@ -225,7 +226,9 @@ def _run(context: Context) -> Outcome:
             context.events.phase("load", 0, "")
             with native_output(context.folder / LOG):
                 ranks.form(context.device)
-            built, trained, done = prepared(context)
+            built, shards = model_of(context)
+        with context.clock.phase("prepare"):  # not planned as a part of loading
+            trained, done = prepared(context, built, shards)
             _agree(context, done)
             if ranks.leads:
                 folder.take_over(context.folder)

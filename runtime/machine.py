@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from compiler.machine import COMPILER, DEEPSPEED, HUB_TOKEN, OPENCV, TRITON, Mac
 from compiler.optimizers import packages
 from compiler.plan import Device
 from compiler.trackers import TRACKERS, TrackerFacts
+from runtime.parts import ON, PREFIX, Part, parts_of
 from runtime.segments import setting
 
 PACKAGES = (
@@ -40,6 +41,21 @@ PACKAGES = (
 COMPILERS = ("c++", "g++", "clang++", "cl")
 BF16_CAPABILITY = 8.0  # Ampere
 SMI_SECONDS = 10.0
+FIELDS = (
+    "index",
+    "uuid",
+    "name",
+    "memory.total",
+    "memory.free",
+    "compute_cap",
+    "driver_version",
+    "mig.mode.current",
+)
+"""What nvidia-smi is asked of each device; the last may be missing."""
+UNSEEN = ["", "", "CUDA device", "", "", "", ""]  # where nvidia-smi does not answer
+NOT_LISTED = Part(
+    card="", uuid="", profile="part that nvidia-smi does not list", total_bytes=0, free_bytes=0
+)
 
 
 @frozen(kw_only=True)
@@ -135,48 +151,72 @@ def torch_may_use(device: str) -> bool:
 
 def cuda_devices() -> list[Gpu]:
     """The CUDA devices this process may use, in its own order; empty without a driver."""
+    answer = _smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    rows = [row for row in rows if len(row) >= len(FIELDS) - 1]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if PREFIX in (chosen or "") or any(map(_divided, rows)):
+        return visible(rows, chosen, parts_of(_smi("-L"), _smi("-q", "-x")))
+    return visible(rows, chosen)
+
+
+def _smi(*options: str) -> str:
+    """What nvidia-smi answers; "" if it does not."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return []
-    fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
+        return ""
     try:
-        answer = subprocess.run(
-            [smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=SMI_SECONDS,
-            check=True,
-        )
+        return subprocess.run(
+            [smi, *options], capture_output=True, text=True, timeout=SMI_SECONDS, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
-    return visible([row for row in rows if len(row) == 7], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return ""
 
 
-def visible(rows: list[list[str]], chosen: str | None) -> list[Gpu]:
-    """Rows of nvidia-smi as `Gpu`, filtered and ordered by CUDA_VISIBLE_DEVICES.
+def visible(rows: list[list[str]], chosen: str | None, parts: Sequence[Part] = ()) -> list[Gpu]:
+    """Rows of nvidia-smi (`FIELDS`) as `Gpu`, filtered and ordered by CUDA_VISIBLE_DEVICES.
 
-    As CUDA does, the list ends at the first entry that names no device.
+    As CUDA does, the list ends at the first entry that names no device. `parts` are those of
+    divided devices (MIG): CUDA takes one alone, and no whole device beside it. A part that is not
+    listed has no memory here; with no device at all, the processor would train unasked.
     """
-    if chosen is not None:
-        wanted: list[list[str]] = []
-        for entry in (part.strip() for part in chosen.split(",")):
-            match = [r for r in rows if entry and (r[0] == entry or r[1].startswith(entry))]
-            if not match:
-                break
-            wanted.append(match[0])
-        rows = wanted
-    mib = 1 << 20
-    return [
-        Gpu(
-            name=name,
-            total_bytes=_whole(total) * mib,
-            free_bytes=_whole(free) * mib,
-            capability=capability,
-            driver=driver,
-        )
-        for _, _, name, total, free, capability, driver in rows
-    ]
+    whole: list[Gpu] = []
+    divided: list[Gpu] = []
+    lost: list[Gpu] = []
+    cards = {row[1]: row for row in rows}
+    entries = [row[0] for row in rows] if chosen is None else chosen.split(",")
+    for entry in map(str.strip, entries):
+        row = next((r for r in rows if entry and (r[0] == entry or r[1].startswith(entry))), None)
+        if row is not None and not _divided(row):
+            whole.append(_gpu(row))
+            continue
+        if row is None and not entry.startswith(PREFIX):
+            break
+        own = [each for each in parts if _names(entry, each, row)]
+        divided += [_gpu(cards.get(part.card, UNSEEN), part) for part in own]
+        lost += [] if own else [_gpu(row or (rows or [UNSEEN])[0], NOT_LISTED)]
+    return divided[:1] or whole or lost[:1]
+
+
+def _names(entry: str, part: Part, row: Sequence[str] | None) -> bool:
+    """Whether the entry names `part`, or the device of `row`, which the part is of."""
+    return part.uuid.startswith(entry) if row is None else part.card == row[1]
+
+
+def _divided(row: Sequence[str]) -> bool:
+    return ON in row[len(FIELDS) - 1 :]
+
+
+def _gpu(row: Sequence[str], part: Part | None = None) -> Gpu:
+    """The device of a row, or a part of it."""
+    _, _, name, total, free, capability, driver = row[:7]
+    return Gpu(
+        name=f"{name} MIG {part.profile}" if part else name,  # as CUDA calls it
+        total_bytes=part.total_bytes if part else _whole(total) << 20,
+        free_bytes=part.free_bytes if part else _whole(free) << 20,
+        capability=capability,
+        driver=driver,
+    )
 
 
 def _whole(text: str) -> int:
@@ -332,7 +372,10 @@ def _try_torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if found["cuda"]:
+        from runtime.device import claimed
+
         try:
+            claimed(torch.device("cuda"))  # as runs do
             ones = torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
             found["cuda_bf16"] = bool((ones @ ones == 8).all())
         except RuntimeError as error:

@@ -17,6 +17,7 @@ from runtime.machine import look, versions
 from runtime.memory.constants import OUTSIDE
 from runtime.memory.gauge import Reading
 from runtime.memory.sharing import SUMS
+from runtime.met import met_readings
 from runtime.one_more import evaluation_parts, step_parts
 from runtime.out_of_memory import is_out_of_memory
 
@@ -33,6 +34,8 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
     readings = dict(clock.gauge.readings)
     if device.type == "cpu" and trained.shards is None:  # one more step is all ranks' to make
         readings |= _one_more(plan, trained)
+    else:
+        readings |= met_readings(plan, trained, clock.gauge, clock.peak_bytes)
     planned = planned_peaks(plan, apart=device.type == "cpu")
     encoding = {"latents", *FAMILIES[plan.model.family].text_encoders}
     peaks = {name: peak for name, peak in clock.peak_bytes.items() if name not in encoding}

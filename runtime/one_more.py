@@ -18,9 +18,9 @@ from runtime.batch import Batch, masked
 from runtime.data.feed import Window
 from runtime.families.common import inference
 from runtime.loop import Trained, one_update
-from runtime.memory.buckets import worst_in
+from runtime.memory.buckets import evaluated_shapes, trained_shapes
 from runtime.memory.tracker import Tracker
-from runtime.methods.sprint_draws import example
+from runtime.methods.sprint_draws import example as sprint_example
 from runtime.resident import gradients, resident
 from runtime.step import forward_losses
 from runtime.text_training import example_tokens
@@ -33,11 +33,9 @@ def step_parts(plan: Plan, trained: Trained) -> tuple[Parts, Parts]:
     """Bytes by category at the worst moment of the passes of an update, and of what follows them,
     over the largest buckets. Changes the weights, so nothing may follow. Raises RunFailed where
     zeros give a loss that is no number."""
-    ends = [each.until for each in (plan.text_training, plan.embeddings) if each]
-    last = min([plan.steps.total, *ends]) - 1  # while all is trained
+    last = trained_whole(plan) - 1
     steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
-    shapes = [(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets]
-    worst = worst_in(plan, shapes)
+    worst = trained_shapes(plan)
     found = [_update(plan, trained, shape, step) for shape in worst for step in steps]
     passes, updates = zip(*found, strict=True)
     return _most(passes), _most(updates)
@@ -45,15 +43,17 @@ def step_parts(plan: Plan, trained: Trained) -> tuple[Parts, Parts]:
 
 def evaluation_parts(plan: Plan, trained: Trained) -> Parts:
     """Bytes by category at the worst moment of the losses of the largest held-out batches."""
-    assert plan.evaluation is not None
-    groups = plan.evaluation.groups
-    shapes = [(g.width, g.height, min(g.batch_size, g.images)) for g in groups]
-    worst = worst_in(plan, shapes, evaluated=True)
-    return _most([_evaluation(plan, trained, shape) for shape in worst])
+    return _most([_evaluation(plan, trained, shape) for shape in evaluated_shapes(plan)])
+
+
+def trained_whole(plan: Plan) -> int:
+    """Updates in which all is trained; text encoders may rest afterwards."""
+    ends = [each.until for each in (plan.text_training, plan.embeddings) if each]
+    return min([plan.steps.total, *ends])
 
 
 def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Parts:
-    batch, words = _batch(plan, trained, shape), trained.text
+    batch, words = example(plan, trained, shape), trained.text
     tracker = _tracker({**resident(plan, trained), "batch": _tensors(batch)})
     unchanged = words.inference() if words else nullcontext()
     with tracker, inference(trained.model), unchanged:
@@ -64,11 +64,7 @@ def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Pa
 def _update(
     plan: Plan, trained: Trained, shape: tuple[int, int, int], step: int
 ) -> tuple[Parts, Parts]:
-    batches = [_batch(plan, trained, shape) for _ in range(plan.steps.accumulate)]
-    if any(source.target == "base" for source in plan.sources):
-        batches = [evolve(batch, keeps_base=True) for batch in batches]
-    if plan.sprint is not None:
-        batches = [example(plan.sprint, batch, step) for batch in batches]
+    batches = [trained_example(plan, trained, shape, step) for _ in range(plan.steps.accumulate)]
     window = Window(
         step=step,
         epoch=plan.steps.epochs,
@@ -98,12 +94,30 @@ def _update(
     return passes[0], tracker.breakdown()
 
 
-def _batch(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Batch:
-    batch = trained.family.example_batch(plan.model, *shape, plan.text, CPU)
+def trained_example(
+    plan: Plan,
+    trained: Trained,
+    shape: tuple[int, int, int],
+    step: int,
+    device: torch.device = CPU,
+) -> Batch:
+    """A batch of zeros of the most that the update after `step` others may be given of `shape`
+    (width, height, samples)."""
+    batch = example(plan, trained, shape, device)
+    if any(source.target == "base" for source in plan.sources):
+        batch = evolve(batch, keeps_base=True)
+    return batch if plan.sprint is None else sprint_example(plan.sprint, batch, step)
+
+
+def example(
+    plan: Plan, trained: Trained, shape: tuple[int, int, int], device: torch.device = CPU
+) -> Batch:
+    """The same of a batch that is only looked at."""
+    batch = trained.family.example_batch(plan.model, *shape, plan.text, device)
     if any(source.mask for source in plan.sources):
         batch = masked(batch)
     if trained.text is not None:
-        tokens = example_tokens(plan.model, tuple(trained.text.encoders), shape[2], CPU)
+        tokens = example_tokens(plan.model, tuple(trained.text.encoders), shape[2], device)
         batch = evolve(batch, tokens=tokens)
     return batch
 

@@ -45,17 +45,27 @@ def _of_host(error: BaseException) -> bool:
 
 
 def let_go(error: BaseException | None = None) -> None:
-    """Give back what a run that failed had on the device, once no exception holds it any more, or
-    but for `error`, whose frames are cleared. A device that answers nothing more keeps it."""
+    """Give back what a run that failed had on the device, and pinned for it on the host, once no
+    exception holds it any more, or but for `error`, whose frames are cleared. A device that answers
+    nothing more keeps it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
-    with suppress(RuntimeError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # Pinned memory is given back once the copies from and to it are known to be done.
+        for give_back in (torch.cuda.synchronize, torch.cuda.empty_cache, _empty_host_cache):
+            with suppress(RuntimeError):
+                give_back()
+
+
+def _empty_host_cache() -> None:
+    """Give back pinned memory that no tensor has, by a function that was renamed."""
+    older = getattr(torch._C, "_host_emptyCache", None)
+    if empty := getattr(torch.accelerator, "empty_host_cache", older):
+        empty()
 
 
 @contextmanager

@@ -27,16 +27,22 @@ from runtime.together import Together
 from runtime.zero import Zero, zeroed
 
 
-def prepared(context: Context) -> tuple[Built, Trained, int]:
-    """The model and all that is trained, as the latest checkpoint left it; and the updates done."""
+def model_of(context: Context) -> tuple[Built, Together | None]:
+    """The model as it is loaded, with its adapter; of ranks that share it each has its part."""
     plan = context.plan
     built = _built(context)
-    shards: Together | None = None
-    if is_sharded(context):
-        given = (built, plan, context.family, context.device, context.ranks)
-        zero = plan.sharing.strategy == "deepspeed"
-        with native_output(context.folder / LOG):  # DeepSpeed tries a compiler, which complains
-            built, shards = zeroed(*given) if zero else sharded(*given)
+    if not is_sharded(context):
+        return built, None
+    given = (built, plan, context.family, context.device, context.ranks)
+    zero = plan.sharing.strategy == "deepspeed"
+    with native_output(context.folder / LOG):  # DeepSpeed tries a compiler, which complains
+        return zeroed(*given) if zero else sharded(*given)
+
+
+def prepared(context: Context, built: Built, shards: Together | None) -> tuple[Trained, int]:
+    """All that is trained, of what `model_of` gave, as the latest checkpoint left it; and the
+    updates done."""
+    plan = context.plan
     if isinstance(shards, Zero):
         optimizer = shards.optimizer
     else:
@@ -59,7 +65,7 @@ def prepared(context: Context) -> tuple[Built, Trained, int]:
         text=built.text,
         nested=built.nested,
     )
-    return built, trained, _resume(context, built, trained)
+    return trained, _resume(context, built, trained)
 
 
 def _rival(plan: Plan, built: Built, device: torch.device) -> Side | None:

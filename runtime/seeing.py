@@ -16,6 +16,7 @@ from runtime.families.sana_sprint import FAMILY as SPRINT
 from runtime.families.sana_sprint import scheduler
 from runtime.loop import Trained
 from runtime.memory.gauge import NO_GAUGE
+from runtime.met import judged
 from runtime.resident import resident
 from runtime.samplers import sampler
 from runtime.scores.clip import ClipScore
@@ -84,7 +85,7 @@ def judge_of(context: Context, done: int) -> Judge | None:
     if plan.evaluation is None or not leads:
         return None
     given = (context.manifest, context.family, context.cache, context.device)
-    return Judge(plan, *given, done=done)
+    return Judge(plan, *given, done=done, met=judged(plan, context.clock.gauge))
 
 
 def measure_loss(

@@ -1,9 +1,10 @@
-"""Lets PyTorch's allocator take and give back device memory page by page. No torch.
+"""What is said to CUDA and to PyTorch's allocator before they begin. No torch.
 
-Otherwise it keeps segments that can't grow, with holes in them that no later tensor fits in: a
-third of the memory and more (16.4 against 10.8 GiB in meta-pytorch/torchtune, issue 1185). And a
-tensor that is up to 1 MiB smaller than the hole it is put in takes, and is counted as, all of it
-(`should_split` in c10/cuda/CUDACachingAllocator.cpp), so that no plan can agree with its figures.
+The allocator may take and give back device memory page by page. Otherwise it keeps segments that
+can't grow, with holes in them that no later tensor fits in: a third of the memory and more (16.4
+against 10.8 GiB in meta-pytorch/torchtune, issue 1185). And a tensor that is up to 1 MiB smaller
+than the hole it is put in takes, and is counted as, all of it (`should_split` in
+c10/cuda/CUDACachingAllocator.cpp), so that no plan can agree with its figures.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ def map_by_pages(environment: MutableMapping[str, str] = os.environ) -> None:
     """See the module. To be called before torch is imported. What a person has set stays."""
     if sys.platform == "linux" and not spills() and not setting(environment):
         environment[VARIABLES[0]] = BY_PAGES
+
+
+def number_by_bus(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let CUDA number devices as nvidia-smi does, not the fastest first: what is planned for the
+    first is then run on the same one. To be called before CUDA begins; a person's order stays."""
+    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def setting(environment: Mapping[str, str] = os.environ) -> str:

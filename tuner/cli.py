@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from runtime.segments import map_by_pages
+from runtime.segments import map_by_pages, number_by_bus
 from tuner import __version__
 from tuner.exits import DONE, REFUSED, STOPPED
 from tuner.screen import err, out, prepare
@@ -490,6 +490,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code and lets no traceback reach the screen."""
     prepare()
     map_by_pages()
+    number_by_bus()
     try:
         code = app(args=list(arguments), prog_name="tuner", standalone_mode=False)
     except TyperException as error:

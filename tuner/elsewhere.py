@@ -8,9 +8,10 @@ from attrs import evolve
 
 from compiler.devices import GIB, named, names
 from compiler.diagnostics import choices, nearest
-from compiler.machine import Machine
+from compiler.machine import COMPILER, TRITON, Machine
 from compiler.units import ByteSize
 
+HOST = 32 * GIB  # of memory that a machine with a device has at least; twice the device's, if more
 EXAMPLES = ("rtx-3060", "rtx-4090", "a100-80gb", "h100-pcie")
 
 
@@ -22,7 +23,7 @@ def elsewhere(machine: Machine, word: str) -> Machine:
     """`machine` with the accelerator that `word` names, all that it offers of its memory free.
 
     An amount of memory stands for a device that offers just that, and whose speed is not known.
-    Raises UnknownDevice.
+    Its host's memory is assumed; PyTorch's builds for CUDA bring triton. Raises UnknownDevice.
     """
     found = named(word)
     if found is not None:
@@ -39,6 +40,8 @@ def elsewhere(machine: Machine, word: str) -> Machine:
         sized = re.compile(re.escape(word.lower()) + r"-\d+gb")
         sizes = (name for name in names() if sized.fullmatch(name))
         guess = next(sizes, None) or nearest(word.lower(), names())
+        if re.fullmatch(r"[\d.]+\s*(g|gb|gib)?", word.strip(), re.I):
+            guess = f"{re.sub('[^0-9.]', '', word)} GiB"
         hint = f"did you mean `{guess}`?" if guess else f"known are {choices(EXAMPLES)} and others."
         raise UnknownDevice(
             f'no device `{word}` is known: {hint} An amount of memory will do, such as "24 GiB"'
@@ -55,7 +58,10 @@ def _with(machine: Machine, name: str, memory_bytes: int, why: str) -> Machine:
         device_total_bytes=memory_bytes,
         device_free_bytes=memory_bytes,
         free_is=why,
-        host_total_bytes=0,
+        here=False,
+        host_total_bytes=max(HOST, 2 * memory_bytes),
+        host_free_bytes=max(HOST, 2 * memory_bytes),
+        missing=tuple(name for name in machine.missing if name not in (TRITON, COMPILER)),
         bf16=True,
         capability="",
     )

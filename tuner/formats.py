@@ -34,7 +34,9 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: `0.5 s`, `45 s`, `2 min 5 s`, `1 h 50 min`, `3 d 4 h`."""
+    """A time in words: `20 ms`, `0.5 s`, `45 s`, `2 min 5 s`, `1 h 50 min`, `3 d 4 h`."""
+    if 0.0005 <= seconds < 0.095:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     whole = round(seconds)

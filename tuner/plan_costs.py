@@ -100,8 +100,9 @@ def _time(outlook: Outlook, *, verbose: bool) -> list[str]:
     words = f"about {duration(whole)}: {duration(found.seconds_per_step)} a step"
     if found.validate_seconds:
         words += f", {duration(found.validate_seconds)} for pictures"
+    words += "; caching and loading not counted"
     lines = section("time", f"{words} ({found.why})")
     if verbose:
         rate = found.flops_per_second / 1e12
-        lines += wrapped(f"at {rate:.3g} TFLOP/s; without caching and loading", "  ", "    ")
+        lines += wrapped(f"at {rate:.3g} TFLOP/s", "  ", "    ")
     return lines

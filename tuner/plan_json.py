@@ -124,6 +124,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
         "ladder": [plain(rung) for rung in plan.memory.ladder],
         "phases": [plain(phase) for phase in plan.memory.phases],
         "counts": dict(plan.memory.counts),
+        "overhead": plan.memory.overhead,
     }
 
 

@@ -91,7 +91,8 @@ def _ladder(plan: Plan, verbose: bool) -> list[str]:
                 _rung_words(rung, rungs[:number]),
             )
         )
-    return ["  ladder (time of a step is modelled):", *columns(rows, indent=4)]
+    head = "  ladder (training and drawing; time of a step is modelled):"
+    return [head, *columns(rows, indent=4)]
 
 
 def _rung_words(rung: Rung, above: Sequence[Rung]) -> str:
@@ -102,8 +103,8 @@ def _rung_words(rung: Rung, above: Sequence[Rung]) -> str:
     told = [
         f"{_short(key)} = {value}" for key, value in rung.settings.items() if value != before[key]
     ]
-    if rung.alters and not above[-1].alters:
-        told.append("alters the result a little from here on")
+    if rung.alters:
+        told.append("alters the result a little")
     return ", ".join(told)
 
 

@@ -25,7 +25,7 @@ from attrs import frozen
 from compiler import lock
 from compiler.data.manifest import Manifest, ManifestDamaged
 from compiler.plan import Plan, lock_path
-from runtime.segments import map_by_pages
+from runtime.segments import map_by_pages, number_by_bus
 from tuner.exits import BUG, DONE, FAILED, STOPPED, UNFIT
 from tuner.screen import err, prepare
 
@@ -205,6 +205,7 @@ def main(arguments: list[str]) -> int:
     """See the module; returns the exit code."""
     prepare()
     map_by_pages()
+    number_by_bus()
     _end_with_parent()
     folder, rank = Path(arguments[0]), int(os.environ["RANK"])
     try:

@@ -103,7 +103,8 @@ def _say(
 ) -> None:
     if space is None or most <= space.free_bytes:
         return
-    here = draft.device in ("cpu", draft.machine.device)  # else the run will be on another machine
+    # Else the run will be on another machine.
+    here = draft.machine.here and draft.device in ("cpu", draft.machine.device)
     sure = here and least > space.free_bytes
     draft.report(
         "error" if sure else "warning",

@@ -14,7 +14,8 @@ from compiler.spans import KeyPath
 def judge_host(draft: Draft, layout: Layout, phases: Sequence[Phase]) -> None:
     """Warn of the phase that needs most there, if it needs more than there is in all.
 
-    Nothing is said where the machine that will run it is not this one.
+    Of a machine with a device that was named an amount is assumed. Nothing is said where the device
+    is not even known.
     """
     total = draft.machine.host_total_bytes
     if not total or draft.device != draft.machine.device:
@@ -24,11 +25,12 @@ def judge_host(draft: Draft, layout: Layout, phases: Sequence[Phase]) -> None:
         return
     savings = dict(_savings(draft, layout, worst.name))
     where = next((path for path in savings if draft.given(path)), ("model", "base"))
+    machine = "this machine has" if draft.machine.here else "a machine elsewhere is taken to have"
     draft.warn(
         "host-too-small",
         where if draft.given(where) else ("model",),
-        f"`{worst.name}` needs {gib(_needed(draft, worst))} of host memory, and this machine has "
-        f"{gib(total)}: the system would swap, or end the run",
+        f"`{worst.name}` needs {gib(_needed(draft, worst))} of host memory, and {machine} "
+        f"{gib(total)}: with no more, the system would swap, or end the run",
         help=", or ".join([*savings.values(), "take a machine with more memory"]),
     )
 

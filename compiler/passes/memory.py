@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from attrs import evolve
 
 from compiler import plan
@@ -23,6 +25,10 @@ from compiler.units import ByteSize
 
 BUDGET: KeyPath = ("memory", "budget")
 MICRO_BATCH: KeyPath = ("memory", "micro_batch")
+ON_THE_HOST: Mapping[plan.Device, str] = {"cpu": "the processor", "mps": "an Apple device"}
+"""Devices whose memory is the host's."""
+BLOCKS_WAIT: tuple[plan.Device, ...] = ("cpu", "cuda")
+"""Where PyTorch can take a tensor's memory away and give it back (`resize_storage_bytes_`)."""
 
 
 def resolve_memory(draft: Draft) -> None:
@@ -39,6 +45,7 @@ def resolve_memory(draft: Draft) -> None:
         rung = ladder.first(draft)
         _settle(draft, rung, "nothing was simulated")
         decide_sharing(draft, "nothing was simulated")
+        _judge_budget(draft, 0)
         draft.memory = plan.Memory(
             budget_bytes=budget,
             layout=rung.layout,
@@ -75,11 +82,13 @@ def resolve_memory(draft: Draft) -> None:
             "adapted": found.adapted_modules,
             "flops": found.flops,
         },
+        overhead=search.overhead(chosen),
     )
     worst = peak(found)
     if budget and worst.device_bytes > budget:
         refuse(draft, search.candidate(chosen), draft.memory_model, budget, worst, blame(draft))
     else:
+        _judge_budget(draft, worst.device_bytes)
         judge_host(draft, chosen.layout, found.phases)
 
 
@@ -164,6 +173,13 @@ def _judge_offload(draft: Draft) -> None:
                 "all blocks are trained, and weights that are trained can't wait on the host",
                 help="train an adapter, or leave `blocks` out",
             )
+        elif draft.device not in BLOCKS_WAIT:
+            draft.error(
+                "conflict",
+                where,
+                f"blocks can't wait on the host where {draft.device} trains, only where cuda does",
+                help="leave `blocks` out",
+            )
         elif offload.blocks > ladder.depth(draft):
             draft.error(
                 "out-of-range",
@@ -172,8 +188,16 @@ def _judge_offload(draft: Draft) -> None:
                 label=f"the {draft.model.family.trained_component} has {ladder.depth(draft)} "
                 "blocks",
             )
-    if draft.device == "cpu":
+    if draft.device in ON_THE_HOST:
         _judge_idle_offload(draft, offload)
+    interval, blocks = draft.recipe.memory.activation_checkpointing, ladder.depth(draft)
+    if isinstance(interval, int) and interval > blocks:
+        draft.error(
+            "out-of-range",
+            ("memory", "activation_checkpointing"),
+            f"{interval} is out of range",
+            label=f"the {draft.model.family.trained_component} has {blocks} blocks",
+        )
     size = draft.recipe.memory.micro_batch
     if isinstance(size, int) and size > ladder.largest_batch(draft):
         draft.warn(
@@ -187,13 +211,14 @@ def _judge_idle_offload(draft: Draft, offload: OffloadRecipe) -> None:
     """Warn of what would wait where it is anyway."""
     asked = {
         "activations": offload.activations is True,
-        "blocks": offload.blocks not in ("auto", 0),
+        "blocks": offload.blocks not in ("auto", 0) and draft.device in BLOCKS_WAIT,
     }
+    whose = ON_THE_HOST[draft.device]
     for key in (key for key, on in asked.items() if on):
         draft.warn(
             "no-effect",
             ("memory", "offload", key),
-            f"where the processor trains, {key} are in host memory anyway: offloading them saves "
+            f"where {whose} trains, {key} are in host memory anyway: offloading them saves "
             "nothing and takes time",
             help=f"leave `{key}` out",
             of="key",
@@ -204,7 +229,6 @@ def _budget(draft: Draft) -> int:
     asked = draft.recipe.memory.budget
     if isinstance(asked, ByteSize):
         draft.decide(BUDGET, asked)
-        _judge_budget(draft, int(asked))
         return int(asked)
     if asked == "none":
         draft.decide(BUDGET, "none")
@@ -213,21 +237,36 @@ def _budget(draft: Draft) -> int:
         draft.decide(BUDGET, "none", by="decided", why=f"no {draft.device} device here to ask")
         return 0
     free = draft.machine.device_free_bytes
+    if not draft.machine.device_total_bytes:
+        why = f"{draft.machine.device_name} does not tell how much memory it has"
+        draft.decide(BUDGET, "none", by="decided", why=why)
+        return 0
     draft.decide(BUDGET, gib(free), by="this machine", why=draft.machine.free_is)
     return free
 
 
-def _judge_budget(draft: Draft, budget: int) -> None:
-    """Warn of more than the device has, where it is this machine's."""
-    total = draft.machine.device_total_bytes
-    if draft.device == draft.machine.device and 0 < total < budget:
-        draft.warn(
-            "budget-too-large",
-            BUDGET,
-            f"{draft.machine.device_name} has {gib(total)}: a plan that fits {gib(budget)} may not "
-            "fit it",
-            help='leave `budget` out, or `--device "80 GiB"` to plan for another device',
-        )
+def _judge_budget(draft: Draft, needed: int) -> None:
+    """Warn of more than the device has, where that is known. `needed` 0: nothing was simulated."""
+    asked, total = draft.recipe.memory.budget, draft.machine.device_total_bytes
+    stated = int(asked) if isinstance(asked, ByteSize) else 0
+    if draft.device != draft.machine.device or asked == "auto" or not total:
+        return
+    if max(stated, needed) <= total:
+        return
+    name = draft.machine.device_name
+    if needed > total:
+        words = f"this plan needs {gib(needed)}, and {name} has {gib(total)}: the run would end "
+        words += "for want of memory"
+    elif needed:
+        words = f"the budget is more than the {gib(total)} of {name}; this plan needs {gib(needed)}"
+    else:
+        words = f"{name} has {gib(total)}: a plan that fits {gib(stated)} may not fit it"
+    draft.warn(
+        "budget-too-large",
+        BUDGET,
+        words,
+        help="leave `budget` out: what is open is then chosen by what the device has",
+    )
 
 
 def _candidate(draft: Draft) -> Candidate:

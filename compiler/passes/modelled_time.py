@@ -45,6 +45,11 @@ class Clock:
         computing = flops / (UTILISATION * self.peak) + moved * FLOPS_PER_BYTE / self.peak
         return max(computing, kernels * parts * LAUNCH, 2 * max(waiting, 0) * parts / LINK_BYTES)
 
+    def overhead(self, rung: Rung, found: Simulation) -> float:
+        """That time over the time of the operations alone."""
+        alone = found.flops / (UTILISATION * self.peak)
+        return self.taken(rung, found) / alone if alone else 1.0
+
     def taken(self, rung: Rung, found: Simulation) -> float:
         """Of one step of `rung`, as it was simulated."""
         crossing = found.blocks_waiting + found.activations_waiting
@@ -53,6 +58,12 @@ class Clock:
 
 def clock(draft: Draft, parameters: int) -> Clock:
     """For the draft's device and batches."""
-    assert draft.precision is not None
-    known = peak_flops(draft.machine.device_name, draft.precision.compute)
+    known = known_peak(draft)
     return Clock(peak=known or UNKNOWN_DEVICE, largest=largest_batch(draft), parameters=parameters)
+
+
+def known_peak(draft: Draft) -> float | None:
+    """Operations a second of the draft's device at most; None where that is not known."""
+    assert draft.precision is not None
+    here = draft.device == draft.machine.device == "cuda"
+    return peak_flops(draft.machine.device_name, draft.precision.compute) if here else None

@@ -12,7 +12,7 @@ from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.passes import ladder
 from compiler.passes.estimates import Estimates, host_bytes, ordered, rank
 from compiler.passes.ladder import Rung
-from compiler.passes.modelled_time import Clock, clock
+from compiler.passes.modelled_time import Clock, clock, known_peak
 
 ROOM = 0.7
 """Of a host's memory, what may be taken by what waits there: the system, the libraries and the
@@ -155,6 +155,13 @@ class Search:
                 return [rung]
         return []
 
+    def overhead(self, rung: Rung) -> float:
+        """See `plan.Memory.overhead`."""
+        if known_peak(self.draft) is None:
+            return 1.0
+        found = self.look(rung)
+        return round(self._clock(found.parameters).overhead(rung, found), 3)
+
     def _seconds(self, rung: Rung) -> float:
         """Modelled time of a step of a rung that is looked at."""
         found = self.look(rung)
@@ -166,15 +173,40 @@ class Search:
 
     def _around(self, chosen: Rung) -> list[Rung]:
         needed, taken = self.peak(chosen), self._seconds(chosen)
-        slower = (rung for rung in self.order if self.estimates.seconds(rung) > taken)
-        for rung in islice(slower, NEIGHBOURS):
+        place = self.order.index(chosen) if chosen in self.order else -1
+        later = (r for r in self.order[place + 1 :] if self._needed(r) < needed)
+        for rung in islice(later, NEIGHBOURS):
             if self.peak(rung) < needed:
                 break
         looked = sorted(self.found, key=self._rank)
         place = looked.index(chosen)
-        above = [rung for rung in self._falling(looked[:place]) if self.peak(rung) > needed]
-        below = [rung for rung in self._falling(looked[place:]) if self.peak(rung) < needed]
+        quicker = [
+            rung
+            for rung in looked[:place]
+            if rung == self.first or self._seconds(rung) + self._noticed < taken
+        ]
+        above = [rung for rung in self._falling(quicker) if self.peak(rung) > needed]
+        rest = [rung for rung in looked[place:] if not self._beaten(rung)]
+        below = [rung for rung in self._falling(rest) if self.peak(rung) < needed]
         return [*above, chosen, *below]
+
+    def _needed(self, rung: Rung) -> float:
+        """Its peak, estimated if it was not looked at."""
+        return self.peak(rung) if rung in self.found else self.estimates.peak(rung, self.apart)
+
+    def _beaten(self, rung: Rung) -> bool:
+        """Whether another one is estimated to be quicker and to need no more."""
+        taken, needed = self._seconds(rung), self.peak(rung)
+        return any(
+            self.estimates.seconds(other) + self._noticed < taken and self._needed(other) <= needed
+            for other in self.order
+            if other != rung
+        )
+
+    @property
+    def _noticed(self) -> float:
+        """Seconds by which a step has to differ."""
+        return FINEST * self._seconds(self.first)
 
     def _falling(self, rungs: Sequence[Rung]) -> list[Rung]:
         """Without what needs no less than one before it."""

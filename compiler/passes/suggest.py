@@ -70,7 +70,10 @@ def _advice(
             break
         told.append(best[1])
         candidate, phase = best[2], best[3]
-    return "no change of a few settings fits: a larger device, or a smaller base"
+    other = "a larger device, or a smaller base"
+    return "no change of a few settings that was tried fits: " + (
+        other if draft.adapter else f"an [adapter] instead of the whole model, {other}"
+    )
 
 
 def _peak(found: Simulation) -> tuple[int, str]:

@@ -40,6 +40,7 @@ from runtime.methods.sprint_draws import NEGATIVE, draws
 from runtime.noise_levels import noise_levels, timestep_uniforms
 from runtime.noise_table import kept_at
 from runtime.objective import place_weights
+from runtime.offload.host import pinning
 from runtime.ranks import Place
 from runtime.text_training import tokenizers
 
@@ -150,7 +151,8 @@ class Feed:
             for step in range(start, self._plan.steps.total):
                 window = self._made(step)
                 if self._device.type == "cuda":
-                    with torch.cuda.device(self._device):  # each thread has a current one
+                    # Each thread has a current device.
+                    with torch.cuda.device(self._device), pinning():
                         window = window.mapped(Tensor.pin_memory)
                 if not _hand_over(window, ahead, closed):
                     return

@@ -15,8 +15,8 @@ from compiler.data.prompts import Prompt
 from compiler.plan import Device, Layout, Plan, Sprint
 from runtime import files
 from runtime.build import build, load_state, without_starts
-from runtime.context import device_of
 from runtime.data.encoders import Encoders
+from runtime.device import device_of
 from runtime.errors import RunFailed
 from runtime.export.pictures import Drawing, Wanted
 from runtime.export.request import Weights

@@ -80,6 +80,18 @@ def worst_in(plan: Plan, shapes: Iterable[Shape], *, evaluated: bool = False) ->
     return worst(shapes, bounds)
 
 
+def trained_shapes(plan: Plan) -> list[Shape]:
+    """The batches that may need the most memory of those on which a plan trains."""
+    return worst_in(plan, [(b.width, b.height, min(b.batch_size, b.samples)) for b in plan.buckets])
+
+
+def evaluated_shapes(plan: Plan) -> list[Shape]:
+    """The same of its held-out pictures; none where it evaluates nothing."""
+    groups = plan.evaluation.groups if plan.evaluation is not None else ()
+    shapes = [(g.width, g.height, min(g.batch_size, g.images)) for g in groups]
+    return worst_in(plan, shapes, evaluated=True)
+
+
 def text_pixels(model: Model, text: Text) -> float:
     """The pixels of as many places as a prompt of full length has tokens."""
     card = FAMILIES[model.family]

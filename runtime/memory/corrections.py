@@ -1,6 +1,6 @@
 """How much of what was planned runs on this machine did need: for the next plans. No torch.
 
-    memory.json     {"format": 2, "phases": {KEY: {"ratio": ..., "runs": ...}}}
+    memory.json     {"format": 3, "phases": {KEY: {"ratio": ..., "runs": ...}}}
 
 A key names the device, the phase and the kind of plan (see `alike`); a ratio is what was measured
 over what was planned, both without what no tensor holds. The newest run counts. Deleting the file
@@ -24,7 +24,9 @@ from runtime.files import write_whole
 from runtime.memory.alike import kind_of, kind_of_plan
 from runtime.memory.constants import ALL, CUBLAS
 
-FORMAT = 2  # the first one kept bytes, which say nothing of a plan of another size
+FORMAT = 3
+"""The first one kept bytes, which say nothing of a plan of another size; the second one ratios of
+steps on a device that were not looked at, with shorter prompts than the plan's."""
 CORRECTIONS = "memory.json"
 """Its name in the user's cache folder."""
 LEAST = 2**20

@@ -46,6 +46,8 @@ class Gauge:
     def __init__(self, device: torch.device | None) -> None:
         """`device` None: nothing is to be measured."""
         self.readings: dict[str, Reading] = {}
+        self.met: dict[str, dict[str, float]] = {}
+        """Of phases whose allocator is asked: what was done in them, and how large it was."""
         self._device = device
 
     def wants(self, phase: str, size: float = 0) -> bool:
@@ -53,6 +55,11 @@ class Gauge:
         exists then, which takes a while to gather."""
         last = self.readings.get(phase)
         return self._device is not None and (last is None or last.size < size)
+
+    def meets(self, phase: str, piece: str, size: float) -> None:
+        """Note that `piece`, in words, is done in `phase`."""
+        if self._device is not None:
+            self.met.setdefault(phase, {})[piece] = size
 
     @contextmanager
     def reading(

@@ -54,8 +54,9 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         return zero_parts(candidate, course, whole)
     share = _share(candidate, course)
     passes = share | _gathered(candidate, course) | others(course.window)
+    model = {name: share[name] for name in ("weights", "adapter")}  # all else comes afterwards
     found: dict[str, Mapping[str, int]] = {
-        "load": {**share, "gathered": rounded(_block(course) * _kept(candidate))},
+        "load": {**model, "gathered": rounded(_block(course) * _kept(candidate))},
         "train": passes | _reduced(candidate, course),
         "update": share | divided(others(course.update), candidate.ranks),
         "save": share,
@@ -66,7 +67,6 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         vae = course.validate_peak.get("weights", 0) - course.load.get("weights", 0)
         drawing = share | _gathered(candidate, course) | others(course.validate)
         found["validate"] = {**drawing, "weights": share["weights"] + max(vae, 0)}
-    del found["load"]["optimizer"], found["load"]["gradients"]
     return {name: {k: v for k, v in parts.items() if v} for name, parts in found.items()}
 
 

@@ -95,7 +95,7 @@ def fit_times(embedder: Any, sinusoids: nn.Module, factor: float) -> float:
         found: Tensor = sinusoids(times.float())
         return found.double()
 
-    wanted = embedder(at(factor * tau).to(device, dtype)).double().cpu()
+    wanted = embedder(at(factor * tau).to(device, dtype)).cpu().double()
     inputs = at(tau)
     line = _least_squares(inputs, tau[:, None], RIDGE_IN)
     units = first.weight.shape[0]
@@ -109,7 +109,7 @@ def fit_times(embedder: Any, sinusoids: nn.Module, factor: float) -> float:
     first.bias.copy_(bias)
     second.weight.copy_(out[:-1].T)
     second.bias.copy_(out[-1])
-    found = embedder(inputs.to(device, dtype)).double().cpu()
+    found = embedder(inputs.to(device, dtype)).cpu().double()
     lost = (found - wanted).norm() / (wanted - wanted.mean(0)).norm().clamp(min=1e-12)
     return float(lost)
 

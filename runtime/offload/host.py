@@ -14,6 +14,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from runtime.out_of_memory import is_out_of_memory
+
 ALIGNMENT = 512  # bytes; as on the device
 
 _counting: list[Callable[[], AbstractContextManager[None]]] = [nullcontext]
@@ -108,14 +110,27 @@ def _power(nbytes: int) -> int:
 
 
 def _piece(nbytes: int, device: torch.device) -> Tensor:
-    """So many bytes, or more, on the host of `device`."""
-    with _counting[-1]():
+    """So many bytes, or more, on the host of `device`. Raises MemoryError."""
+    with _counting[-1](), pinning():
         return torch.empty(
             _power(nbytes),
             dtype=torch.uint8,
             device="meta" if device.type == "meta" else "cpu",
             pin_memory=device.type == "cuda",
         )
+
+
+@contextmanager
+def pinning() -> Iterator[None]:
+    """Inside, memory is pinned. Where there is none, CUDA says what it says of a device that is
+    full: it is the host's, and MemoryError is raised."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise MemoryError(f"no memory could be pinned: {first}") from error
 
 
 def _as(tensor: Tensor, piece: Tensor, start: int) -> Tensor:

@@ -69,9 +69,16 @@ def test_it_is_said_what_to_do(tmp_path: Path, phase: str, sets: list[str], advi
     assert advice in said
 
 
-def test_nothing_is_said_of_another_machine(tmp_path: Path) -> None:
+def test_a_machine_elsewhere_is_taken_to_have_as_much_as_is_usual(tmp_path: Path) -> None:
+    for device, gib in (("12 GiB", 32), ("24 GiB", 48), ("a100-80gb", 158)):
+        machine = elsewhere(GPU, device)
+        assert told(tmp_path, Waiting("train", gib * GIB), machine=machine) == []
+        (said,) = told(tmp_path, Waiting("train", (gib + 1) * GIB), machine=machine)
+        assert f"a machine elsewhere is taken to have {gib}." in said
+
+
+def test_nothing_is_said_of_a_device_that_is_not_known(tmp_path: Path) -> None:
     model = Waiting("train", 10**15)
-    assert told(tmp_path, model, machine=elsewhere(GPU, "24 GiB")) == []
     assert told(tmp_path, model, "launch.device=cuda", machine=MACHINE) == []
 
 

@@ -15,7 +15,7 @@ from compiler.lock import changes
 from compiler.machine import Machine
 from compiler.memory import Candidate, Simulation
 from compiler.passes import ladder
-from compiler.plan import Phase, Plan, alters_trajectory
+from compiler.plan import Device, Phase, Plan, alters_trajectory
 from tests.compiler.recipes import GPU, RECIPE, compiled, project
 
 MIB = 2**20
@@ -303,6 +303,7 @@ def test_several_changes_together(tmp_path: Path) -> None:
     [
         (RECIPE, "memory.offload={blocks = 2}", "conflict", "can't wait on the host"),
         (RECIPE + ADAPTER, "memory.offload={blocks = 200}", "out-of-range", "200 is out of range"),
+        (RECIPE, "memory.activation_checkpointing=99", "out-of-range", "99 is out of range"),
         (RECIPE + ADAPTER, "memory.micro_batch=9", "no-effect", "no batch has 9 samples"),
     ],
 )
@@ -315,10 +316,20 @@ def test_what_can_not_be(tmp_path: Path, recipe: str, override: str, code: str, 
 def test_a_budget_above_the_device_s_memory(tmp_path: Path, budget: str, warned: bool) -> None:
     """Only of the device that is here."""
     asked = f'memory.budget="{budget}"'
-    found = compiled(project(tmp_path), asked, machine=GPU)
+    found = compiled(project(tmp_path), asked, machine=GPU, memory_model=Formula())
     said = [f for f in found.diagnostics if f.code == "budget-too-large"]
     assert found.plan is not None and bool(said) is warned
-    assert all("a card has 24.0 GiB" in f.message and f.severity == "warning" for f in said)
+    words = "more than the 24.0 GiB of a card; this plan needs"
+    assert all(words in f.message and f.severity == "warning" for f in said)
+    small = evolve(GPU, device_total_bytes=3 * MIB)
+    (fault,) = [
+        f
+        for f in compiled(
+            tmp_path / "recipe.toml", asked, machine=small, memory_model=Formula()
+        ).diagnostics
+        if f.code == "budget-too-large"
+    ]
+    assert "and a card has 3 MiB: the run would end for want of memory" in fault.message
     away = compiled(tmp_path / "recipe.toml", asked, 'launch.device="cuda"')
     assert "budget-too-large" not in [f.code for f in away.diagnostics]
 
@@ -333,6 +344,43 @@ def test_offloading_where_the_processor_trains(tmp_path: Path) -> None:
     for other in ("memory.offload={activations=false, blocks=0}", 'memory.offload="auto"'):
         assert compiled(path, other).diagnostics == ()
     assert "no-effect" not in [f.code for f in compiled(path, asked, machine=GPU).diagnostics]
+
+
+@pytest.mark.parametrize(
+    ("device", "blocks", "expected"),
+    [
+        ("mps", 0, [("no-effect", "warning", "memory.offload.activations")]),
+        (
+            "mps",
+            2,
+            [
+                ("conflict", "error", "memory.offload.blocks"),
+                ("no-effect", "warning", "memory.offload.activations"),
+            ],
+        ),
+        ("xpu", 0, []),
+        ("xpu", 2, [("conflict", "error", "memory.offload.blocks")]),
+    ],
+)
+def test_offloading_where_other_accelerators_train(
+    tmp_path: Path, device: Device, blocks: int, expected: list[tuple[str, str, str]]
+) -> None:
+    """Blocks wait by what CUDA alone has; Apple's devices share the host's memory."""
+    machine = evolve(GPU, device=device, device_name="another", capability="")
+    asked = f"memory.offload={{activations=true, blocks={blocks}}}"
+    found = compiled(project(tmp_path, RECIPE + ADAPTER), asked, machine=machine)
+    assert sorted((f.code, f.severity, f.path) for f in found.diagnostics) == expected
+    assert (found.plan is None) is (blocks > 0)
+
+
+def test_a_device_that_does_not_tell_its_memory(tmp_path: Path) -> None:
+    machine = evolve(GPU, device_name="GB10", device_total_bytes=0, device_free_bytes=0)
+    plan = _plan(compiled(project(tmp_path), machine=machine))
+    (told,) = (each for each in plan.decisions if each.key == "memory.budget")
+    assert (told.value, told.why) == ("none", "GB10 does not tell how much memory it has")
+    assert plan.memory.budget_bytes == 0
+    stated = compiled(tmp_path / "recipe.toml", 'memory.budget="80 GiB"', machine=machine)
+    assert stated.diagnostics == ()  # nothing is known of it to warn of
 
 
 def test_without_a_budget_nothing_is_saved(tmp_path: Path) -> None:

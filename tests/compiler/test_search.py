@@ -254,3 +254,23 @@ def test_gradients_that_are_not_kept_where_parts_of_a_batch_would_keep_them(tmp_
     found = compiled(project(tmp_path, recipe), budget, machine=GPU, memory_model=model)
     assert found.plan is not None, found.diagnostics
     assert found.plan.memory.layout.fused_backward and found.plan.steps.micro_batch == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_rung_is_shown_that_another_is_known_to_beat(
+    held: tuple[Draft, Candidate], seed: int
+) -> None:
+    """What is chosen for a rung's own peak is no quicker than the rung: nobody pays less for that
+    than was shown."""
+    model = sizes(seed)
+    for budget in span(held, model, 5)[1:]:
+        found = search(held, model, budget)
+        chosen = found.run()
+        if chosen == found.first:  # beside it stands one saving alone
+            continue
+        rungs = found.seen(chosen)
+        place = next(n for n, rung in enumerate(rungs) if rung.chosen)
+        for rung in rungs[place + 1 :]:
+            again = search(held, model, rung.peak_bytes / MIB + 1)
+            time = again._seconds(again.run()) / again._seconds(again.first)
+            assert rung.relative_time <= time + 2 * FINEST

@@ -214,12 +214,13 @@ def test_what_is_beyond_belief_corrects_nothing_and_is_told(measured: int, tmp_p
         "",
         "{",
         "[]",
-        '{"format": 3}',
-        '{"format": 2, "phases": 3}',
+        '{"format": 4}',
+        '{"format": 3, "phases": 3}',
+        '{"format": 2, "phases": {"k": {"ratio": 0.74, "runs": 1}}}',
         '{"format": 1, "phases": {"k": {"bytes": -1000000000000, "runs": 1}}}',
         "[" * 100_000,
         *(
-            '{"format": 2, "phases": {"k": ' + each + "}}"
+            '{"format": 3, "phases": {"k": ' + each + "}}"
             for each in (
                 '{"ratio": -1.0, "runs": 1}',
                 '{"ratio": 1e999, "runs": 1}',
@@ -242,7 +243,7 @@ def test_a_damaged_file_is_none(tmp_path: Path, text: str) -> None:
 def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     rows = '{"bad": {"ratio": 9.0, "runs": 1}, "good": {"ratio": 1.1, "runs": 3}}'
-    path.write_text('{"format": 2, "phases": ' + rows + "}")
+    path.write_text('{"format": 3, "phases": ' + rows + "}")
     assert read(path) == {"good": Correction(ratio=1.1, runs=3)}
 
 

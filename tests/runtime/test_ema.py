@@ -10,10 +10,13 @@ from torch import nn
 
 from compiler import plan
 from runtime import checkpoints
+from runtime import ema as averaging
 from runtime.ema import Ema
 from runtime.execute import execute
 from runtime.export.request import chosen
 from runtime.export.weights import trained_weights
+from runtime.memory.tracker import Tracker
+from runtime.out_of_memory import is_torn
 from tests.runtime.plans import LORA, PICTURES, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
 
@@ -120,6 +123,62 @@ def test_a_warm_up_goes_on_where_it_was():
         if done >= 6:
             other.update(done)
     assert torch.equal(whole.average["p"], other.average["p"])
+
+
+def walked(count: int = 20, numbers: int = 1000) -> Ema:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(numbers, generator=generator).bfloat16() for _ in range(count)]
+    found = Ema(facts(), [(f"p{n}", nn.Parameter(each)) for n, each in enumerate(made)])
+    for p in found.parameters.values():
+        walk(p, 1)
+    return found
+
+
+def test_on_another_device_copies_are_made_in_pieces(monkeypatch):
+    """Weights count as another device's: no more copies are there together, and to the same bits as
+    all at once. A weight that is larger than a piece is copied alone."""
+    whole, pieces, lerp, cuts = walked(), walked(), torch._foreach_lerp_, []
+    whole.update(1)
+
+    def counted(averages, *rest):
+        cuts.append(len(averages))
+        lerp(averages, *rest)
+
+    monkeypatch.setattr(averaging, "_is_elsewhere", lambda average, parameter: True)
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    for size, expected in ((3 * 4000, [3] * 6 + [2]), (100, [1] * 20), (10**9, [20])):
+        cuts.clear()
+        pieces = walked()
+        monkeypatch.setattr(averaging, "PIECE", size)
+        tracker = Tracker({"cpu"})
+        tracker.exclude([*pieces.average.values(), *pieces.parameters.values()])
+        with tracker:
+            pieces.update(1)
+        assert cuts == expected
+        assert tracker.peak == max(expected) * 4096  # of 4000 bytes each, rounded
+        assert all(torch.equal(pieces.average[n], a) for n, a in whole.average.items())
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_pieces_are_torn_only_once_one_was_changed(failing, monkeypatch):
+    """Where the host has no room for the copies of the first or the second one."""
+    found, real, calls = walked(), averaging._copied, []
+    before = {name: a.clone() for name, a in found.average.items()}
+
+    def copied(average, parameter):
+        calls.append(1)
+        if len(calls) == failing:
+            raise MemoryError
+        return real(average, parameter)
+
+    monkeypatch.setattr(averaging, "_is_elsewhere", lambda average, parameter: True)
+    monkeypatch.setattr(averaging, "_copied", copied)
+    monkeypatch.setattr(averaging, "PIECE", 100)
+    with pytest.raises(MemoryError) as caught:
+        found.update(1)
+    assert is_torn(caught.value) is (failing == 2)
+    same = all(torch.equal(found.average[name], a) for name, a in before.items())
+    assert same is (failing == 1)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

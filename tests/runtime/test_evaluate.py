@@ -33,6 +33,7 @@ from runtime.track.background import Background
 from runtime.track.base import numbers
 from tests.runtime.plans import LORA, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
+from tests.runtime.without_float64 import Without
 
 NEVER = ("", 0, signal.SIGTERM)
 SIZES = ((70, 70),) * 5 + ((140, 70),)
@@ -163,6 +164,20 @@ def test_resumed_it_is_neither_doubled_nor_missing(make: Any) -> None:
     assert list(_losses(parts)) == [0]
     assert execute(parts, manifest, Interrupting(*NEVER)).status == "finished"
     assert _losses(parts) == _losses(whole)
+
+
+def test_means_are_taken_where_float64_is(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def losses(*arguments: Any) -> torch.Tensor:
+        seen.append(forward_losses(*arguments))
+        return seen[-1].as_subclass(Without)
+
+    monkeypatch.setattr(evaluate, "forward_losses", losses)
+    plan, manifest = make(steps=1, every=1)
+    execute(plan, manifest, Interrupting(*NEVER))
+    first = torch.cat(seen[: len(seen) // 2]).double().mean().item()
+    assert _losses(plan)[0] == pytest.approx(first, rel=1e-12)
 
 
 @pytest.mark.parametrize("at", [5, None])

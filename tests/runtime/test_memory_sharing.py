@@ -139,6 +139,15 @@ def test_more_ranks_need_less_each_and_whole_models_all(rank: int) -> None:
     assert kept["train"] > two["train"]
 
 
+def test_what_is_loaded_is_no_average() -> None:
+    """It comes once the model is there, as of one device."""
+    for ranks in (1, 2):
+        step = evolve(wide("sana", ranks), ema_on_device=True)
+        parts = {phase.name: phase.parts for phase in MODEL.simulate(step).phases}
+        assert not {"ema", "optimizer", "gradients"} & parts["load"].keys()
+        assert parts["save"]["ema"] > 0
+
+
 def test_whole_models_add_up_their_gradients_in_a_buffer() -> None:
     """Of 32 MiB, or of all gradients where these are fewer bytes; none for one device alone."""
     step = wide("sana", 1, trained="bfloat16", compute="bfloat16", optimizer="sgd", fused=False)

@@ -21,6 +21,7 @@ from runtime.ema import Ema
 from runtime.errors import OutOfMemory, RunFailed
 from runtime.events import Silent
 from runtime.execute import execute
+from runtime.offload.host import host_for
 from runtime.optimizers import kept_weights
 from runtime.out_of_memory import is_out_of_memory, is_torn, let_go, refusal, updating
 from runtime.ranks import RanksLost, connected, peers
@@ -103,6 +104,51 @@ def test_an_exception_lets_go_of_what_its_frames_held() -> None:
     assert watched[0]() is not None
     let_go(caught.value)
     assert watched[0]() is None
+
+
+@pytest.mark.parametrize("release", ["2.9", "2.13"])
+def test_pinned_memory_is_given_back_too(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once copies are done; also by a device that answers nothing more."""
+    called: list[str] = []
+
+    def mute() -> None:
+        called.append("synchronize")
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", mute)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("device"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    where, name = (torch._C, "_host_emptyCache")
+    if release == "2.13":
+        where, name = (torch.accelerator, "empty_host_cache")
+    monkeypatch.setattr(where, name, lambda: called.append("host"), raising=False)
+    let_go()
+    assert called == ["synchronize", "device", "host"]
+
+
+def test_memory_that_can_t_be_pinned_is_the_host_s(tmp_path, monkeypatch) -> None:
+    """CUDA says of it what it says of a device that is full; any other error stays."""
+    cuda, stock = torch.device("cuda"), torch.empty
+    said = ["CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"]
+
+    def empty(*arguments, **options):
+        if options.pop("pin_memory", False):
+            raise torch.AcceleratorError(said[-1])
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(MemoryError) as caught:
+        host_for([torch.zeros(4)], cuda)
+    found = refusal(on_a_rung(tmp_path, "next-rung", **PARTS), "train", caught.value, cuda)
+    assert found.on_host and found.message == (
+        "the host ran out of memory in phase train: no memory could be pinned: CUDA error: out of "
+        "memory"
+    )
+    assert "next rung" not in found.help
+    said.append("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        host_for([torch.zeros(4)], cuda)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import context, segments
-from runtime.segments import BY_PAGES, map_by_pages, setting
+from runtime import device, segments
+from runtime.segments import BY_PAGES, map_by_pages, number_by_bus, setting
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,12 +51,22 @@ def test_not_where_drivers_fail(
     assert told() == {}
 
 
+def test_devices_are_numbered_as_the_driver_s_tool_does() -> None:
+    environment: dict[str, str] = {}
+    number_by_bus(environment)
+    assert environment == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    own = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    number_by_bus(own)
+    assert own == {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where memory is mapped by pages")
 def test_torch_hears_it() -> None:
     """The command line says it before torch is imported, and this torch knows the word."""
     code = (
-        "import sys; from tuner.cli import run_command; run_command(['--version'])\n"
+        "import os, sys; from tuner.cli import run_command; run_command(['--version'])\n"
         "assert 'torch' not in sys.modules\n"
+        "assert os.environ['CUDA_DEVICE_ORDER'] == 'PCI_BUS_ID'\n"
         "import torch; print(torch._C._accelerator_getAllocatorSettings())"
     )
     names = {"PATH": "/usr/bin:/bin"}
@@ -72,8 +82,8 @@ class TestClaimed:
     @pytest.fixture
     def said(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         said: list[str] = []
-        monkeypatch.setattr(context, "tell_allocator", said.append)
-        monkeypatch.setattr(context, "setting", lambda: BY_PAGES)
+        monkeypatch.setattr(device, "tell_allocator", said.append)
+        monkeypatch.setattr(device, "setting", lambda: BY_PAGES)
         return said
 
     def _fails(self, monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
@@ -83,11 +93,11 @@ class TestClaimed:
             if coming:
                 raise coming.pop(0)
 
-        monkeypatch.setattr(context, "torch", SimpleNamespace(empty=empty, cuda=torch.cuda))
+        monkeypatch.setattr(device, "torch", SimpleNamespace(empty=empty, cuda=torch.cuda))
 
     def test_falls_back(self, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._fails(monkeypatch, RuntimeError("CUDA driver error: operation not supported"))
-        assert context.claimed(torch.device("cuda", 0)) == torch.device("cuda", 0)
+        assert device.claimed(torch.device("cuda", 0)) == torch.device("cuda", 0)
         assert said == ["expandable_segments:False"]
 
     def test_not_when_memory_is_short(
@@ -95,17 +105,17 @@ class TestClaimed:
     ) -> None:
         self._fails(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."))
         with pytest.raises(torch.OutOfMemoryError):
-            context.claimed(torch.device("cuda", 0))
+            device.claimed(torch.device("cuda", 0))
         assert said == []
 
     def test_not_against_what_a_person_said(
         self, said: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(context, "setting", lambda: "backend:native")
+        monkeypatch.setattr(device, "setting", lambda: "backend:native")
         self._fails(monkeypatch, RuntimeError("CUDA driver error: operation not supported"))
         with pytest.raises(RuntimeError, match="driver"):
-            context.claimed(torch.device("cuda", 0))
+            device.claimed(torch.device("cuda", 0))
         assert said == []
 
     def test_the_processor_claims_nothing(self) -> None:
-        assert context.claimed(torch.device("cpu")) == torch.device("cpu")
+        assert device.claimed(torch.device("cpu")) == torch.device("cpu")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from compiler.devices import named, names
-from compiler.machine import Machine
+from compiler.machine import COMPILER, TRITON, Machine
 from compiler.plan import Layout
 from compiler.units import ByteSize
 from tests.compiler.recipes import GPU, MACHINE, RECIPE, compiled, project
@@ -47,6 +48,30 @@ def test_an_old_one_has_no_bfloat16() -> None:
     assert not old.bf16 and old.capability == "7.5"
     assert elsewhere(MACHINE, "h100-pcie").capability == "9.0"
     assert elsewhere(MACHINE, "16 GiB").bf16
+
+
+@pytest.mark.parametrize("word", ["3060", "4090", "4060 ti 16gb"])
+def test_the_number_of_a_card_is_enough(word: str) -> None:
+    assert elsewhere(MACHINE, word) == elsewhere(MACHINE, f"rtx {word}")
+
+
+@pytest.mark.parametrize("word", ["24", "24gb", "24 g"])
+def test_an_amount_without_its_unit_is_answered_with_it(word: str) -> None:
+    with pytest.raises(UnknownDevice, match="did you mean `24 GiB`"):
+        elsewhere(MACHINE, word)
+
+
+def test_what_is_missing_here_is_not_missing_there(tmp_path: Path) -> None:
+    """PyTorch for CUDA brings triton; so the optimizer's states may be kept in 8 bits."""
+    bare = evolve(MACHINE, missing=(TRITON, COMPILER, "bitsandbytes"))
+    machine = elsewhere(bare, "1060 MiB")
+    assert machine.missing == ("bitsandbytes",) and not machine.here and bare.here
+    recipe = project(tmp_path, RECIPE.replace("batch_size = 2", "batch_size = 1") + OPEN)
+    plan = compiled(
+        recipe, "memory.offload=none", "memory.activation_checkpointing=1",
+        "model.transformer.quantize=none", machine=machine, memory_model=Formula(),
+    ).plan  # fmt: skip
+    assert plan is not None and plan.optimizer.name == "adamw-8bit"
 
 
 @pytest.mark.parametrize("word", ["gtx-9999", "toaster", "", "24 parsecs", "-3 GiB", "nan GiB"])

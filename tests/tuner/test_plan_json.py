@@ -16,6 +16,7 @@ from compiler.data.manifest import Manifest
 from compiler.plan import Plan
 from compiler.site import Counted, Present, Resume, Space, Speed
 from tests.compiler.recipes import MACHINE, RECIPE, FixedMemory, compiled, make_pictures, project
+from tuner.elsewhere import elsewhere
 from tuner.plan_json import POINTS, json_object, schedule_points
 from tuner.plan_schema import plan_schema
 from tuner.plan_view import text
@@ -236,6 +237,10 @@ def test_a_disk_elsewhere_is_only_warned_of(tmp_path: Path) -> None:
     """A recipe for a device that is not here will run on another machine."""
     path = project(tmp_path, RECIPE + '\n[launch]\ndevice = "cuda"\n')
     found = compiled(path, memory_model=FixedMemory(), site=FixedSite(1000), machine=MACHINE)
+    assert found.plan is not None
+    assert {d.severity for d in found.diagnostics if d.code == "disk-full"} == {"warning"}
+    named = elsewhere(MACHINE, "l40s")
+    found = compiled(path, memory_model=FixedMemory(), site=FixedSite(1000), machine=named)
     assert found.plan is not None
     assert {d.severity for d in found.diagnostics if d.code == "disk-full"} == {"warning"}
 

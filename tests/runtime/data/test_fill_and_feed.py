@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,6 +236,19 @@ def same_windows(one: Window, other: Window) -> bool:
         same &= torch.equal(a.sigmas, b.sigmas) and a.text.keys() == b.text.keys()
         same &= all(torch.equal(a.text[name], b.text[name]) for name in a.text)
     return same
+
+
+def test_a_window_that_can_t_be_pinned_is_the_host_s_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: torch.Tensor) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    feed = Feed(*filled(tmp_path), torch.device("cuda"))
+    with closing(feed.windows(0)) as windows, pytest.raises(MemoryError, match="pinned"):
+        next(windows)
 
 
 def test_every_epoch_is_fed_whole(tmp_path: Path) -> None:

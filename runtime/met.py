@@ -1,0 +1,148 @@
+"""What a run did of that which its plan counted: told by the batches that it met.
+
+An allocator tells the peak of a phase, whatever was done in it. The plan counts the largest
+batches, with prompts of full length; a run pads prompts to the longest of a batch, and may end
+before it has met the largest. What was not done in full says nothing of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from attrs import mutable
+from torch import Tensor
+
+from compiler.families import FAMILIES
+from compiler.plan import Plan
+from runtime.batch import Batch
+from runtime.data.feed import Window
+from runtime.families.common import config_of
+from runtime.loop import Trained
+from runtime.memory.buckets import evaluated_shapes, trained_shapes
+from runtime.memory.gauge import Gauge, Reading
+from runtime.memory.pieces import picture_words
+from runtime.methods.base import is_rivals
+from runtime.methods.sprint_draws import NEGATIVE
+from runtime.one_more import example, trained_example, trained_whole
+
+AVERAGE = "an update of the average"
+NOTHING = "nothing that was planned"
+UNSEEN, FULL = "prompts of a length that was not seen", "prompts of full length"
+META = torch.device("meta")
+
+
+@mutable(kw_only=True)
+class Steps:
+    """Notes what the windows of a run are, in the order in which they are trained on."""
+
+    plan: Plan
+    trained: Trained
+    gauge: Gauge
+    begun: int = 0
+
+    def __call__(self, window: Window) -> Window:
+        """`window` itself. In the first update of each side its optimizer has no state before it,
+        and once an encoder rests, less is trained: these are not noted."""
+        sides = 1 if self.trained.rival is None else 2
+        if self.begun >= sides and window.step < trained_whole(self.plan):
+            size = float(sum(map(_numbers, window.batches)))
+            self.gauge.meets("train", _window_words(self.plan, self.trained, window), size)
+            if _averages(self.trained, window.step + 1):
+                self.gauge.meets("train", AVERAGE, 0)
+        self.begun += 1
+        return window
+
+
+def judged(plan: Plan, gauge: Gauge) -> Callable[[Batch], None]:
+    """What notes the batches of held-out pictures that it is called with."""
+
+    def note(batch: Batch) -> None:
+        gauge.meets("evaluate", _words(plan, batch), _numbers(batch))
+
+    return note
+
+
+def met_readings(
+    plan: Plan, trained: Trained, gauge: Gauge, phases: Collection[str]
+) -> dict[str, Reading]:
+    """Of those of `phases` that are told by the batches which a run met: how these are like what
+    the plan counted. All of that has to be met; the largest that was stands for what was."""
+    counted = {"train": _trained, "evaluate": _judged}
+    found = {
+        name: _reading(wanted(plan, trained), gauge.met.get(name, {}))
+        for name, wanted in counted.items()
+        if name in phases
+    }
+    if trained.shards is not None and "validate" in phases:  # nobody looks into what they draw
+        found["validate"] = Reading(size=0, on=UNSEEN, planned=FULL)
+    return found
+
+
+def _reading(wanted: set[str], met: Mapping[str, float]) -> Reading:
+    missed = "; ".join(sorted(wanted - met.keys()))
+    if not missed:
+        return Reading(size=0)
+    return Reading(size=0, on=max(met, key=lambda each: met[each], default=NOTHING), planned=missed)
+
+
+def _trained(plan: Plan, trained: Trained) -> set[str]:
+    last = trained_whole(plan) - 1
+    found = set()
+    for step in [last] if trained.rival is None else [last, last + 1]:
+        for shape in trained_shapes(plan):
+            batch = trained_example(plan, trained, shape, step, META)
+            found.add(_step_words(plan, trained, step, [batch] * plan.steps.accumulate))
+    return found if trained.ema is None else found | {AVERAGE}
+
+
+def _judged(plan: Plan, trained: Trained) -> set[str]:
+    shapes = evaluated_shapes(plan)
+    return {_words(plan, example(plan, trained, shape, META)) for shape in shapes}
+
+
+def _averages(trained: Trained, done: int) -> bool:
+    """Whether the average follows after `done` updates, of both sides if there are two."""
+    if trained.ema is None or trained.turn(done - 1) is trained.rival:
+        return False
+    count = done if trained.rival is None else -(-done // 2)
+    return count % trained.ema.facts.every == 0
+
+
+def _window_words(plan: Plan, trained: Trained, window: Window) -> str:
+    return _step_words(plan, trained, window.step, window.batches)
+
+
+def _step_words(plan: Plan, trained: Trained, step: int, batches: Collection[Batch]) -> str:
+    """Of all batches of an update: what they are, and how many, where there are several."""
+    each = sorted({_words(plan, batch) for batch in batches})
+    words = " beside ".join(each)
+    if len(batches) > 1:
+        words = f"{len(batches)} times {words}"
+    if trained.rival is not None and is_rivals(step):
+        words += ", for the discriminator"
+    return words
+
+
+def _words(plan: Plan, batch: Batch) -> str:
+    """What decides of a batch how much memory it takes."""
+    factor = FAMILIES[plan.model.family].vae_factor(config_of(plan.model, "vae"))
+    count, _, height, width = batch.latents.shape
+    words = f"{picture_words(width * factor, height * factor, count)}, {_text_words(batch)}"
+    words += ", with masks" if batch.mask is not None else ""
+    return words + (", as the base sees it too" if batch.keeps_base else "")
+
+
+def _text_words(batch: Batch) -> str:
+    """Of a prompt's tokens, and whether a mask says which of them count."""
+    text = [each for name, each in batch.text.items() if not name.startswith(NEGATIVE)]
+    states = [each.shape[1] for each in text if each.dim() == 3]
+    hidden = any(each.dim() == 2 and each.shape[1] in states for each in text)
+    numbers = batch.tokens.numbers.values() if batch.tokens else ()
+    count = sum(states) + sum(each.shape[1] for each in numbers)
+    return f"{count:,} tokens of text" + (" and their mask" if hidden else "")
+
+
+def _numbers(batch: Batch) -> float:
+    tensors: list[Tensor] = [batch.latents, *batch.text.values()]
+    return float(sum(each.numel() for each in tensors))
