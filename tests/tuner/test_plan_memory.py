@@ -48,11 +48,10 @@ def test_the_rungs_beside_the_chosen_one() -> None:
     lines = shown(verbose=False)
     start = next(n for n, line in enumerate(lines) if "ladder" in line)
     assert lines[start:] == [
-        "  ladder (time of a step is modelled):",
+        "  ladder (training and drawing; time of a step is modelled):",
         "        55.0 GiB  1.15x time  activation_checkpointing = 3",
         "    >   22.0 GiB  1.43x time  activation_checkpointing = 1",
-        "        14.0 GiB  1.45x time  micro_batch = 1, alters the result a little from",
-        "                              here on",
+        "        14.0 GiB  1.45x time  micro_batch = 1, alters the result a little",
     ]
     told = " ".join(lines)
     assert "recomputes the activations of every block, keeps activations on the host" in told
@@ -64,6 +63,7 @@ def test_all_rungs_when_asked() -> None:
     start = next(n for n, line in enumerate(lines) if "ladder" in line)
     assert lines[start + 1].endswith("1.00x time  nothing more than the recipe says")
     assert sum("x time" in line for line in lines) == len(LADDER)
+    assert sum("alters" in line for line in lines) == sum(rung.alters for rung in LADDER)
     assert all(len(line) <= 80 for line in lines)
 
 
