@@ -9,6 +9,7 @@ takes a new interpreter to import the libraries.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def _captured() -> Candidate:
         (place / "pictures").mkdir()
         for number in range(8):
             Image.new("RGB", (1024, 1024)).save(place / "pictures" / f"{number}.png")
+        os.environ["XDG_CACHE_HOME"] = str(place / "cache")  # or it is known from the last time
         compile_here(place / "recipe.toml", [], simulator=Recorder())
     return seen[0]
 
