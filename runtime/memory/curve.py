@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -59,3 +59,9 @@ class NotAlike(Exception):
 def highest(curves: Sequence[Curve]) -> dict[str, int]:
     """Bytes by category at the highest row of all."""
     return max(curves, key=lambda curve: curve.peak).at_peak()
+
+
+def lowered(curve: Curve, less: Mapping[str, int]) -> Curve:
+    """Without so many bytes by category, which are in all of its rows."""
+    away = np.array([less.get(name, 0) for name in curve.categories], np.int64)
+    return evolve(curve, live=curve.live - away, levels=curve.levels - away)

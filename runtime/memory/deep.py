@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from attrs import evolve
 
 from runtime.memory.curve import NotAlike
@@ -52,11 +53,14 @@ def deepened(
     grown = {name: update.primed.get(name, 0) - base.primed.get(name, 0) for name in STATES}
     rest = _sum(held, [(grown, 1)])
     at_rest = More(live=rest, host=0)
-    window, more = repeated(base.window, less.runs, at_rest)
+    found = _gradients(base, further) if base.stands_for > 1 else {}
+    begun = More(live=_sum(rest, [(found, 1)]), host=0)
+    window, more = repeated(base.window, less.runs, begun)
     evaluate, judged = repeated(base.evaluate, less.runs, at_rest)
     validate, drawn = repeated(base.validate, less.runs, at_rest)
     norms = rounded(4) * sum(count * len(share.forms) for share, count in further) * fused
-    _check(more, rest, {"gradients": more.live.get("gradients", 0), "activations": norms})
+    kept = found or {"gradients": more.live.get("gradients", 0), "activations": norms}
+    _check(more, rest, kept)
     _check(judged, rest, {})
     _check(drawn, rest, {})
     after = _sum(base.after, [(more.live, 1)])
@@ -69,8 +73,7 @@ def deepened(
         save=_sum(base.save, [(rest, 1)]),
         evaluate=evaluate,
         validate=validate,
-        flops=of_batch(base.spent + more.flops),
-        kernels=round(base.kernels * (1 + more.flops / base.spent)) if base.spent else base.kernels,
+        flops=of_batch((base.spent + more.flops) * base.stands_for),
         parameters=base.parameters + _times(further, "parameters"),
         adapted_modules=base.adapted_modules + _times(further, "adapted_modules"),
         forms=forms,
@@ -89,6 +92,8 @@ def deepened(
 def _waited(deep: Course, waiting: Waiting) -> Course:
     """That of the model whose blocks wait, from that of the one whose blocks tell their turns."""
     load = _less(deep.load, waiting)
+    if deep.stands_for > 1:
+        waiting.settle()  # as the part leaves them that was not run
     window = waiting.follow(deep.window)
     after, save = _less(deep.after, waiting), _less(deep.save, waiting)
     update = [waiting.lower(curve) for curve in deep.update]
@@ -117,6 +122,19 @@ def _check(end: More, rest: Mapping[str, int], kept: Mapping[str, int]) -> None:
     when that is freed is not known."""
     if +Counter(end.live) != +Counter(_sum(rest, [(kept, 1)])):
         raise NotAlike("what passes leave is freed at another time")
+
+
+def _gradients(base: Course, further: Further) -> dict[str, int]:
+    """Bytes of those that the further blocks get."""
+    idle = {name for name, _, _ in base.idle}
+    return {
+        "gradients": sum(
+            count * rounded(torch.Size(shape).numel() * dtype.itemsize)
+            for share, count in further
+            for name, shape, dtype in share.forms
+            if name not in idle
+        )
+    }
 
 
 def _further(base: Course, less: Shallow) -> Further:

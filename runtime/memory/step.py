@@ -28,7 +28,7 @@ from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
 from runtime.memory.again import Again
 from runtime.memory.buckets import of_batch, parts_run, runs_of, worst_of
-from runtime.memory.curve import Curve, highest
+from runtime.memory.curve import Curve, NotAlike, highest, lowered
 from runtime.memory.grown import Growth
 from runtime.memory.shares import (
     Form,
@@ -85,12 +85,20 @@ class Course:
     "trained" ones of a block and "trained apart"; and "buffer bytes", which no rank shares."""
     primed: Mapping[str, int] = field(factory=dict)
     """Before the window, once the optimizer has its state and the average is there."""
-    spent: int = 0  # the window's operations
-    kernels: int = 0  # of one part's passes: as many as made a new tensor
+    spent: int = 0  # operations of the passes that were run
+    stands_for: int = 1
+    """Passes of the window for which each that was run stands. 2: its first part, which finds no
+    gradients and is as large as the later one, was left out; it never needs more."""
+    runs: int = 1  # parts that were run, or as many times one as rivals take turns
     filled: float = 1.0  # of the host memory of activations that wait, what they take of it
     parked: int = 0  # bytes on the host of what belongs on the device, between two steps
     shares: Mapping[int, Share] = field(factory=dict)  # of blocks that were asked for
     weights: Sequence[Weights] = ()  # of each block, if it was rehearsed that they wait
+
+    @property
+    def kernels(self) -> int:
+        """Of one part's passes: as many as made a new tensor."""
+        return sum(len(curve.sizes) for curve in self.window) // self.runs
 
     @property
     def host(self) -> int:
@@ -150,7 +158,7 @@ def run_step(
     blocks' passes are told apart, and the blocks of these numbers have their shares; with
     `rehearsed`, too, when each of them would be needed if it waited. `aside` does work beside
     other work, as `runtime.memory.beside`; `grow` is how the model is built.
-    Raises NotAlike if blocks have no shares, and CantGrow.
+    Raises NotAlike if blocks have no shares or gradients do not add up, and CantGrow.
     """
     aside = aside or here
     family = family_of(candidate.model.family)
@@ -178,14 +186,16 @@ def run_step(
         between = partial(_between, candidate, family, built, device, tracker)
         with aside(between) as looked:
             start = flops()
-            window, after, updating, idle = _window(
-                candidate, family, built, optimizer, ema, shape, tracker
+            run = _window(
+                candidate, family, built, optimizer, ema, shape, tracker, told=asked_for is not None
             )
-            kernels = sum(len(curve.sizes) for curve in window)
+            window, updating = run.passes, run.update
+            runs = runs_of(candidate, shape) // run.stands_for
             if rivals is not None and built.rival is not None:  # its updates take turns
                 other = evolve(built, trainable=built.rival.trainable)
                 more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
-                window, updating = [*window, *more[0]], [*updating, *more[2]]
+                window, updating = [*window, *more.passes], [*updating, *more.update]
+                runs *= 2
             spent = flops() - start
             if built.method is None:
                 spent -= sum(asked)
@@ -200,21 +210,22 @@ def run_step(
     return Course(
         load=load,
         window=window,
-        after=after,
+        after=run.after,
         update=updating,
         save=save,
         evaluate=judged,
         validate=drawn,
-        flops=of_batch(candidate, shape, spent),
+        flops=of_batch(candidate, shape, spent * run.stands_for),
         spent=spent,
-        kernels=kernels // runs_of(candidate, shape),
+        stands_for=run.stands_for,
+        runs=runs,
         filled=given.share,
         parked=parked,
         largest=max(p.nbytes for p in built.model.parameters()),
         parameters=built.parameters,
         adapted_modules=built.adapted_modules,
         forms=forms_of(built.trainable),
-        idle=idle,
+        idle=run.idle,
         block_numbers=_block_numbers(built.model, family),
         primed=primed,
         shares=shares,
@@ -322,15 +333,19 @@ def prime(
     make = simulated if next(iter(trainable.values())).is_meta else make_optimizer
     named = grouped(trainable.items(), candidate)
     optimizer = make(candidate.optimizer, named, device)
-    if next(iter(trainable.values())).is_meta:
-        gradients = tracker.made((p.shape, p.dtype) for p in trainable.values())
-    else:
-        gradients = [torch.zeros_like(parameter) for parameter in trainable.values()]
-    for parameter, gradient in zip(trainable.values(), gradients, strict=True):
-        parameter.grad = gradient
-    del gradients, gradient
+    give_gradients(list(trainable.values()), tracker)
     update(optimizer, gradient_norm(trainable.values()), candidate.max_grad_norm)
     return optimizer
+
+
+def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker) -> None:
+    """Gradients, zero where they have values."""
+    if all(parameter.is_meta for parameter in parameters):
+        made = tracker.made((p.shape, p.dtype) for p in parameters)
+    else:
+        made = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, made, strict=True):
+        parameter.grad = gradient
 
 
 def average(
@@ -362,6 +377,17 @@ def _marks_of_passes(
     return [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
 
 
+@frozen(kw_only=True, eq=False)
+class _Window:
+    """See `Course`."""
+
+    passes: Sequence[Curve]
+    after: Mapping[str, int]
+    update: Sequence[Curve]
+    idle: Sequence[Form]
+    stands_for: int
+
+
 def _window(
     candidate: Candidate,
     family: Family,
@@ -371,11 +397,11 @@ def _window(
     shape: tuple[int, int, int],
     tracker: Tracker,
     step: int = 0,
-) -> tuple[Sequence[Curve], dict[str, int], Sequence[Curve], Sequence[Form]]:
+    told: bool = False,
+) -> _Window:
     """One optimizer update over batches of `shape`, all on the device from the start, as in the
-    loop: the course of its passes, what is live after them, the course of what follows, and what
-    is trained but got no gradient. Of the parts that the batches are cut in, only those are run
-    that tell its peak."""
+    loop. Of the parts that the batches are cut in, only those are run that tell its peak; where
+    the blocks' passes are `told` apart, the later one alone of two that are equally large."""
     fused = None
     if candidate.layout.fused_backward:
         fused = FusedBackward(built.model, built.trainable, optimizer, built.copies())
@@ -396,15 +422,18 @@ def _window(
         batches = [evolve(batch, tokens=example_tokens(*given)) for batch in batches]
     if candidate.sprint is not None:
         batches = [example(candidate.sprint, batch, step) for batch in batches]
-    tracker.reset_peak()
     samples = sum(batch.latents.shape[0] for batch in batches)
+    parts = [part for batch in batches for part in batch.parts(candidate.micro_batch)]
+    sizes = [part.latents.shape[0] for part in parts]
+    asked, found = parts_run(sizes), None
+    if told and fused is None and len({sizes[number] for number in asked}) < len(asked):
+        asked, found = asked[1:], _Found(built.trainable, tracker)
+    tracker.reset_peak()
     losses: list[object] = []
     if built.method is not None:
         built.method.begin(step)
     for nested in built.nested:
         nested.begin(0, step)
-    parts = [part for batch in batches for part in batch.parts(candidate.micro_batch)]
-    asked = parts_run([part.latents.shape[0] for part in parts])
     for number, part in enumerate(parts):
         tracker.category = "activations"
         if number not in asked:  # its loss alone stays
@@ -428,13 +457,46 @@ def _window(
             )
         )
         tracker.register(_gradients(built), "gradients")
-    passes, after = tracker.curves(), tracker.categories()
+    passes = tracker.curves()
+    if found is not None:
+        unused = found.unused()
+        passes = [lowered(curve, unused) for curve in passes]
+    after = tracker.categories()
     without = fused.idle() if fused else [p.grad is None for p in built.trainable.values()]
     idle = [form for form, none in zip(forms_of(built.trainable), without, strict=True) if none]
     complete(
         candidate, built.trainable, optimizer, ema, fused.finish if fused else None, tracker, scaler
     )
-    return passes, after, tracker.curves(), idle
+    return _Window(
+        passes=passes,
+        after=after,
+        update=tracker.curves(),
+        idle=idle,
+        stands_for=2 if found is not None else 1,
+    )
+
+
+class _Found:
+    """Gradients as an earlier part's passes leave them: those of all parameters, until it is known
+    which get none."""
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter], tracker: Tracker) -> None:
+        self._parameters, self._tracker = list(trainable.values()), tracker
+        tracker.category = "gradients"
+        give_gradients(self._parameters, tracker)
+        self._made = [parameter.grad for parameter in self._parameters]
+
+    def unused(self) -> dict[str, int]:
+        """Bytes by category of those that nothing was added to. They are gone afterwards."""
+        unused = []
+        for parameter, gradient in zip(self._parameters, self._made, strict=True):
+            if gradient is None or parameter.grad is not gradient:
+                raise NotAlike("gradients that are exchanged, not added up")
+            if gradient._version == 0:
+                unused.append(gradient)
+                parameter.grad = None
+        self._made = []
+        return self._tracker.held(unused)
 
 
 def complete(

@@ -17,7 +17,7 @@ from runtime.collector import collector_off
 from runtime.fused_backward import total_norm
 from runtime.memory.curve import Curve
 from runtime.memory.shares import Form, kind_of
-from runtime.memory.step import META, average, complete, prime
+from runtime.memory.step import META, average, complete, give_gradients, prime
 from runtime.memory.tracker import Tracker
 from runtime.offload.host import counted
 
@@ -85,10 +85,7 @@ def run_update(
                 parameter.grad = None
                 if left[kind_of(form)] < 0:
                     reached.append(parameter)
-            gradients = tracker.made((p.shape, p.dtype) for p in reached)
-            for parameter, gradient in zip(reached, gradients, strict=True):
-                parameter.grad = gradient
-            del gradients, gradient
+            give_gradients(reached, tracker)
         before = tracker.categories()
         complete(candidate, trainable, optimizer, ema, finish, tracker)
     return Update(primed=primed, before=before, curves=tracker.curves())

@@ -43,23 +43,20 @@ class Waiting:
         self._numbers = {number: place for place, number in enumerate(blocks)}
         self._weights = list(blocks.values())
         self._here: set[int] = set()
-
-    @property
-    def total(self) -> int:
+        alike = {id(weights): weights for weights in self._weights}  # most blocks are
+        sums = {key: _sums(weights) for key, weights in alike.items()}
+        hosts = {key: _on_host(weights) for key, weights in alike.items()}
+        self._sums = [sums[id(weights)] for weights in self._weights]
+        self.total = sum(hosts[id(weights)] for weights in self._weights)
         """Bytes that wait on the host, which they never leave."""
-        return sum(
-            rounded(piece)
-            for weights in self._weights
-            for piece in packed([nbytes for _, nbytes in weights])[1]
-        )
 
     @property
     def away(self) -> Counter[str]:
         """Bytes by category that are not on the device now."""
         found: Counter[str] = Counter()
-        for place, weights in enumerate(self._weights):
-            for category, nbytes in weights if place not in self._here else ():
-                found[category] += nbytes
+        for place, sums in enumerate(self._sums):
+            if place not in self._here:
+                found.update(sums)
         return found
 
     def settle(self) -> None:
@@ -85,8 +82,9 @@ class Waiting:
         sizes: list[Ints] = []
         live: list[Ints] = []
         names, start = curve.categories, 0
-        known = {id(weights): _rows(weights, names) for weights in self._weights}
-        arriving = [known[id(weights)] for weights in self._weights]  # blocks that are alike
+        alike = {id(weights): weights for weights in self._weights}
+        known = {key: _rows(weights, names) for key, weights in alike.items()}
+        arriving = [known[id(weights)] for weights in self._weights]
         offset = -self._vector(names)
 
         def add(end: int) -> None:
@@ -122,6 +120,19 @@ class Waiting:
             live=np.concatenate(live),
             hosts=curve.hosts + self.total,
         )
+
+
+def _sums(weights: Weights) -> Counter[str]:
+    """Bytes by category."""
+    found: Counter[str] = Counter()
+    for category, nbytes in weights:
+        found[category] += nbytes
+    return found
+
+
+def _on_host(weights: Weights) -> int:
+    """Bytes of the pieces in which they lie there."""
+    return sum(map(rounded, packed([nbytes for _, nbytes in weights])[1]))
 
 
 def _rows(weights: Weights, names: Sequence[str]) -> Ints:

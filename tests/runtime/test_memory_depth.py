@@ -72,12 +72,20 @@ def check(step: Candidate) -> None:
     ours, whole = MODEL._deep(step, less, step.shapes[0]), MODEL.whole(step, step.shapes[0])
     for name in NUMBERS:
         assert getattr(ours, name) == getattr(whole, name), name
-    for name in ("window", "evaluate", "validate"):
-        for one, other in zip(getattr(ours, name), getattr(whole, name), strict=True):
-            assert one.categories == other.categories
-            assert np.array_equal(one.sizes, other.sizes)
-            assert np.array_equal(one.live, other.live)
-            assert one.hosts[:, 1].max() == other.hosts[:, 1].max()
+    parts = step.accumulate * -(-step.shapes[0][2] // (step.micro_batch or step.shapes[0][2]))
+    alone = parts > 1 and not step.layout.fused_backward  # the later one of two parts
+    assert ours.stands_for == 1 + alone
+    assert alone or ours.kernels == whole.kernels
+    passes = ours.window[alone:]  # what comes before it are the noise and the other parts' losses
+    assert len(passes) == len(whole.window) // (1 + alone)
+    pairs = list(zip(passes, whole.window[-len(passes) :], strict=True))
+    for name in ("evaluate", "validate"):
+        pairs += zip(getattr(ours, name), getattr(whole, name), strict=True)
+    for one, other in pairs:
+        assert one.categories == other.categories
+        assert np.array_equal(one.sizes, other.sizes)
+        assert np.array_equal(one.live, other.live)
+        assert one.hosts[:, 1].max() == other.hosts[:, 1].max()
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -114,6 +122,23 @@ PAIRS = [  # the first two with both families, the others with one of them
 @pytest.mark.parametrize(("family", "options"), PAIRS, ids=str)
 def test_deep_models(family: str, options: dict[str, Any]) -> None:
     check(deep(family, enough(options), **options))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sd3", {"rank": 4, "layout": Layout(offload_blocks=9, offload_activations=True)}),
+        ("sana", {"trained": "bfloat16", "checkpointing": 2, "ema": True, "accumulate": 2}),
+    ],
+    ids=str,
+)
+def test_deep_models_whose_batches_are_cut(family: str, options: dict[str, Any]) -> None:
+    check(evolve(deep(family, 17, **options), micro_batch=1))
+
+
+def test_an_unequal_part_is_run_too() -> None:
+    step = evolve(deep("sana", 13, rank=4, shapes=((256, 256, 3),)), micro_batch=2)
+    assert MODEL.course(step, step.shapes[0]).stands_for == 1
 
 
 def enough(options: Mapping[str, Any]) -> int:
