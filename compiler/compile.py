@@ -13,8 +13,9 @@ from compiler.diagnostics import Diagnostic, sort_diagnostics
 from compiler.home import default_cache
 from compiler.inherit import chain
 from compiler.mended import blamed_by, is_echo, mended, without_miscounts
+from compiler.overrides import parse_overrides
 from compiler.schema import Recipe
-from compiler.source import Source, merge, parse_overrides, read_source
+from compiler.source import Source, merge, read_source
 from compiler.structure import structure, tagged_paths
 from compiler.synonyms import SYNONYMS
 

@@ -85,16 +85,25 @@ def is_torn(error: BaseException) -> bool:
 
 def refusal(plan: Plan, phase: str, error: BaseException, device: torch.device) -> OutOfMemory:
     """The error for a person: the phase, what was planned, what was there, and what to do."""
-    first = (str(error).strip() or "no memory left").splitlines()[0]
     planned = {p.name: p.device_bytes for p in plan.memory.phases}
     on_host = device.type != "cpu" and _of_host(error)
-    words = f"{'the host' if on_host else device} ran out of memory in phase {phase or 'load'}"
+    doing = f"in phase {phase or 'load'}"
     if phase in planned and not on_host:
-        words += f", for which {gib(planned[phase])} were planned"
-    if not on_host:
-        words += _there(device)
+        doing += f", for which {gib(planned[phase])} were planned"
     told = advice(plan, phase, on_host=on_host)
     help = f"{_kept(plan, torn=is_torn(error))}; {told}"
+    return shortage(doing, error, device, help, phase)
+
+
+def shortage(
+    doing: str, error: BaseException, device: torch.device, help: str, phase: str
+) -> OutOfMemory:
+    """The error for a person: what was being done, what was there, and `help`."""
+    first = (str(error).strip() or "no memory left").splitlines()[0]
+    on_host = device.type != "cpu" and _of_host(error)
+    words = f"the host ran out of memory {doing}"
+    if not on_host:
+        words = f"{device} ran out of memory {doing}{_there(device)}"
     return OutOfMemory(f"{words}: {first}", help, phase, on_host=on_host)
 
 

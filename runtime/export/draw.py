@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from attrs import evolve
+from safetensors import SafetensorError
 from torch import nn
 
 from compiler.data.prompts import Prompt
@@ -17,7 +18,7 @@ from runtime import files
 from runtime.build import build, load_state, without_starts
 from runtime.data.encoders import Encoders
 from runtime.device import device_of
-from runtime.errors import RunFailed
+from runtime.errors import OutOfMemory, RunFailed
 from runtime.export.pictures import Drawing, Wanted
 from runtime.export.request import Weights
 from runtime.export.weights import trained_weights
@@ -25,6 +26,7 @@ from runtime.families import family_of, sana_sprint
 from runtime.families.base import Family, TextEmbedding
 from runtime.families.common import DTYPES, component_of, sample
 from runtime.methods.student import OF_LOSS, make_student
+from runtime.out_of_memory import is_out_of_memory, shortage
 from runtime.refined import picture_part
 from runtime.text_training import TrainedText, tokenizers
 
@@ -36,13 +38,13 @@ def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> li
     """Draw the pictures that `wanted` lists; returns their files. `told` hears of each.
 
     The encoders are on the device one after the other, before the model is loaded. Raises
-    MachineUnfit if the device can't be used, and RunFailed.
+    MachineUnfit if the device can't be used, OutOfMemory, and RunFailed.
     """
     plan = _on(weights.plan, wanted.device)
-    device = device_of(plan)
-    torch.set_num_threads(plan.threads)  # sums are split by threads
     family = family_of(plan.model.family) if plan.sprint is None else sana_sprint.FAMILY
-    try:
+    with _failing(torch.device(plan.device), wanted):
+        device = device_of(plan)
+        torch.set_num_threads(plan.threads)  # sums are split by threads
         words = _embedded(plan, family_of(plan.model.family), wanted)
         model, text = _model(plan, family, evolve(weights, plan=plan), device)
         parts = {plan.model.trained_component: model, **_parts(plan, family, device)}
@@ -51,9 +53,24 @@ def draw(weights: Weights, wanted: Wanted, told: Told = lambda path: None) -> li
         for drawing in wanted.drawings:
             _draw(plan, family, parts, words, wanted, drawing)
             told(drawing.path)
-    except OSError as error:
-        raise RunFailed(str(error)) from error
     return [drawing.path for drawing in wanted.drawings]
+
+
+@contextmanager
+def _failing(device: torch.device, wanted: Wanted) -> Iterator[None]:
+    """Inside, what the machine lacks is turned into errors that say so."""
+    try:
+        yield
+    except (OutOfMemory, RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        cause = error.__cause__ or error if isinstance(error, OutOfMemory) else error
+        if is_out_of_memory(cause):
+            doing = f"drawing pictures of {wanted.width}x{wanted.height} pixels"
+            help = "draw smaller ones with --size"
+            help += "" if device.type == "cpu" else ", or slowly with --device cpu"
+            raise shortage(doing, cause, device, help, "validate") from cause
+        if isinstance(error, OSError | SafetensorError):  # no base there, a disk that is full
+            raise RunFailed(str(error)) from error
+        raise
 
 
 def _on(plan: Plan, device: Device | Literal[""]) -> Plan:

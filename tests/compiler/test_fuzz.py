@@ -7,7 +7,8 @@ import time
 import pytest
 
 from compiler.diagnostics import render, safe, to_json
-from compiler.source import merge, parse_overrides, parse_source
+from compiler.overrides import parse_overrides
+from compiler.source import merge, parse_source
 from compiler.structure import structure, tagged_paths
 from tests.compiler.example import GOOD, Recipe
 

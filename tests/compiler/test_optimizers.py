@@ -10,12 +10,13 @@ from attrs import evolve
 from compiler.diagnostics import Diagnostic
 from compiler.draft import Draft
 from compiler.optimizers import OPTIMIZERS, called_here, packages
+from compiler.overrides import parse_overrides
 from compiler.passes import PASSES
 from compiler.passes.fused import fused_backward_possible
 from compiler.passes.optimizer import planned, resolve_optimizer, suits
 from compiler.plan import Plan
 from compiler.schema import Recipe
-from compiler.source import merge, parse_overrides, read_source
+from compiler.source import merge, read_source
 from compiler.structure import structure, tagged_paths
 from compiler.synonyms import SYNONYMS
 from tests.compiler.recipes import GPU, MACHINE, FixedMemory, compiled, project

@@ -6,15 +6,21 @@ from typing import Any
 import pytest
 
 from compiler.diagnostics import Diagnostic
+from compiler.overrides import parse_overrides
 from compiler.source import (
     Merged,
+    Source,
     TableRule,
     merge,
-    parse_override,
-    parse_overrides,
     parse_source,
 )
 from tests.compiler.toml_texts import at
+
+
+def parse_override(argument: str) -> tuple[Source | None, list[Diagnostic]]:
+    """A single one."""
+    sources, diagnostics = parse_overrides([argument])
+    return (sources[0] if sources else None), diagnostics
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from attrs import field, frozen
 
 from compiler.diagnostics import Diagnostic, render
 from compiler.kinds import LEAVES
-from compiler.source import TableRule, merge, parse_overrides, parse_source
+from compiler.overrides import parse_overrides
+from compiler.source import TableRule, merge, parse_source
 from compiler.structure import (
     Length,
     Range,

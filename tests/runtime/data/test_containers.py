@@ -175,10 +175,7 @@ def test_all_photographs_give_the_same_plan_and_keys(tmp_path: Path, data_root: 
     assert len(seen) == 1
 
 
-def test_compressed_tars_give_the_same_plan_keys_and_latents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+def test_compressed_tars_give_the_same_plan_keys_and_latents(tmp_path: Path) -> None:
     make_tiny("sana", tmp_path / "base")
     told = {f"{n}.png": (encoded(picture(70, 70, seed=n), "PNG"), f"a, {n}") for n in range(5)}
     plain = (tmp_path / pack(tmp_path, told)["webdataset"]).read_bytes()
@@ -216,9 +213,9 @@ def test_hashes_inside_containers_are_remembered(
     def refuse(_: Item) -> bytes:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("runtime.data.hashes.read", refuse)
-    assert item_hashes(Cache(tmp_path / "cache"), rows) == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("runtime.data.hashes.read", refuse)
+        assert item_hashes(Cache(tmp_path / "cache"), rows) == first
     containers.as_parquet(path, dict(reversed(told.items())))
     assert known_hashes(cache.store, rows) == [None] * 4
     assert item_hashes(cache, rows)[1] == first[0]  # the first row is the last one now
@@ -268,10 +265,9 @@ def test_a_shard_that_has_shrunk_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 def test_a_picture_that_can_not_be_decoded_is_named_by_the_next_plan(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str
 ) -> None:
     """A PNG whose ends are right and whose middle is missing: no header shows it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     make_tiny("sana", tmp_path / "base")
     told = {f"{n}.png": (encoded(picture(70, 70, seed=n), "PNG"), f"a, {n}") for n in range(5)}
     for name in ("1.png", "3.png"):  # of which one may be held out

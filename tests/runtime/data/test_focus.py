@@ -22,7 +22,7 @@ from runtime.data.pixels import decode, decode_placed
 from runtime.errors import MachineUnfit
 from runtime.events import Silent
 from tests.compiler.data.pictures import encoded
-from tests.runtime.data.test_fill_and_feed import set_up
+from tests.runtime.data.fed import set_up
 
 opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="OpenCV, the extra `crop`, is not installed"

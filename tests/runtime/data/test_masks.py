@@ -215,8 +215,3 @@ def test_a_mask_that_shows_nothing_is_named(tmp_path: Path) -> None:
         fill_latents(plan, manifest, family, cache, Silent())
     assert "shows nothing" in caught.value.message and "floor" in caught.value.help
     assert not (Path(os.environ["XDG_CACHE_HOME"]) / "tuner" / "headers.sqlite").exists()
-
-
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -18,8 +18,8 @@ from runtime.data.packed import Keys
 from runtime.data.store import INDEX
 from runtime.events import Silent
 from runtime.folder import LOCK, is_held
+from tests.runtime.data.fed import CPU, set_up
 from tests.runtime.data.test_cache import entry, key, same
-from tests.runtime.data.test_fill_and_feed import CPU, set_up
 from tuner.cache import prune_cache
 from tuner.exits import DONE
 
@@ -28,11 +28,6 @@ OLD_SHARDS = (
     " written REAL)"
 )  # as it was before numbers were for once
 HOURS = 7200.0
-
-
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 def written(folder: Path, *numbers: int, run: str = "") -> None:

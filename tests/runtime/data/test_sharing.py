@@ -39,11 +39,6 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 SIZES = [(70 + n, 70) for n in range(8)] + [(140, 70)] * 4
 
 
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 def made(tmp_path: Path, name: str = "run", *, fake: bool = True) -> tuple[Plan, Manifest, Any]:
     if not (tmp_path / "base").exists():
         make_tiny("sana", tmp_path / "base")

@@ -55,11 +55,6 @@ class Sociable(FakeFamily):
         return found
 
 
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 def made(tmp_path: Path, size: int, *, cache: str = "cache") -> tuple[Plan, Manifest]:
     """Seven pictures in two buckets, encoded `size` at a time."""
     base = tmp_path.parent / "sana-base"

@@ -1,15 +1,13 @@
-"""Filling the cache and feeding from it, with a family without models."""
+"""Feeding from the cache, with a family without models and with tiny ones."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,20 +15,13 @@ import torch
 from attrs import evolve
 from PIL import Image, ImageOps
 
-from compiler.data.index import HEADERS, Index
-from compiler.data.manifest import Folder, Manifest
-from compiler.data.scan import scan
-from compiler.families import FAMILIES
-from compiler.plan import DataSource, Dtype, NoiseTable, Plan, Prompt
+from compiler.plan import DataSource, NoiseTable
 from runtime import rng
 from runtime.data.cache import Cache, CacheIncomplete
 from runtime.data.feed import Feed, Window
 from runtime.data.fill import (
-    BrokenData,
-    NotFinite,
     fill_latents,
     fill_text,
-    prompt_embeddings,
 )
 from runtime.data.located import sample_keys
 from runtime.events import Silent
@@ -38,204 +29,10 @@ from runtime.families import family_of
 from runtime.noise_levels import draw_uniform, sigmas_from_uniform
 from runtime.noise_table import cumulative
 from runtime.objective import per_sample_loss
-from tests.compiler.data.pictures import encoded, picture
-from tests.runtime.data.fakes import FakeFamily, embedding_of, fake_base
-from tests.runtime.plans import PICTURES, draw_data, source_of, tiny_plan
+from tests.runtime.data.fakes import embedding_of
+from tests.runtime.data.fed import CPU, all_windows, filled, same_windows
+from tests.runtime.plans import draw_data, source_of, tiny_plan
 from tests.runtime.tiny import make_tiny
-
-CPU = torch.device("cpu")
-SIZES = [(70, 70)] * 5 + [(120, 60)] * 3
-
-
-class Recorder(Silent):
-    def __init__(self) -> None:
-        self.phases: list[tuple[str, int, str]] = []
-        self.done: list[int] = []
-
-    def phase(self, name: str, total: int, unit: str) -> None:
-        self.phases.append((name, total, unit))
-
-    def advance(self, done: int, **values: Any) -> None:
-        self.done.append(done)
-
-
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
-def set_up(
-    tmp_path: Path,
-    *,
-    dropout: float = 0.0,
-    batch_size: int = 2,
-    accumulate: int = 2,
-    edit: Callable[[DataSource], DataSource] = lambda source: source,
-    **changes: Any,
-) -> tuple[Plan, Manifest, FakeFamily]:
-    """A plan with two sources: eight pictures 1.5 times, four pictures once."""
-    base = tmp_path.parent / "sana-base"  # one for all tests of a session
-    if not base.exists():
-        make_tiny("sana", base)
-    if not (tmp_path / "dogs").exists():
-        draw_data(tmp_path / "dogs", SIZES)
-        draw_data(tmp_path / "cats", [(64, 64)] * 3 + [(64, 65)])
-    sources = [
-        edit(source_of(tmp_path / "dogs", prompt="a dog", repeats="1.5", dropout=dropout)),
-        edit(source_of(tmp_path / "cats", prompt="a grey cat")),
-    ]
-    plan, manifest = tiny_plan(
-        "sana",
-        base,
-        sources,
-        tmp_path / "run",
-        batch_size=batch_size,
-        accumulate=accumulate,
-        steps=12,
-        **changes,
-    )
-    return fake_base(plan, tmp_path / "fake"), manifest, FakeFamily(FAMILIES["sana"])
-
-
-def filled(tmp_path: Path, **changes: Any) -> tuple[Plan, Manifest, FakeFamily, Cache]:
-    plan, manifest, family = set_up(tmp_path, **changes)
-    cache = Cache(Path(plan.cache_folder))
-    fill_text(plan, manifest, family, cache, Silent())
-    fill_latents(plan, manifest, family, cache, Silent())
-    return plan, manifest, family, cache
-
-
-def test_each_prompt_is_encoded_once(tmp_path: Path) -> None:
-    plan, manifest, family = set_up(tmp_path, dropout=0.5)
-    prompts = (Prompt(name="a", text="a dog"), Prompt(name="b", text="a blue dog"))
-    plan = evolve(plan, validation=evolve(PICTURES, prompts=prompts, negative="bad"))
-    cache, events = Cache(Path(plan.cache_folder)), Recorder()
-    fill_text(plan, manifest, family, cache, events)
-    expected = [("a grey cat", False), ("a dog", False), ("", True), ("a blue dog", False)]
-    assert sorted(family.prompts) == sorted([*expected, ("bad", True)])
-    assert events.phases == [("text", 5, "prompts")] and events.done == [0, 1, 2, 3, 4, 5]
-    assert family.loaded == ["tokenizer", "text_encoder"]
-    again, events = FakeFamily(family.card), Recorder()
-    fill_text(plan, manifest, again, Cache(cache.folder), events)
-    assert again.loaded == [] and events.done == [5]
-    found = prompt_embeddings(plan, family, cache, ["a blue dog"])
-    assert torch.equal(found["a blue dog"]["states"], embedding_of("a blue dog", False)["states"])
-    found = prompt_embeddings(plan, family, cache, ["bad"], negative=True)
-    assert torch.equal(found["bad"]["states"], embedding_of("bad", True)["states"])
-
-
-def test_text_depends_on_what_it_should(tmp_path: Path) -> None:
-    plan, manifest, family, cache = filled(tmp_path)
-    family.prompts.clear()
-    changed = [
-        evolve(plan, text=evolve(plan.text, max_length=31)),
-        evolve(plan, text=evolve(plan.text, instruction=("other",))),
-        evolve(plan, precision=evolve(plan.precision, cache="bfloat16")),
-        evolve(plan, text=evolve(plan.text, zeros_for_empty=True)),
-    ]
-    for number, other in enumerate(changed):
-        fill_text(other, manifest, family, cache, Silent())
-        assert len(family.prompts) == 2 * (number + 1)
-    embedding = prompt_embeddings(changed[2], family, cache, ["a dog"])["a dog"]["states"]
-    assert embedding.dtype == torch.bfloat16 and embedding.shape == (3, 4)
-    (tmp_path / "fake" / "text_encoder" / "config.json").write_text("{}")
-    fill_text(plan, manifest, family, cache, Silent())
-    assert len(family.prompts) == 10
-    fill_text(evolve(plan, seed=9, name="other"), manifest, family, cache, Silent())
-    assert len(family.prompts) == 10
-
-
-def test_each_picture_is_encoded_once(tmp_path: Path) -> None:
-    plan, manifest, family = set_up(tmp_path)
-    cache, events = Cache(Path(plan.cache_folder)), Recorder()
-    fill_latents(plan, manifest, family, cache, events)
-    assert family.pictures == 12 and family.loaded == ["vae"]
-    assert events.phases == [("latents", 12, "pictures")] and events.done == list(range(13))
-    fill_latents(plan, manifest, family, Cache(cache.folder), Silent())
-    assert family.pictures == 12
-    shutil.copytree(tmp_path / "dogs", tmp_path / "moved")
-    moved = Manifest(
-        [Folder(id="dogs", path=str(tmp_path / "moved")), manifest.folders[1]], manifest
-    )
-    fill_latents(plan, moved, family, cache, Silent())
-    assert family.pictures == 12  # content, not places
-    (tmp_path / "moved" / "00.png").write_bytes((tmp_path / "moved" / "01.png").read_bytes())
-    fill_latents(plan, moved, family, cache, Silent())
-    assert family.pictures == 12  # known content under another name
-    (tmp_path / "fake" / "vae" / "config.json").write_text("{}")
-    fill_latents(plan, manifest, family, cache, Silent())
-    assert family.pictures == 24
-
-
-def test_equal_pictures_share_an_entry(tmp_path: Path) -> None:
-    plan, manifest, family = set_up(tmp_path)
-    for number in range(1, 5):
-        shutil.copy(tmp_path / "dogs" / "00.png", tmp_path / "dogs" / f"0{number}.png")
-    fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
-    assert family.pictures == 8
-
-
-def test_filling_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    plan, manifest, family = set_up(tmp_path)
-    family.fail_at = 7
-    cache = Cache(Path(plan.cache_folder))
-    with pytest.raises(KeyboardInterrupt):
-        fill_latents(plan, manifest, family, cache, Silent())
-    family.fail_at, events = None, Recorder()
-    fill_latents(plan, manifest, family, Cache(cache.folder), events)
-    assert family.pictures == 12 and events.done[0] == 7
-
-
-@pytest.mark.parametrize("broken", ["error", "skip"])
-def test_broken_bodies_are_all_named_and_condemned(
-    tmp_path: Path, broken: Literal["error", "skip"]
-) -> None:
-    """A JPEG whose ends are right and whose middle is missing: no header shows it."""
-    plan, manifest, family = set_up(tmp_path, edit=lambda source: evolve(source, broken=broken))
-    for seed, name in enumerate(("01.png", "03.png")):
-        data = encoded(picture(70, 70, seed=seed), "PNG")
-        middle = data.index(b"IDAT") + 40
-        rotten = data[:middle] + bytes(len(data) - middle - 12) + data[-12:]
-        (tmp_path / "dogs" / name).write_bytes(rotten)
-    with pytest.raises(BrokenData, match="2 pictures can't be decoded") as caught:
-        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
-    assert [Path(path).name for path, _ in caught.value.files] == ["01.png", "03.png"]
-    assert "01.png: broken image data" in caught.value.message
-    assert "run the recipe again" in caught.value.help and family.pictures == 10
-    assert ('broken = "skip"' in caught.value.help) is (broken == "error")
-    assert "leave them out" in caught.value.help
-    index = Index(tmp_path / "xdg" / "tuner" / HEADERS)
-    faults = scan(tmp_path / "dogs", index).faults
-    assert [Path(f.path).name for f in faults] == ["01.png", "03.png"]
-    assert all("broken image data" in f.why for f in faults)
-
-
-def test_files_that_vanish_or_shrink(tmp_path: Path) -> None:
-    plan, manifest, family = set_up(tmp_path)
-    (tmp_path / "dogs" / "00.png").write_bytes(encoded(picture(60, 70), "PNG"))
-    with pytest.raises(BrokenData, match="60x70 pixels, not 70x70"):
-        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
-    (tmp_path / "dogs" / "00.png").unlink()
-    with pytest.raises(Exception, match="can't be read: No such file"):
-        fill_latents(plan, manifest, family, Cache(Path(plan.cache_folder)), Silent())
-
-
-def all_windows(feed: Feed, start: int = 0) -> list[Window]:
-    return list(feed.windows(start))
-
-
-def same_windows(one: Window, other: Window) -> bool:
-    same = (one.step, one.epoch, one.samples, one.names) == (
-        other.step,
-        other.epoch,
-        other.samples,
-        other.names,
-    )
-    for a, b in zip(one.batches, other.batches, strict=True):
-        same &= torch.equal(a.latents, b.latents) and torch.equal(a.noise, b.noise)
-        same &= torch.equal(a.sigmas, b.sigmas) and a.text.keys() == b.text.keys()
-        same &= all(torch.equal(a.text[name], b.text[name]) for name in a.text)
-    return same
 
 
 def test_a_window_that_can_t_be_pinned_is_the_host_s_lack(
@@ -567,40 +364,3 @@ def test_real_photographs(tmp_path: Path, data_root: Path, family: str) -> None:
         assert difference < 0.05 * expected.abs().max()  # pixels differ by rounding alone
     names = Counter(n for w in all_windows(Feed(plan, manifest, kind, cache, CPU)) for n in w.names)
     assert {name.split("/")[0] for name in names} == {"dog6", "backpack"}
-
-
-@pytest.mark.parametrize(
-    ("held", "factor", "why"),
-    [
-        ("float16", 1e6, "exceeds what the cache's float16 holds"),
-        ("bfloat16", 1e6, ""),
-        ("float32", float("nan"), "is no finite number"),
-    ],
-)
-def test_what_the_cache_s_numbers_cant_hold_is_never_cached(
-    tmp_path: Path, held: Dtype, factor: float, why: str
-) -> None:
-    """Neither of prompts nor of pictures; what was encoded before is."""
-    plan, manifest, family = set_up(tmp_path)
-    plan = evolve(plan, precision=evolve(plan.precision, cache=held))
-    cache, at = Cache(Path(plan.cache_folder)), 3
-    encode, embed = family.encode_pixels, family.encode_with
-
-    def overflowing(vae: torch.nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        made = encode(vae, pixels)
-        return {n: t * factor for n, t in made.items()} if family.pictures == at else made
-
-    def large(*args: Any, **kwargs: Any) -> list[dict[str, torch.Tensor]]:
-        return [{n: t * factor for n, t in each.items()} for each in embed(*args, **kwargs)]
-
-    family.encode_pixels, family.encode_with = overflowing, large  # type: ignore[assignment]
-    if not why:
-        fill_text(plan, manifest, family, cache, Silent())
-        fill_latents(plan, manifest, family, cache, Silent())
-        return
-    with pytest.raises(NotFinite, match=rf"of the prompt `a (dog|grey cat)` {why}"):
-        fill_text(plan, manifest, family, cache, Silent())
-    with pytest.raises(NotFinite, match=rf"0\d\.png {why}"):
-        fill_latents(plan, manifest, family, cache, Silent())
-    keys = sample_keys(plan, manifest, family, cache)
-    assert len(cache.missing(keys)) == len(set(keys)) - (at - 1)
