@@ -283,8 +283,8 @@ CODES: Mapping[str, Code] = {
     "host-too-small": Code(
         "more host memory needed than the machine has",
         "What waits for the device (blocks, activations, an average), encoders while they are read "
-        "and the copy that a checkpoint is written from lie in host memory. This is of the machine "
-        "that plans; with `--device` nothing is known of the other one's.",
+        "and the copy that a checkpoint is written from lie in host memory. With `--device` the "
+        "other machine is taken to have 32 GiB, or twice the device's memory if that is more.",
         "[memory.offload]\nactivations = true  # more of them than the host has memory",
         "[memory.offload]\nactivations = false",
     ),

@@ -37,6 +37,9 @@ UTILISATION = {"cuda": 0.35, "mps": 0.3, "xpu": 0.3, "cpu": 0.25}
 """Share of the peak that a training step reaches, assumed until a run has measured it. Eager
 PyTorch with checkpointing reaches a third to two fifths on CUDA devices of 2020 to 2024."""
 
+NOTED = 1.05
+"""The least overhead (see `plan.Memory.overhead`) that is told of."""
+
 Basis = Literal["same-step", "same-device", "data-sheet", "nominal"]
 
 
@@ -345,6 +348,8 @@ def _duration(plan: Plan, machine: Machine, site: Site | None) -> tuple[Duration
     speed, basis, why = rate
     if basis == "data-sheet":
         speed /= plan.memory.overhead
+        if plan.memory.overhead >= NOTED:
+            why += f", {plan.memory.overhead:.3g} times as long with all that is moved"
     duration = Duration(
         train_seconds=flops / speed,
         validate_seconds=validate_flops(plan) / speed,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from runtime import files
 from runtime.checksum import checksum
-from runtime.errors import RunFailed
+from runtime.errors import RunFailed, first_line
 from runtime.events import Events
 from runtime.out_of_memory import is_out_of_memory
 from runtime.saved import (
@@ -195,7 +195,7 @@ def reading(path: Path, folder: Path) -> Iterator[None]:
     except UNREADABLE as error:
         if is_out_of_memory(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        first = first_line(error)[:200]
         steps = map(step_of, complete(folder.parent))
         older = [step for step in steps if step < step_of(folder)]
         raise RunFailed(

@@ -8,8 +8,8 @@ import torch
 
 from compiler.memory import gib
 from compiler.plan import Plan
-from runtime.errors import MachineUnfit
-from runtime.out_of_memory import is_out_of_memory, refusal
+from runtime.errors import MachineUnfit, first_line
+from runtime.out_of_memory import is_out_of_memory, there
 from runtime.ranks import ALONE, Ranks
 from runtime.segments import BY_PAGES, FIXED, setting
 
@@ -19,8 +19,7 @@ SHOWS = "`tuner doctor` shows what it finds"
 
 def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
     """The plan's device, of several CUDA devices the one of this rank, which becomes the current
-    one. Raises MachineUnfit if torch can't use it here, and OutOfMemory if others hold its
-    memory."""
+    one. Raises MachineUnfit if torch can't use it here, or others hold all of its memory."""
     usable: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
         "cuda": torch.cuda.is_available,
@@ -40,11 +39,11 @@ def device_of(plan: Plan, ranks: Ranks = ALONE) -> torch.device:
                 f"{count} CUDA device{'s' * (count != 1)}",
                 help="set launch.devices to how many there are",
             )
-        return _taken(plan, torch.device("cuda", ranks.local))
-    return _taken(plan, torch.device(plan.device))
+        return _taken(torch.device("cuda", ranks.local))
+    return _taken(torch.device(plan.device))
 
 
-def _taken(plan: Plan, device: torch.device) -> torch.device:
+def _taken(device: torch.device) -> torch.device:
     """`device`, which answers; what it says otherwise is turned into errors for a person."""
     try:
         if device.index is not None:
@@ -52,9 +51,13 @@ def _taken(plan: Plan, device: torch.device) -> torch.device:
         return claimed(device)
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise refusal(plan, "load", error, device) from error
+            raise MachineUnfit(
+                f"{device} has no memory left{there(device)}: {first_line(error)}",
+                help="close what else takes its memory (`nvidia-smi` shows it) and run again: "
+                "nothing is lost",
+            ) from error
         raise MachineUnfit(
-            f"{device} can't be used: {str(error).strip().splitlines()[0]}",
+            f"{device} can't be used: {first_line(error)}",
             help=f"`nvidia-smi` shows what else uses it, {SHOWS}",
         ) from error
 

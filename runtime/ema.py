@@ -58,8 +58,12 @@ class Ema:
             return
         share = 1.0 - self.decay(done)
         with ExitStack() as changing:
-            for piece in self._pieces(in_turn=in_turn):
-                _follow(piece, share, changing)
+            for number, piece in enumerate(self._pieces(in_turn=in_turn)):
+                weights = [_copied(*pair) for pair in piece]
+                if not number:
+                    changing.enter_context(updating())
+                torch._foreach_lerp_([average for average, _ in piece], weights, share)
+                del weights  # or they would be there beside the next ones
 
     def _pieces(self, *, in_turn: bool) -> Iterator[Sequence[Pair]]:
         """The averages with their parameters, in parts that are copied together."""
@@ -107,14 +111,6 @@ class Ema:
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-
-
-def _follow(piece: Sequence[Pair], share: float, changing: ExitStack) -> None:
-    """Take in the weights of a piece, entering what tells of changes once they begin."""
-    averages = [average for average, _ in piece]
-    weights = [_copied(*pair) for pair in piece]
-    changing.enter_context(updating())
-    torch._foreach_lerp_(averages, weights, share)
 
 
 def _copied(average: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RunFailed(Exception):
     """The run can't go on (exit code 1). `message` says what happened, `help` what to do."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compiler.plan import Plan
 from compiler.schedules import multiplier
 from runtime.ema import Ema
-from runtime.errors import RunFailed
+from runtime.errors import RunFailed, first_line
 from runtime.events import Events
 from runtime.families.base import Family
 from runtime.fused_backward import FusedBackward
@@ -320,7 +320,7 @@ def _rescue(
         ledger.flush()
         actions.checkpoint(reached.done, reached.epoch)
     except (RuntimeError, MemoryError, OSError, RunFailed) as second:
-        why = (str(second).strip() or type(second).__name__).splitlines()[0]
+        why = first_line(second)
         ledger.events.message(f"step {reached.done} could not be saved: {why}", "error")
 
 

@@ -51,7 +51,7 @@ FIELDS = (
     "driver_version",
     "mig.mode.current",
 )
-"""What nvidia-smi is asked of each device; the last may be missing."""
+"""What nvidia-smi is asked of each device."""
 UNSEEN = ["", "", "CUDA device", "", "", "", ""]  # where nvidia-smi does not answer
 NOT_LISTED = Part(
     card="", uuid="", profile="part that nvidia-smi does not list", total_bytes=0, free_bytes=0
@@ -194,7 +194,10 @@ def visible(rows: list[list[str]], chosen: str | None, parts: Sequence[Part] = (
             break
         own = [each for each in parts if _names(entry, each, row)]
         divided += [_gpu(cards.get(part.card, UNSEEN), part) for part in own]
-        lost += [] if own else [_gpu(row or (rows or [UNSEEN])[0], NOT_LISTED)]
+        if not own:
+            lost.append(_gpu(row or (rows or [UNSEEN])[0], NOT_LISTED))
+            if row is None:  # whether it is there, CUDA alone knows: it takes it, or ends here
+                break
     return divided[:1] or whole or lost[:1]
 
 

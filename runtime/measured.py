@@ -35,7 +35,7 @@ def measured(plan: Plan, trained: Trained, clock: Clock, device: torch.device) -
     if device.type == "cpu" and trained.shards is None:  # one more step is all ranks' to make
         readings |= _one_more(plan, trained)
     else:
-        readings |= met_readings(plan, trained, clock.gauge, clock.peak_bytes)
+        readings |= met_readings(trained, clock.gauge, clock.peak_bytes)
     planned = planned_peaks(plan, apart=device.type == "cpu")
     encoding = {"latents", *FAMILIES[plan.model.family].text_encoders}
     peaks = {name: peak for name, peak in clock.peak_bytes.items() if name not in encoding}

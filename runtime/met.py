@@ -7,7 +7,7 @@ before it has met the largest. What was not done in full says nothing of the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from attrs import mutable
@@ -17,14 +17,15 @@ from compiler.families import FAMILIES
 from compiler.plan import Plan
 from runtime.batch import Batch
 from runtime.data.feed import Window
+from runtime.families import family_of
 from runtime.families.common import config_of
 from runtime.loop import Trained
 from runtime.memory.buckets import evaluated_shapes, trained_shapes
-from runtime.memory.gauge import Gauge, Reading
+from runtime.memory.gauge import Gauge, Met, Reading
 from runtime.memory.pieces import picture_words
 from runtime.methods.base import is_rivals
 from runtime.methods.sprint_draws import NEGATIVE
-from runtime.one_more import example, trained_example, trained_whole
+from runtime.one_more import example, sides, trained_example, trained_whole
 
 AVERAGE = "an update of the average"
 NOTHING = "nothing that was planned"
@@ -32,73 +33,80 @@ UNSEEN, FULL = "prompts of a length that was not seen", "prompts of full length"
 META = torch.device("meta")
 
 
+def noted(
+    windows: Iterable[Window], plan: Plan, trained: Trained, gauge: Gauge
+) -> Iterable[Window]:
+    """The windows of a run, which are noted as they pass where there is an allocator to ask."""
+    if not gauge.asks:
+        return windows
+    met = gauge.met["train"] = Met(missed=_trained(plan, trained))
+    return map(_Steps(plan=plan, trained=trained, met=met), windows)
+
+
 @mutable(kw_only=True)
-class Steps:
+class _Steps:
     """Notes what the windows of a run are, in the order in which they are trained on."""
 
     plan: Plan
     trained: Trained
-    gauge: Gauge
+    met: Met
     begun: int = 0
 
     def __call__(self, window: Window) -> Window:
         """`window` itself. In the first update of each side its optimizer has no state before it,
         and once an encoder rests, less is trained: these are not noted."""
-        sides = 1 if self.trained.rival is None else 2
-        if self.begun >= sides and window.step < trained_whole(self.plan):
+        plan, trained, met = self.plan, self.trained, self.met
+        full = self.begun >= len(sides(plan, trained)) and window.step < trained_whole(plan)
+        if full and met.missed:
             size = float(sum(map(_numbers, window.batches)))
-            self.gauge.meets("train", _window_words(self.plan, self.trained, window), size)
-            if _averages(self.trained, window.step + 1):
-                self.gauge.meets("train", AVERAGE, 0)
+            met.note(_step_words(plan, trained, window.step, window.batches), size)
+            if _averages(trained, window.step + 1):
+                met.note(AVERAGE, 0)
         self.begun += 1
         return window
 
 
 def judged(plan: Plan, gauge: Gauge) -> Callable[[Batch], None]:
-    """What notes the batches of held-out pictures that it is called with."""
+    """What notes the batches of held-out pictures that it is called with, where there is an
+    allocator to ask."""
+    if not gauge.asks:
+        return lambda batch: None
+    met = gauge.met["evaluate"] = Met(missed=_judged(plan))
 
     def note(batch: Batch) -> None:
-        gauge.meets("evaluate", _words(plan, batch), _numbers(batch))
+        if met.missed:
+            met.note(_words(plan, batch), _numbers(batch))
 
     return note
 
 
-def met_readings(
-    plan: Plan, trained: Trained, gauge: Gauge, phases: Collection[str]
-) -> dict[str, Reading]:
+def met_readings(trained: Trained, gauge: Gauge, phases: Collection[str]) -> dict[str, Reading]:
     """Of those of `phases` that are told by the batches which a run met: how these are like what
     the plan counted. All of that has to be met; the largest that was stands for what was."""
-    counted = {"train": _trained, "evaluate": _judged}
-    found = {
-        name: _reading(wanted(plan, trained), gauge.met.get(name, {}))
-        for name, wanted in counted.items()
-        if name in phases
-    }
+    found = {name: _reading(met) for name, met in gauge.met.items() if name in phases}
     if trained.shards is not None and "validate" in phases:  # nobody looks into what they draw
         found["validate"] = Reading(size=0, on=UNSEEN, planned=FULL)
     return found
 
 
-def _reading(wanted: set[str], met: Mapping[str, float]) -> Reading:
-    missed = "; ".join(sorted(wanted - met.keys()))
-    if not missed:
+def _reading(met: Met) -> Reading:
+    if not met.missed:
         return Reading(size=0)
-    return Reading(size=0, on=max(met, key=lambda each: met[each], default=NOTHING), planned=missed)
+    return Reading(size=0, on=met.largest or NOTHING, planned="; ".join(sorted(met.missed)))
 
 
 def _trained(plan: Plan, trained: Trained) -> set[str]:
-    last = trained_whole(plan) - 1
     found = set()
-    for step in [last] if trained.rival is None else [last, last + 1]:
+    for step in sides(plan, trained):
         for shape in trained_shapes(plan):
-            batch = trained_example(plan, trained, shape, step, META)
+            batch = trained_example(plan, trained.family, shape, step, META)
             found.add(_step_words(plan, trained, step, [batch] * plan.steps.accumulate))
     return found if trained.ema is None else found | {AVERAGE}
 
 
-def _judged(plan: Plan, trained: Trained) -> set[str]:
-    shapes = evaluated_shapes(plan)
-    return {_words(plan, example(plan, trained, shape, META)) for shape in shapes}
+def _judged(plan: Plan) -> set[str]:
+    family = family_of(plan.model.family)
+    return {_words(plan, example(plan, family, shape, META)) for shape in evaluated_shapes(plan)}
 
 
 def _averages(trained: Trained, done: int) -> bool:
@@ -107,10 +115,6 @@ def _averages(trained: Trained, done: int) -> bool:
         return False
     count = done if trained.rival is None else -(-done // 2)
     return count % trained.ema.facts.every == 0
-
-
-def _window_words(plan: Plan, trained: Trained, window: Window) -> str:
-    return _step_words(plan, trained, window.step, window.batches)
 
 
 def _step_words(plan: Plan, trained: Trained, step: int, batches: Collection[Batch]) -> str:

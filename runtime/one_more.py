@@ -16,11 +16,13 @@ from torch import Tensor
 from compiler.plan import Plan
 from runtime.batch import Batch, masked
 from runtime.data.feed import Window
+from runtime.families.base import Family
 from runtime.families.common import inference
 from runtime.loop import Trained, one_update
 from runtime.memory.buckets import evaluated_shapes, trained_shapes
 from runtime.memory.tracker import Tracker
 from runtime.methods.sprint_draws import example as sprint_example
+from runtime.new_tokens import encoders_of
 from runtime.resident import gradients, resident
 from runtime.step import forward_losses
 from runtime.text_training import example_tokens
@@ -33,9 +35,7 @@ def step_parts(plan: Plan, trained: Trained) -> tuple[Parts, Parts]:
     """Bytes by category at the worst moment of the passes of an update, and of what follows them,
     over the largest buckets. Changes the weights, so nothing may follow. Raises RunFailed where
     zeros give a loss that is no number."""
-    last = trained_whole(plan) - 1
-    steps = [last] if trained.rival is None else [last, abs(last - 1)]  # one of each side
-    worst = trained_shapes(plan)
+    steps, worst = sides(plan, trained), trained_shapes(plan)
     found = [_update(plan, trained, shape, step) for shape in worst for step in steps]
     passes, updates = zip(*found, strict=True)
     return _most(passes), _most(updates)
@@ -52,8 +52,15 @@ def trained_whole(plan: Plan) -> int:
     return min([plan.steps.total, *ends])
 
 
+def sides(plan: Plan, trained: Trained) -> list[int]:
+    """For each side that is trained, how many updates are before one of its own: the last one of
+    `trained_whole`, and the one beside it where two take turns."""
+    last = trained_whole(plan) - 1
+    return [last] if trained.rival is None else [last, abs(last - 1)]
+
+
 def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Parts:
-    batch, words = example(plan, trained, shape), trained.text
+    batch, words = example(plan, trained.family, shape), trained.text
     tracker = _tracker({**resident(plan, trained), "batch": _tensors(batch)})
     unchanged = words.inference() if words else nullcontext()
     with tracker, inference(trained.model), unchanged:
@@ -64,7 +71,9 @@ def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Pa
 def _update(
     plan: Plan, trained: Trained, shape: tuple[int, int, int], step: int
 ) -> tuple[Parts, Parts]:
-    batches = [trained_example(plan, trained, shape, step) for _ in range(plan.steps.accumulate)]
+    batches = [
+        trained_example(plan, trained.family, shape, step) for _ in range(plan.steps.accumulate)
+    ]
     window = Window(
         step=step,
         epoch=plan.steps.epochs,
@@ -96,29 +105,28 @@ def _update(
 
 def trained_example(
     plan: Plan,
-    trained: Trained,
+    family: Family,
     shape: tuple[int, int, int],
     step: int,
     device: torch.device = CPU,
 ) -> Batch:
     """A batch of zeros of the most that the update after `step` others may be given of `shape`
     (width, height, samples)."""
-    batch = example(plan, trained, shape, device)
+    batch = example(plan, family, shape, device)
     if any(source.target == "base" for source in plan.sources):
         batch = evolve(batch, keeps_base=True)
     return batch if plan.sprint is None else sprint_example(plan.sprint, batch, step)
 
 
 def example(
-    plan: Plan, trained: Trained, shape: tuple[int, int, int], device: torch.device = CPU
+    plan: Plan, family: Family, shape: tuple[int, int, int], device: torch.device = CPU
 ) -> Batch:
     """The same of a batch that is only looked at."""
-    batch = trained.family.example_batch(plan.model, *shape, plan.text, device)
+    batch = family.example_batch(plan.model, *shape, plan.text, device)
     if any(source.mask for source in plan.sources):
         batch = masked(batch)
-    if trained.text is not None:
-        tokens = example_tokens(plan.model, tuple(trained.text.encoders), shape[2], device)
-        batch = evolve(batch, tokens=tokens)
+    if encoders := encoders_of(plan.text_training, plan.embeddings):
+        batch = evolve(batch, tokens=example_tokens(plan.model, encoders, shape[2], device))
     return batch
 
 

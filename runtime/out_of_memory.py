@@ -13,7 +13,7 @@ import torch
 
 from compiler.memory import gib
 from compiler.plan import Plan
-from runtime.errors import OutOfMemory
+from runtime.errors import OutOfMemory, first_line
 from runtime.less_memory import advice
 from runtime.saved import latest, step_of
 
@@ -99,15 +99,15 @@ def shortage(
     doing: str, error: BaseException, device: torch.device, help: str, phase: str
 ) -> OutOfMemory:
     """The error for a person: what was being done, what was there, and `help`."""
-    first = (str(error).strip() or "no memory left").splitlines()[0]
     on_host = device.type != "cpu" and _of_host(error)
     words = f"the host ran out of memory {doing}"
     if not on_host:
-        words = f"{device} ran out of memory {doing}{_there(device)}"
-    return OutOfMemory(f"{words}: {first}", help, phase, on_host=on_host)
+        words = f"{device} ran out of memory {doing}{there(device)}"
+    return OutOfMemory(f"{words}: {first_line(error)}", help, phase, on_host=on_host)
 
 
-def _there(device: torch.device) -> str:
+def there(device: torch.device) -> str:
+    """What a CUDA device has, and who has it, after a semicolon; "" where it does not tell."""
     if device.type != "cuda":
         return ""
     try:

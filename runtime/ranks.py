@@ -30,7 +30,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from runtime.batch import Batch
-from runtime.errors import MachineUnfit, RunFailed
+from runtime.errors import MachineUnfit, RunFailed, first_line
 from runtime.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ def peers() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise RanksLost(str(error).strip().splitlines()[0][:200]) from error
+        raise RanksLost(first_line(error)[:200]) from error
 
 
 @contextmanager
@@ -396,7 +396,7 @@ def connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_disconnected(error):
-            raise RanksLost(str(error).strip().splitlines()[0][:200]) from error
+            raise RanksLost(first_line(error)[:200]) from error
         raise
 
 
@@ -430,7 +430,7 @@ def join() -> Group:
         )
     except RuntimeError as error:
         raise RunFailed(
-            f"rank {rank} of {count} can't reach {address}:{port}: {str(error).splitlines()[0]}",
+            f"rank {rank} of {count} can't reach {address}:{port}: {first_line(error)}",
             help="MASTER_ADDR and MASTER_PORT must be those of the machine of rank 0",
         ) from error
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

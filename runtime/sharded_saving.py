@@ -35,7 +35,7 @@ from runtime.checkpoints import (
     write_state,
 )
 from runtime.ema import Ema
-from runtime.errors import RunFailed
+from runtime.errors import RunFailed, first_line
 from runtime.host_copy import HostCopy
 from runtime.optimizers import load_state
 from runtime.ranks import REDUCING, Ranks, RanksLost, is_disconnected, peers
@@ -132,10 +132,10 @@ def _saved(
         if isinstance(error, RunFailed):
             raise
         if is_disconnected(_cause(error)):
-            raise RanksLost(_first_line(error)) from error
+            raise RanksLost(first_line(_cause(error))[:200]) from error
         older = latest(checkpoints)
         raise RunFailed(
-            f"could not save the checkpoint of step {head.step}: {_first_line(error)}",
+            f"could not save the checkpoint of step {head.step}: {first_line(_cause(error))[:200]}",
             help=f"free space below {checkpoints} and run again: it goes on from "
             + (f"step {read_state(older)['step']}" if older else "the start"),
         ) from error
@@ -209,11 +209,6 @@ def _own_rows(folder: Path, shards: Shards) -> dict[str, Tensor]:
 
 def _cut(shards: Shards, kind: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": tensor[shards.pieces[name].rows] for name, tensor in whole.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    cause = _cause(error)
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
 
 
 def _cause(error: BaseException) -> BaseException:

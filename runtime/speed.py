@@ -21,7 +21,7 @@ from compiler.families.card import FamilyCard
 from compiler.plan import Plan, Speed
 from compiler.shapes import pass_shapes
 from runtime.attention import check_attention, use_attention
-from runtime.errors import MachineUnfit, RunFailed
+from runtime.errors import MachineUnfit, RunFailed, first_line
 from runtime.fused_projections import fuse
 from runtime.machine import compiler, version
 from runtime.modules import blocks_of
@@ -109,7 +109,7 @@ def _compile(block: nn.Module) -> None:
         try:
             return quick(*arguments, **options)
         except _failures() as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise RunFailed(
                 f"a block can't be compiled: {reason}",
                 help="leave out `compile` in [speed], or --set speed.compile=off",

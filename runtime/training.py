@@ -17,7 +17,7 @@ from runtime.evaluate import Judge
 from runtime.host_copy import HostCopy
 from runtime.loop import Actions, Trained, due, train
 from runtime.machine import versions
-from runtime.met import Steps
+from runtime.met import noted
 from runtime.ranks import ALONE
 from runtime.resident import resident
 from runtime.saving import Saver, Write, prune
@@ -106,13 +106,12 @@ def _updated(
             context.device,
             rank=ranks.rank,
         )
-        steps = Steps(plan=plan, trained=trained, gauge=context.clock.gauge)
         with context.clock.phase("train"), closing(_windows(feed, done)) as windows:
             announce(context, done)
             return train(
                 plan,
                 trained,
-                map(steps, windows),  # which keeps none
+                noted(windows, plan, trained, context.clock.gauge),  # which keeps none
                 done,
                 events=context.events,
                 trackers=trackers,

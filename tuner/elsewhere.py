@@ -37,17 +37,25 @@ def elsewhere(machine: Machine, word: str) -> Machine:
     try:
         size = ByteSize.parse(word)
     except ValueError:
-        sized = re.compile(re.escape(word.lower()) + r"-\d+gb")
-        sizes = (name for name in names() if sized.fullmatch(name))
-        guess = next(sizes, None) or nearest(word.lower(), names())
-        if re.fullmatch(r"[\d.]+\s*(g|gb|gib)?", word.strip(), re.I):
-            guess = f"{re.sub('[^0-9.]', '', word)} GiB"
+        amount = re.fullmatch(r"0*([1-9]\d{0,2}(?:\.\d+)?)\s*(?:g|gb|gib)?", word.strip(), re.I)
+        guess = f"{amount[1]} GiB" if amount else _like(word.strip().lower())
         hint = f"did you mean `{guess}`?" if guess else f"known are {choices(EXAMPLES)} and others."
         raise UnknownDevice(
             f'no device `{word}` is known: {hint} An amount of memory will do, such as "24 GiB"'
         ) from None
     name = f"a device of {size}"
     return _with(machine, name, int(size), "all of what `--device` says")
+
+
+def _like(word: str) -> str | None:
+    """A device that may be meant by `word`, which may lack the maker's letters or the memory."""
+    words = [word, f"rtx-{word}", f"gtx-{word}"] if re.fullmatch(r"\d{4}", word) else [word]
+    for each in words:
+        sized = re.compile(re.escape(each) + r"-\d+gb")
+        if found := next(filter(sized.fullmatch, names()), None):
+            return found
+    near = (nearest(each, names()) for each in reversed(words))
+    return next(filter(None, near), None)
 
 
 def _with(machine: Machine, name: str, memory_bytes: int, why: str) -> Machine:

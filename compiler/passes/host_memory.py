@@ -1,4 +1,4 @@
-"""Whether what a plan keeps in host memory finds room in this machine's."""
+"""Whether what a plan keeps in host memory finds room in the machine's."""
 
 from __future__ import annotations
 

@@ -30,6 +30,10 @@ INTERVALS = (4, 3, 2, 1)  # every n-th block is recomputed
 FEWER_BITS: tuple[plan.Quantisation, ...] = ("int8", "nf4")
 APART = (4, 3, 2, 1)  # every n-th block waits on the host
 MOST = 0.75  # of the blocks, between every second and each
+ON_THE_HOST: Mapping[plan.Device, str] = {"cpu": "the processor", "mps": "an Apple device"}
+"""Devices whose memory is the host's."""
+BLOCKS_WAIT: tuple[plan.Device, ...] = ("cpu", "cuda")
+"""Where PyTorch can take a tensor's memory away and give it back (`resize_storage_bytes_`)."""
 
 
 @frozen(kw_only=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from attrs import evolve
 
 from compiler import plan
@@ -25,10 +23,6 @@ from compiler.units import ByteSize
 
 BUDGET: KeyPath = ("memory", "budget")
 MICRO_BATCH: KeyPath = ("memory", "micro_batch")
-ON_THE_HOST: Mapping[plan.Device, str] = {"cpu": "the processor", "mps": "an Apple device"}
-"""Devices whose memory is the host's."""
-BLOCKS_WAIT: tuple[plan.Device, ...] = ("cpu", "cuda")
-"""Where PyTorch can take a tensor's memory away and give it back (`resize_storage_bytes_`)."""
 
 
 def resolve_memory(draft: Draft) -> None:
@@ -37,6 +31,7 @@ def resolve_memory(draft: Draft) -> None:
     if draft.optimizer is None or draft.objective is None or not draft.buckets:
         return
     _judge_offload(draft)
+    _judge_checkpointing(draft)
     if any(diagnostic.severity == "error" for diagnostic in draft.diagnostics):
         return  # a recipe that is refused anyway is answered at once
     budget = _budget(draft)
@@ -173,7 +168,7 @@ def _judge_offload(draft: Draft) -> None:
                 "all blocks are trained, and weights that are trained can't wait on the host",
                 help="train an adapter, or leave `blocks` out",
             )
-        elif draft.device not in BLOCKS_WAIT:
+        elif draft.device not in ladder.BLOCKS_WAIT:
             draft.error(
                 "conflict",
                 where,
@@ -188,16 +183,8 @@ def _judge_offload(draft: Draft) -> None:
                 label=f"the {draft.model.family.trained_component} has {ladder.depth(draft)} "
                 "blocks",
             )
-    if draft.device in ON_THE_HOST:
+    if draft.device in ladder.ON_THE_HOST:
         _judge_idle_offload(draft, offload)
-    interval, blocks = draft.recipe.memory.activation_checkpointing, ladder.depth(draft)
-    if isinstance(interval, int) and interval > blocks:
-        draft.error(
-            "out-of-range",
-            ("memory", "activation_checkpointing"),
-            f"{interval} is out of range",
-            label=f"the {draft.model.family.trained_component} has {blocks} blocks",
-        )
     size = draft.recipe.memory.micro_batch
     if isinstance(size, int) and size > ladder.largest_batch(draft):
         draft.warn(
@@ -207,13 +194,27 @@ def _judge_offload(draft: Draft) -> None:
         )
 
 
+def _judge_checkpointing(draft: Draft) -> None:
+    """An interval has to end within the model."""
+    if draft.model is None:
+        return
+    interval, blocks = draft.recipe.memory.activation_checkpointing, ladder.depth(draft)
+    if isinstance(interval, int) and interval > blocks:
+        draft.error(
+            "out-of-range",
+            ("memory", "activation_checkpointing"),
+            f"{interval} is out of range",
+            label=f"the {draft.model.family.trained_component} has {blocks} blocks",
+        )
+
+
 def _judge_idle_offload(draft: Draft, offload: OffloadRecipe) -> None:
     """Warn of what would wait where it is anyway."""
     asked = {
         "activations": offload.activations is True,
-        "blocks": offload.blocks not in ("auto", 0) and draft.device in BLOCKS_WAIT,
+        "blocks": offload.blocks not in ("auto", 0) and draft.device in ladder.BLOCKS_WAIT,
     }
-    whose = ON_THE_HOST[draft.device]
+    whose = ladder.ON_THE_HOST[draft.device]
     for key in (key for key, on in asked.items() if on):
         draft.warn(
             "no-effect",
@@ -251,8 +252,8 @@ def _judge_budget(draft: Draft, needed: int) -> None:
     stated = int(asked) if isinstance(asked, ByteSize) else 0
     if draft.device != draft.machine.device or asked == "auto" or not total:
         return
-    if max(stated, needed) <= total:
-        return
+    if max(stated, needed) <= total or (needed > total and draft.device == "cpu"):
+        return  # in the second case `judge_host` says so
     name = draft.machine.device_name
     if needed > total:
         words = f"this plan needs {gib(needed)}, and {name} has {gib(total)}: the run would end "

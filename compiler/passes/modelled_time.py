@@ -1,4 +1,4 @@
-"""How long a step takes with one setting or another, by a model: only ratios mean anything.
+"""How long a step takes with one setting or another, by a model, until a run has measured it.
 
 A device does matrix products at a share of its peak; memory moves one byte in the time of so many
 operations at the peak (data sheets of current accelerators at 16 bits: 200). But no kernel begins

@@ -189,7 +189,7 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             f'optimizer name = "{sibling}"',
             evolve(candidate, optimizer=planned(draft, sibling)),
         )
-    if draft.device == "cpu":
+    if draft.device in ladder.ON_THE_HOST:
         return
     if not layout.offload_activations:
         yield (
@@ -198,7 +198,8 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
         )
     blocks = ladder.depth(draft)
     fused = draft.speed.fused_projections  # see `passes.projections`
-    if draft.adapter is not None and layout.offload_blocks < blocks and not fused:
+    open_ = draft.device in ladder.BLOCKS_WAIT and draft.adapter is not None and not fused
+    if open_ and layout.offload_blocks < blocks:
         yield (
             f"offload = {{ blocks = {blocks} }}",
             evolve(candidate, layout=evolve(layout, offload_blocks=blocks)),

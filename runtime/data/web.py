@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compiler.data.scan import shown
-from runtime.errors import RunFailed
+from runtime.errors import RunFailed, first_line
 from runtime.files import PARTIAL, sync
 
 PATIENCE = 30.0
@@ -111,4 +111,4 @@ def why(error: BaseException) -> str:
         return f"the server says {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)

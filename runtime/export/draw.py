@@ -18,7 +18,7 @@ from runtime import files
 from runtime.build import build, load_state, without_starts
 from runtime.data.encoders import Encoders
 from runtime.device import device_of
-from runtime.errors import OutOfMemory, RunFailed
+from runtime.errors import RunFailed
 from runtime.export.pictures import Drawing, Wanted
 from runtime.export.request import Weights
 from runtime.export.weights import trained_weights
@@ -61,13 +61,12 @@ def _failing(device: torch.device, wanted: Wanted) -> Iterator[None]:
     """Inside, what the machine lacks is turned into errors that say so."""
     try:
         yield
-    except (OutOfMemory, RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        cause = error.__cause__ or error if isinstance(error, OutOfMemory) else error
-        if is_out_of_memory(cause):
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
             doing = f"drawing pictures of {wanted.width}x{wanted.height} pixels"
             help = "draw smaller ones with --size"
             help += "" if device.type == "cpu" else ", or slowly with --device cpu"
-            raise shortage(doing, cause, device, help, "validate") from cause
+            raise shortage(doing, error, device, help, "validate") from error
         if isinstance(error, OSError | SafetensorError):  # no base there, a disk that is full
             raise RunFailed(str(error)) from error
         raise

@@ -40,26 +40,42 @@ class Reading:
                 self._tracker.register(tensors, category)
 
 
+@mutable(kw_only=True)
+class Met:
+    """What a phase did of that which was planned for it, in words. All else that it does may be
+    another thing each time, so only the largest is kept."""
+
+    missed: set[str]  # what was planned and not done yet
+    largest: str = ""  # of all that was done; "": nothing was
+    size: float = 0
+
+    def note(self, piece: str, size: float) -> None:
+        """`piece` is done, which is so large."""
+        self.missed.discard(piece)
+        if size > self.size:
+            self.largest, self.size = piece, size
+
+
 class Gauge:
     """The readings of a run, by phase. Use it in the thread that does the phase's work."""
 
     def __init__(self, device: torch.device | None) -> None:
         """`device` None: nothing is to be measured."""
         self.readings: dict[str, Reading] = {}
-        self.met: dict[str, dict[str, float]] = {}
-        """Of phases whose allocator is asked: what was done in them, and how large it was."""
+        self.met: dict[str, Met] = {}
+        """Of phases whose allocator is asked."""
         self._device = device
+
+    @property
+    def asks(self) -> bool:
+        """Whether the device has an allocator to ask, which tells of phases and not of pieces."""
+        return self._device is not None and self._device.type != "cpu"
 
     def wants(self, phase: str, size: float = 0) -> bool:
         """Whether a piece of `phase` as large as `size` would be measured. Else nobody asks what
         exists then, which takes a while to gather."""
         last = self.readings.get(phase)
         return self._device is not None and (last is None or last.size < size)
-
-    def meets(self, phase: str, piece: str, size: float) -> None:
-        """Note that `piece`, in words, is done in `phase`."""
-        if self._device is not None:
-            self.met.setdefault(phase, {})[piece] = size
 
     @contextmanager
     def reading(
@@ -81,7 +97,7 @@ class Gauge:
         if self._device is None or not self.wants(phase, size):
             yield found
             return
-        if self._device.type != "cpu":
+        if self.asks:
             yield found
         else:
             found._tracker = tracker = Tracker({"cpu"})

@@ -43,9 +43,9 @@ class Waiting:
         self._numbers = {number: place for place, number in enumerate(blocks)}
         self._weights = list(blocks.values())
         self._here: set[int] = set()
-        alike = {id(weights): weights for weights in self._weights}  # most blocks are
-        sums = {key: _sums(weights) for key, weights in alike.items()}
-        hosts = {key: _on_host(weights) for key, weights in alike.items()}
+        self._alike = {id(weights): weights for weights in self._weights}  # most blocks are
+        sums = {key: _sums(weights) for key, weights in self._alike.items()}
+        hosts = {key: _on_host(weights) for key, weights in self._alike.items()}
         self._sums = [sums[id(weights)] for weights in self._weights]
         self.total = sum(hosts[id(weights)] for weights in self._weights)
         """Bytes that wait on the host, which they never leave."""
@@ -82,8 +82,7 @@ class Waiting:
         sizes: list[Ints] = []
         live: list[Ints] = []
         names, start = curve.categories, 0
-        alike = {id(weights): weights for weights in self._weights}
-        known = {key: _rows(weights, names) for key, weights in alike.items()}
+        known = {key: _rows(weights, names) for key, weights in self._alike.items()}
         arriving = [known[id(weights)] for weights in self._weights]
         offset = -self._vector(names)
 

@@ -14,6 +14,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from runtime.errors import first_line
 from runtime.out_of_memory import is_out_of_memory
 
 ALIGNMENT = 512  # bytes; as on the device
@@ -111,7 +112,7 @@ def _power(nbytes: int) -> int:
 
 def _piece(nbytes: int, device: torch.device) -> Tensor:
     """So many bytes, or more, on the host of `device`. Raises MemoryError."""
-    with _counting[-1](), pinning():
+    with _counting[-1](), pinning() if device.type == "cuda" else nullcontext():
         return torch.empty(
             _power(nbytes),
             dtype=torch.uint8,
@@ -129,8 +130,7 @@ def pinning() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        first = str(error).strip().splitlines()[0]
-        raise MemoryError(f"no memory could be pinned: {first}") from error
+        raise MemoryError(f"no memory could be pinned: {first_line(error)}") from error
 
 
 def _as(tensor: Tensor, piece: Tensor, start: int) -> Tensor:

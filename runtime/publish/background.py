@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from attrs import frozen
 
+from runtime.errors import first_line
 from runtime.events import Events
 
 PAUSES = (2.0, 10.0, 30.0, 120.0)  # seconds before the second, third, ... attempt
@@ -162,8 +163,3 @@ class Jobs:
     def _say(self, text: str, level: str = "info") -> None:
         if not self._given_up:
             self._events.message(text, level)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]

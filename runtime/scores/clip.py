@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from runtime.errors import MachineUnfit
+from runtime.errors import MachineUnfit, first_line
 
 
 class ClipScore:
@@ -27,7 +27,7 @@ class ClipScore:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
             self._pixels: Any = CLIPImageProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
+            first = first_line(error)
             raise MachineUnfit(
                 f"the model of the CLIP score, `{name}`, can't be loaded: {first}",
                 help="`--set validation.clip_score=false` runs without it",

@@ -17,7 +17,7 @@ from pathlib import Path
 from compiler.plan import Plan
 from compiler.trackers import TRACKERS, TrackerFacts
 from runtime import files
-from runtime.errors import MachineUnfit
+from runtime.errors import MachineUnfit, first_line
 from runtime.events import Events
 from runtime.track.background import Background
 from runtime.track.base import OFFLINE, Opening, Tracker
@@ -84,7 +84,7 @@ def _opened(
     except MachineUnfit:
         raise
     except Exception as error:  # each service has its own kinds
-        first = (str(error) or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise MachineUnfit(
             f"tracker `{facts.name}` can't be opened: {first}",
             help=f"{facts.login or 'see above'}; or take it out of [track] to",

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from runtime.errors import first_line
 from runtime.events import Events
 from runtime.track.base import Tracker
 
@@ -108,7 +109,7 @@ class Background:
     def _failed(self, error: Exception) -> None:
         if not self._said:
             self._said = True
-            first = (str(error) or type(error).__name__).splitlines()[0]
+            first = first_line(error)
             self._say(
                 f"tracker `{self._name}` can't be told ({first}); training goes on, and it is "
                 "tried again"

@@ -52,6 +52,12 @@ def test_a_step_takes_as_long_as_the_ladder_says(
     # 1e9 weights of 16 bits are read twice, 200 operations' time for each byte.
     more = 0.35 * 4e9 * 200 / free.memory.counts["flops"]
     assert free.memory.overhead == pytest.approx(1 + more, abs=1e-3)
+    told = compiled(
+        tmp_path / "recipe.toml", f'memory.budget="{budget}"', machine=CARD, memory_model=model
+    )
+    assert told.outlook is not None and told.outlook.duration is not None
+    noted = f"{plan.memory.overhead:.3g} times as long with all that is moved"
+    assert (noted in told.outlook.duration.why) is (plan.memory.overhead >= 1.05)
 
 
 def test_of_a_device_that_is_not_known_nothing_is_modelled(tmp_path: Path) -> None:

@@ -373,6 +373,19 @@ def test_offloading_where_other_accelerators_train(
     assert (found.plan is None) is (blocks > 0)
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "cuda"])
+def test_no_advice_is_refused_by_the_compiler(tmp_path: Path, device: Device) -> None:
+    machine = evolve(GPU, device=device, device_name="another", capability="")
+    path = project(tmp_path, RECIPE + ADAPTER)
+    asked = ['memory.budget="400 MiB"', "memory.offload=none", "model.transformer.quantize=none"]
+    (fault,) = compiled(path, *asked, machine=machine, memory_model=Formula()).diagnostics
+    assert fault.code == "does-not-fit"
+    advised = [f"memory.{part}" for part in (fault.help or "").split(" would")[0].split(" and ")]
+    found = compiled(path, asked[0], asked[2], *advised, machine=machine, memory_model=Formula())
+    assert not {f.code for f in found.diagnostics} & {"conflict", "no-effect"}, advised
+    assert ("offload" in advised[0]) is (device == "cuda")
+
+
 def test_a_device_that_does_not_tell_its_memory(tmp_path: Path) -> None:
     machine = evolve(GPU, device_name="GB10", device_total_bytes=0, device_free_bytes=0)
     plan = _plan(compiled(project(tmp_path), machine=machine))

@@ -125,6 +125,8 @@ def test_parts_of_a_device_by_name_and_memory():
         ("MIG-3333", [SECOND]),
         ("MIG-3333-4444,MIG-1111-2222", [SECOND]),
         ("MIG-9999", [NOT_LISTED]),
+        ("MIG-9999,0", [NOT_LISTED]),
+        ("MIG-9999,MIG-1111", [NOT_LISTED]),
         ("", []),
         ("-1,MIG-1111-2222", []),
     ],

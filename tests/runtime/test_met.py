@@ -16,6 +16,7 @@ from attrs import evolve
 
 from compiler.plan import Ema as EmaFacts
 from compiler.plan import Plan
+from runtime import clock as clocks
 from runtime import execute as executing
 from runtime.batch import Batch
 from runtime.clock import Clock
@@ -26,7 +27,7 @@ from runtime.loop import Trained
 from runtime.measured import measured
 from runtime.memory.corrections import read, remember
 from runtime.memory.gauge import Gauge
-from runtime.met import AVERAGE, NOTHING, Steps, met_readings
+from runtime.met import AVERAGE, NOTHING, judged, met_readings, noted
 from tests.compiler.recipes import GPU
 from tests.runtime.plans import LORA, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
@@ -42,6 +43,7 @@ def on_cuda(
 ) -> tuple[Plan, dict[str, Any]]:
     """A run's plan, and the rows of the memory that a CUDA device's allocator would have told of
     it: four fifths of what was planned. `tokens`: as many are read of a prompt."""
+    monkeypatch.setattr(clocks, "Gauge", lambda device: Gauge(CUDA))
 
     def told(plan: Plan, trained: Trained, clock: Clock, _: torch.device) -> dict[str, Any]:
         peaks = {phase.name: phase.device_bytes * 4 // 5 for phase in plan.memory.phases}
@@ -97,14 +99,18 @@ def batch_of(count: int = 2, tokens: int = FULL, width: int = 64) -> Batch:
     return Batch(latents=latents, noise=latents, sigmas=sigmas, text=text_of(count, tokens))
 
 
-def window_of(step: int, *batches: Batch) -> Window:
-    return Window(step=step, epoch=1, batches=batches, samples=2, names=())
-
-
 class Stand:
-    """In a run's place: a plan of one bucket, and what is trained of it."""
+    """In a run's place: a plan of one bucket, and what is trained of it on `device`."""
 
-    def __init__(self, folder: Path, sana: Path, accumulate: int = 1, every: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sana: Path,
+        accumulate: int = 1,
+        every: int = 1,
+        turns: bool = False,
+        device: torch.device = CUDA,
+    ) -> None:
         plan, _ = tiny_plan("sana", sana, draw_data(folder / "dog"), folder / "run", steps=9)
         bucket = evolve(plan.buckets[0], width=64, height=64, batch_size=2, samples=2)
         ema = EmaFacts(decay=0.9, device="cpu", every=every)
@@ -117,13 +123,23 @@ class Stand:
         trained: Any = SimpleNamespace(
             family=SimpleNamespace(example_batch=self._example),
             ema=SimpleNamespace(facts=ema),
-            rival=None,
+            rival=object() if turns else None,
             shards=None,
-            text=None,
-            turn=lambda step: trained,
+            turn=lambda step: trained.rival if turns and step % 2 else trained,
         )
-        self.trained, self.gauge = trained, Gauge(CUDA)
-        self.steps = Steps(plan=self.plan, trained=trained, gauge=self.gauge)
+        self.trained, self.gauge = trained, Gauge(device)
+        self._given: list[Window] = []
+        self._passed = iter(noted(iter(self._next, None), self.plan, trained, self.gauge))
+
+    def _next(self) -> Window:
+        return self._given.pop()
+
+    def trains(self, step: int, *batches: Batch) -> Window:
+        """The window that an update is given, after it has passed what notes it."""
+        window = Window(step=step, epoch=1, batches=batches, samples=2, names=())
+        self._given.append(window)
+        assert next(self._passed) is window
+        return window
 
     @staticmethod
     def _example(model: Any, width: int, height: int, count: int, text: Any, device: Any) -> Batch:
@@ -131,7 +147,7 @@ class Stand:
 
     def unlike(self) -> tuple[str, str]:
         """What was met and what was planned; two empty words where these are alike."""
-        found = met_readings(self.plan, self.trained, self.gauge, ["train"])["train"]
+        found = met_readings(self.trained, self.gauge, ["train"])["train"]
         return found.on, found.planned
 
 
@@ -142,9 +158,9 @@ def stand(tmp_path: Path, tiny_sana: Path) -> Callable[..., Stand]:
 
 def test_the_first_update_finds_no_state_and_says_nothing(stand: Callable[..., Stand]) -> None:
     run = stand()
-    assert run.steps(window_of(0, batch_of())).step == 0
+    assert run.trains(0, batch_of()).step == 0
     assert run.unlike()[0] == NOTHING
-    run.steps(window_of(1, batch_of()))
+    run.trains(1, batch_of())
     assert run.unlike() == ("", "")
 
 
@@ -156,10 +172,10 @@ def test_one_step_of_the_planned_size_is_enough_and_no_other(
 ) -> None:
     run = stand()
     for step in range(3):
-        run.steps(window_of(step, batch))
+        run.trains(step, batch)
     on, counted = run.unlike()
     assert on != counted and "512 tokens" in counted
-    run.steps(window_of(3, batch_of()))
+    run.trains(3, batch_of())
     assert run.unlike() == ("", "")
 
 
@@ -168,18 +184,18 @@ def test_all_batches_of_a_window_have_to_be_as_planned(stand: Callable[..., Stan
     run = stand(accumulate=2)
     windows = [(batch_of(), batch_of(tokens=40)), (batch_of(),), (batch_of(tokens=40), batch_of())]
     for step, batches in enumerate(windows):
-        run.steps(window_of(step, *batches))
+        run.trains(step, *batches)
     assert run.unlike()[1].startswith("2 times")
-    run.steps(window_of(3, batch_of(), batch_of()))
+    run.trains(3, batch_of(), batch_of())
     assert run.unlike() == ("", "")
 
 
 def test_the_average_has_to_be_among_the_updates(stand: Callable[..., Stand]) -> None:
     run = stand(every=5)
     for step in range(4):
-        run.steps(window_of(step, batch_of()))
+        run.trains(step, batch_of())
     assert run.unlike()[1] == AVERAGE
-    run.steps(window_of(4, batch_of(tokens=1)))
+    run.trains(4, batch_of(tokens=1))
     assert run.unlike() == ("", "")
 
 
@@ -189,7 +205,7 @@ def test_what_devices_that_share_a_model_draw_is_not_looked_at(
     run = stand()
     for shards in (None, object()):
         run.trained.shards = shards
-        found = met_readings(run.plan, run.trained, run.gauge, ["validate"])
+        found = met_readings(run.trained, run.gauge, ["validate"])
         assert all(row.on != row.planned for row in found.values())
         assert bool(found) is (shards is not None)
 

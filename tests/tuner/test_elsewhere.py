@@ -50,7 +50,7 @@ def test_an_old_one_has_no_bfloat16() -> None:
     assert elsewhere(MACHINE, "16 GiB").bf16
 
 
-@pytest.mark.parametrize("word", ["3060", "4090", "4060 ti 16gb"])
+@pytest.mark.parametrize("word", ["3060", "4090", "4060 ti 16gb", "a6000"])
 def test_the_number_of_a_card_is_enough(word: str) -> None:
     assert elsewhere(MACHINE, word) == elsewhere(MACHINE, f"rtx {word}")
 
@@ -59,6 +59,17 @@ def test_the_number_of_a_card_is_enough(word: str) -> None:
 def test_an_amount_without_its_unit_is_answered_with_it(word: str) -> None:
     with pytest.raises(UnknownDevice, match="did you mean `24 GiB`"):
         elsewhere(MACHINE, word)
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"),
+    [("3080", "rtx-3080-12gb"), ("1080", ""), ("0", ""), (".", "")],
+)
+def test_what_is_no_amount_is_not_taken_for_one(word: str, guess: str) -> None:
+    with pytest.raises(UnknownDevice) as caught:
+        elsewhere(MACHINE, word)
+    assert f"{word} GiB" not in str(caught.value)
+    assert f"did you mean `{guess}" in str(caught.value) if guess else True
 
 
 def test_what_is_missing_here_is_not_missing_there(tmp_path: Path) -> None:

@@ -56,7 +56,6 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny model, whose runs keep all that they note in it."""
     monkeypatch.setattr("tuner.compiling.compile_here", lambda path, more: compiled(path, *more))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     make_tiny("sana", tmp_path / "base")
     return tmp_path
 

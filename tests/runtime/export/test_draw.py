@@ -15,7 +15,6 @@ from runtime.errors import MachineUnfit, OutOfMemory, RunFailed
 from runtime.export.draw import draw
 from runtime.export.pictures import pictures
 from runtime.export.request import Refused, chosen
-from runtime.out_of_memory import refusal
 from tests.runtime.export.runs import PROMPT, VALIDATION
 
 MIXED = Precision(compute="bfloat16", weights="bfloat16", trained="float32", cache="bfloat16")
@@ -110,21 +109,6 @@ def test_pictures_that_need_too_much_memory(runs, tmp_path, monkeypatch, error):
     with pytest.raises(OutOfMemory, match="memory drawing pictures of 512x640 pixels") as caught:
         draw(weights, wanted)
     assert caught.value.help == "draw smaller ones with --size"
-
-
-def test_a_device_that_others_fill(runs, tmp_path, monkeypatch):
-    """The refusal is of drawing, with no word on how a run goes on."""
-
-    def full(plan):
-        error = torch.OutOfMemoryError("out of memory")
-        raise refusal(plan, "load", error, torch.device("xpu")) from error
-
-    monkeypatch.setattr("runtime.export.draw.device_of", full)
-    weights = chosen(Path(runs("sd3").run_folder))
-    with pytest.raises(OutOfMemory, match="drawing") as caught:
-        draw(weights, pictures(weights, ["x"], device="xpu", out=tmp_path))
-    assert "--device cpu" in caught.value.help
-    assert "step" not in caught.value.help
 
 
 @pytest.mark.parametrize("error", [SafetensorError("header too large"), OSError("disk full")])
