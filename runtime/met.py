@@ -7,7 +7,9 @@ before it has met the largest. What was not done in full says nothing of the pla
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
 
 import torch
 from attrs import mutable
@@ -15,17 +17,17 @@ from torch import Tensor
 
 from compiler.families import FAMILIES
 from compiler.plan import Plan
+from runtime import examples
 from runtime.batch import Batch
 from runtime.data.feed import Window
 from runtime.families import family_of
-from runtime.families.common import config_of
 from runtime.loop import Trained
 from runtime.memory.buckets import evaluated_shapes, trained_shapes
 from runtime.memory.gauge import Gauge, Met, Reading
 from runtime.memory.pieces import picture_words
 from runtime.methods.base import is_rivals
 from runtime.methods.sprint_draws import NEGATIVE
-from runtime.one_more import example, sides, trained_example, trained_whole
+from runtime.one_more import sides, trained_whole
 
 AVERAGE = "an update of the average"
 NOTHING = "nothing that was planned"
@@ -99,14 +101,18 @@ def _trained(plan: Plan, trained: Trained) -> set[str]:
     found = set()
     for step in sides(plan, trained):
         for shape in trained_shapes(plan):
-            batch = trained_example(plan, trained.family, shape, step, META)
+            batch = examples.trained(examples.of_plan(plan), trained.family, shape, step, META)
             found.add(_step_words(plan, trained, step, [batch] * plan.steps.accumulate))
     return found if trained.ema is None else found | {AVERAGE}
 
 
 def _judged(plan: Plan) -> set[str]:
     family = family_of(plan.model.family)
-    return {_words(plan, example(plan, family, shape, META)) for shape in evaluated_shapes(plan)}
+    contents = examples.of_plan(plan)
+    return {
+        _words(plan, examples.held_out(contents, family, shape, META))
+        for shape in evaluated_shapes(plan)
+    }
 
 
 def _averages(trained: Trained, done: int) -> bool:
@@ -130,11 +136,17 @@ def _step_words(plan: Plan, trained: Trained, step: int, batches: Collection[Bat
 
 def _words(plan: Plan, batch: Batch) -> str:
     """What decides of a batch how much memory it takes."""
-    factor = FAMILIES[plan.model.family].vae_factor(config_of(plan.model, "vae"))
+    factor = _factor(plan.model.family, plan.model.configs["vae"])
     count, _, height, width = batch.latents.shape
     words = f"{picture_words(width * factor, height * factor, count)}, {_text_words(batch)}"
     words += ", with masks" if batch.mask is not None else ""
     return words + (", as the base sees it too" if batch.keeps_base else "")
+
+
+@lru_cache(1)
+def _factor(family: str, vae: str) -> int:
+    """How many pixels an edge of a latent is; every batch asks."""
+    return FAMILIES[family].vae_factor(json.loads(vae))
 
 
 def _text_words(batch: Batch) -> str:

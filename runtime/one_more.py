@@ -10,22 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from attrs import evolve
 from torch import Tensor
 
 from compiler.plan import Plan
-from runtime.batch import Batch, masked
+from runtime import examples
+from runtime.batch import Batch
 from runtime.data.feed import Window
-from runtime.families.base import Family
 from runtime.families.common import inference
 from runtime.loop import Trained, one_update
 from runtime.memory.buckets import evaluated_shapes, trained_shapes
 from runtime.memory.tracker import Tracker
-from runtime.methods.sprint_draws import example as sprint_example
-from runtime.new_tokens import encoders_of
 from runtime.resident import gradients, resident
 from runtime.step import forward_losses
-from runtime.text_training import example_tokens
 
 Parts = Mapping[str, int]
 CPU = torch.device("cpu")
@@ -60,7 +56,8 @@ def sides(plan: Plan, trained: Trained) -> list[int]:
 
 
 def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Parts:
-    batch, words = example(plan, trained.family, shape), trained.text
+    batch = examples.held_out(examples.of_plan(plan), trained.family, shape, CPU)
+    words = trained.text
     tracker = _tracker({**resident(plan, trained), "batch": _tensors(batch)})
     unchanged = words.inference() if words else nullcontext()
     with tracker, inference(trained.model), unchanged:
@@ -71,8 +68,10 @@ def _evaluation(plan: Plan, trained: Trained, shape: tuple[int, int, int]) -> Pa
 def _update(
     plan: Plan, trained: Trained, shape: tuple[int, int, int], step: int
 ) -> tuple[Parts, Parts]:
+    contents = examples.of_plan(plan)
     batches = [
-        trained_example(plan, trained.family, shape, step) for _ in range(plan.steps.accumulate)
+        examples.trained(contents, trained.family, shape, step, CPU)
+        for _ in range(plan.steps.accumulate)
     ]
     window = Window(
         step=step,
@@ -101,33 +100,6 @@ def _update(
         if trained.ema is not None:
             trained.ema.update(trained.ema.facts.every)
     return passes[0], tracker.breakdown()
-
-
-def trained_example(
-    plan: Plan,
-    family: Family,
-    shape: tuple[int, int, int],
-    step: int,
-    device: torch.device = CPU,
-) -> Batch:
-    """A batch of zeros of the most that the update after `step` others may be given of `shape`
-    (width, height, samples)."""
-    batch = example(plan, family, shape, device)
-    if any(source.target == "base" for source in plan.sources):
-        batch = evolve(batch, keeps_base=True)
-    return batch if plan.sprint is None else sprint_example(plan.sprint, batch, step)
-
-
-def example(
-    plan: Plan, family: Family, shape: tuple[int, int, int], device: torch.device = CPU
-) -> Batch:
-    """The same of a batch that is only looked at."""
-    batch = family.example_batch(plan.model, *shape, plan.text, device)
-    if any(source.mask for source in plan.sources):
-        batch = masked(batch)
-    if encoders := encoders_of(plan.text_training, plan.embeddings):
-        batch = evolve(batch, tokens=example_tokens(plan.model, encoders, shape[2], device))
-    return batch
 
 
 def _tracker(existing: Mapping[str, Iterable[Tensor]]) -> Tracker:

@@ -13,12 +13,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from attrs import evolve
 from torch import Tensor, nn
 
 from compiler.memory import Candidate
 from compiler.plan import Model, Precision, Text
-from runtime.batch import masked
+from runtime import examples
 from runtime.families import sana_sprint
 from runtime.families.base import PICTURE, Family
 from runtime.families.common import DTYPES, class_called, draw, inference
@@ -136,12 +135,7 @@ def run_evaluation(
 ) -> None:
     """The loss of one batch of held-out pictures, `tracker` being entered: no gradients."""
     tracker.category = "batch"
-    batch = family.example_batch(candidate.model, *shape, candidate.text, device)
-    if words is not None:
-        tokens = example_tokens(candidate.model, tuple(words.encoders), shape[2], device)
-        batch = evolve(batch, tokens=tokens)
-    if candidate.masked:
-        batch = masked(batch)
+    batch = examples.held_out(examples.of_candidate(candidate), family, shape, device)
     tracker.category = "activations"
     tracker.reset_peak()
     with inference(model), words.inference() if words else nullcontext():

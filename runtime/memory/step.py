@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compiler import plan
 from compiler.memory import Candidate
-from runtime.batch import masked
+from runtime import examples
 from runtime.build import Built, build
 from runtime.collector import collector_off
 from runtime.ema import Ema
@@ -42,14 +42,12 @@ from runtime.memory.shares import (
 from runtime.memory.tracker import Tracker
 from runtime.memory.waiting import Rehearsal
 from runtime.methods.sprint import Distillation
-from runtime.methods.sprint_draws import example
 from runtime.modules import blocks_of
 from runtime.offload.host import counted, giving
 from runtime.optimizers import grouped, make_optimizer
 from runtime.scaler import Scaler, scaler_for
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, method_step, micro_step, update
-from runtime.text_training import example_tokens
 
 META = torch.device("meta")
 
@@ -405,23 +403,13 @@ def _window(
     fused = None
     if candidate.layout.fused_backward:
         fused = FusedBackward(built.model, built.trainable, optimizer, built.copies())
-    width, height, batch_size = shape
     device = next(iter(built.model.parameters())).device
     scaler = scaler_for(candidate.precision, device)
     tracker.category = "batch"
+    contents = examples.of_candidate(candidate)
     batches = [
-        family.example_batch(candidate.model, width, height, batch_size, candidate.text, device)
-        for _ in range(candidate.accumulate)
+        examples.trained(contents, family, shape, step, device) for _ in range(candidate.accumulate)
     ]
-    if candidate.masked:
-        batches = [masked(batch) for batch in batches]
-    if candidate.keeps_base:
-        batches = [evolve(batch, keeps_base=True) for batch in batches]
-    if built.text is not None:
-        given = (candidate.model, tuple(built.text.encoders), batch_size, device)
-        batches = [evolve(batch, tokens=example_tokens(*given)) for batch in batches]
-    if candidate.sprint is not None:
-        batches = [example(candidate.sprint, batch, step) for batch in batches]
     samples = sum(batch.latents.shape[0] for batch in batches)
     parts = [part for batch in batches for part in batch.parts(candidate.micro_batch)]
     sizes = [part.latents.shape[0] for part in parts]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from compiler.families import FAMILIES
 from compiler.plan import Ema as EmaFacts
 from compiler.plan import Plan
 from runtime import clock as clocks
@@ -23,18 +24,21 @@ from runtime.clock import Clock
 from runtime.data.feed import Window
 from runtime.events import Silent
 from runtime.families import family_of
+from runtime.families.base import Framed
+from runtime.families.common import config_of
 from runtime.loop import Trained
 from runtime.measured import measured
 from runtime.memory.corrections import read, remember
 from runtime.memory.gauge import Gauge
 from runtime.met import AVERAGE, NOTHING, judged, met_readings, noted
 from tests.compiler.recipes import GPU
+from tests.runtime.memory_cases import small
 from tests.runtime.plans import LORA, draw_data, tiny_plan
 from tests.runtime.run_plan import Interrupting
 from tests.runtime.test_measured import planned
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-CUDA = torch.device("cuda")
+CUDA, META = torch.device("cuda"), torch.device("meta")
 SHORT, FULL = 2, 512
 
 
@@ -100,7 +104,8 @@ def batch_of(count: int = 2, tokens: int = FULL, width: int = 64) -> Batch:
 
 
 class Stand:
-    """In a run's place: a plan of one bucket, and what is trained of it on `device`."""
+    """In a run's place: a plan of one bucket, and what is trained of it on `device`; of a small
+    model of `family`, or of one that takes any text."""
 
     def __init__(
         self,
@@ -109,6 +114,7 @@ class Stand:
         accumulate: int = 1,
         every: int = 1,
         turns: bool = False,
+        family: str = "",
         device: torch.device = CUDA,
     ) -> None:
         plan, _ = tiny_plan("sana", sana, draw_data(folder / "dog"), folder / "run", steps=9)
@@ -120,8 +126,12 @@ class Stand:
             steps=evolve(plan.steps, accumulate=accumulate),
             text=evolve(plan.text, max_length=FULL),
         )
+        if family:
+            step = small(family)
+            self.plan = evolve(self.plan, model=step.model, text=step.text)
+        own = family_of(family) if family else SimpleNamespace(example_batch=self._example)
         trained: Any = SimpleNamespace(
-            family=SimpleNamespace(example_batch=self._example),
+            family=own,
             ema=SimpleNamespace(facts=ema),
             rival=object() if turns else None,
             shards=None,
@@ -129,10 +139,8 @@ class Stand:
         )
         self.trained, self.gauge = trained, Gauge(device)
         self._given: list[Window] = []
-        self._passed = iter(noted(iter(self._next, None), self.plan, trained, self.gauge))
-
-    def _next(self) -> Window:
-        return self._given.pop()
+        given = iter(self._given.pop, None)
+        self._passed = iter(noted(given, self.plan, trained, self.gauge))
 
     def trains(self, step: int, *batches: Batch) -> Window:
         """The window that an update is given, after it has passed what notes it."""
@@ -161,6 +169,51 @@ def test_the_first_update_finds_no_state_and_says_nothing(stand: Callable[..., S
     assert run.trains(0, batch_of()).step == 0
     assert run.unlike()[0] == NOTHING
     run.trains(1, batch_of())
+    assert run.unlike() == ("", "")
+
+
+def test_of_what_was_not_planned_the_largest_is_told(stand: Callable[..., Stand]) -> None:
+    run = stand()
+    for step, tokens in enumerate((FULL, 3, 40, 7)):
+        run.trains(step, batch_of(tokens=tokens))
+    assert "40 tokens" in run.unlike()[0]
+
+
+def test_of_two_sides_each_has_to_be_met(stand: Callable[..., Stand]) -> None:
+    run = stand(turns=True)
+    for step in range(3):  # the first of each says nothing
+        run.trains(step, batch_of())
+    assert "for the discriminator" in run.unlike()[1]
+    run.trains(3, batch_of())
+    assert run.unlike() == ("", "")
+
+
+def test_nothing_is_looked_at_where_no_allocator_is_asked(stand: Callable[..., Stand]) -> None:
+    run = stand(device=torch.device("cpu"))
+    for step in range(3):
+        run.trains(step, batch_of())
+    judged(run.plan, run.gauge)(batch_of())
+    assert not run.gauge.met
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_full_prompts_are_as_planned(family: str, stand: Callable[..., Stand]) -> None:
+    """Of one prompt that is as long as it may be, and one that is shorter where that is possible.
+    Else nothing would ever be corrected."""
+    run, own = stand(family=family), family_of(family)
+    configs = {name: config_of(run.plan.model, name) for name in run.plan.model.configs}
+    texts = [
+        {
+            name: torch.zeros(each)
+            for name, each in own.card.embedding_shapes(configs, count).items()
+        }
+        for count in (run.plan.text.max_length, run.plan.text.max_length - own.card.unpadded_text)
+    ]
+    frame = Framed(original=(64, 64), crop=(0, 0), target=(64, 64))
+    text = own.collate_text(texts) | own.size_conditions([frame] * 2)
+    example = own.example_batch(run.plan.model, 64, 64, 2, run.plan.text, META)
+    for step in range(2):
+        run.trains(step, evolve(example, text=text))
     assert run.unlike() == ("", "")
 
 
