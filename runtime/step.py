@@ -41,9 +41,11 @@ def micro_step(
     weighs the same however the window is cut into batches. `before_backward` is given the losses
     (B,) when the forward pass is done. `scale` multiplies the gradients, see `runtime.scaler`.
     `backward` is what to do with the sum in place of autograd's backward pass. `words` are the text
-    encoders that are trained too.
+    encoders that are trained too. Raises ValueError where no weight would be changed.
     """
     losses = forward_losses(family, model, batch, objective, precision, words)
+    if not losses.requires_grad:
+        raise ValueError("nothing that is trained has a say in what the model predicts")
     if before_backward is not None:
         before_backward(losses.detach())
     total = losses.sum() / window_samples

@@ -12,7 +12,7 @@ from runtime.memory.curve import NotAlike
 from runtime.memory.repeat import More, repeated
 from runtime.memory.rounding import rounded
 from runtime.memory.shallow import Shallow
-from runtime.memory.shares import Form, Share, kind_of
+from runtime.memory.shares import Form, Share
 from runtime.memory.step import Course
 from runtime.memory.update import Update
 from runtime.memory.waiting import Waiting
@@ -22,17 +22,18 @@ STATES = ("optimizer", "ema")  # what is made when an optimizer is primed, and s
 Further = Sequence[tuple[Share, int]]  # how many more blocks have that share
 
 
-def deep_forms(base: Course, less: Shallow) -> list[Form]:
-    """Of what the deep model's optimizer updates: under names that tell whose they are."""
-    counts = Counter(map(kind_of, base.forms))
-    for share, count in _further(base, less):
-        for form in share.forms:
-            counts[kind_of(form)] += count
-    return [
-        (f"{owner}.{size}-{number}", size, dtype)
-        for (owner, size, dtype), count in counts.items()
+def deep_forms(base: Course, less: Shallow) -> tuple[list[Form], list[Form]]:
+    """Of what the deep model's optimizer updates, and of what of it gets no gradient: the shallow
+    one's, then those of further blocks, one block after the other."""
+    idle = {name for name, _, _ in base.idle}
+    further = [
+        (form, (f"{form[0]}-{number}", *form[1:]))
+        for share, count in _further(base, less)
         for number in range(count)
+        for form in share.forms
     ]
+    every = [*base.forms, *(copy for _, copy in further)]
+    return every, [*base.idle, *(copy for form, copy in further if form[0] in idle)]
 
 
 def deepened(
@@ -93,7 +94,7 @@ def _waited(deep: Course, waiting: Waiting) -> Course:
     """That of the model whose blocks wait, from that of the one whose blocks tell their turns."""
     load = _less(deep.load, waiting)
     if deep.stands_for > 1:
-        waiting.settle()  # as the part leaves them that was not run
+        waiting.left_by(deep.window)  # the part that was not run
     window = waiting.follow(deep.window)
     after, save = _less(deep.after, waiting), _less(deep.save, waiting)
     update = [waiting.lower(curve) for curve in deep.update]

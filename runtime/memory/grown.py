@@ -109,6 +109,8 @@ def _tensor(tensor: Any, known: dict[int, Any]) -> Any:
         return tensor if tensor is None else known[id(tensor)]
     if type(tensor) not in (Tensor, nn.Parameter):
         raise CantGrow("a tensor of a kind of its own")
+    if tensor.nbytes != tensor.untyped_storage().nbytes():
+        raise CantGrow("a part of what others have a part of")
     made: Any = torch.empty_strided(
         tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )

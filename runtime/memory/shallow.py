@@ -27,7 +27,7 @@ differ (nothing asks for the gradient of what it is given), so does what the sec
 the last one's (no gradient is there yet to be added to). With one more behind, the shallow model
 has two blocks of a kind somewhere, which are compared."""
 SAME = re.compile(
-    r"(?:[A-Za-z_]+[0-9]*|\[[A-Za-z]+\]|(?:to_out|net)\\?\.[0-9]|\\\.|\.\*|\\d\+|[|()])*"
+    r"(?:[A-Za-z_]+[0-9]*|\[[A-Za-z]+\]|(?:to_out|net)\\?\.[0-9]|\\\.|\.\*|\\d\+(?!\\d)|[|()])*"
 )
 """Patterns of module names that can't tell one number of a block from another."""
 WORTH = 0.9  # of the deep model's blocks: with more in the shallow one, it is no quicker
@@ -60,6 +60,13 @@ def shallow(candidate: Candidate) -> Shallow | None:
         return None
     if candidate.adapter is not None and not _alike(candidate.adapter, card):
         return None
+    precision = candidate.precision
+    if (
+        candidate.fused_projections
+        and candidate.adapter is None
+        and precision.compute == precision.trained
+    ):
+        return None  # gradients of one projection's parts lie in one storage
     config = json.loads(candidate.model.configs[card.trained_component])
     counts, depth = card.runs(config), card.depth(config)
     if counts is None:

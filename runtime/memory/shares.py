@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from runtime.memory.curve import NotAlike
 from runtime.memory.tracker import Tracker
 from runtime.methods.base import Built
+from runtime.new_tokens import is_rows
 from runtime.offload.blocks import frozen_of, in_backward
 from runtime.quantise.layers import num_weights
 from runtime.text_training import owner
@@ -27,11 +28,12 @@ def forms_of(trainable: Mapping[str, nn.Parameter]) -> list[Form]:
     return [(name, tuple(p.shape), p.dtype) for name, p in trainable.items()]
 
 
-def kind_of(form: Form) -> tuple[str, tuple[int, ...], torch.dtype]:
-    """Whose it is (a text encoder's, or "" of all else), its shape and its type."""
+def kind_of(form: Form) -> tuple[str, bool, tuple[int, ...], torch.dtype]:
+    """Whose it is (a text encoder's, or "" of all else), whether it is new tokens', its shape and
+    its type."""
     name, shape, dtype = form
     whose = owner(name)
-    return whose if whose.startswith("text_encoder") else "", shape, dtype
+    return whose if whose.startswith("text_encoder") else "", is_rows(name), shape, dtype
 
 
 Weights = Sequence[tuple[str, int]]

@@ -85,8 +85,8 @@ class RuntimeMemoryModel:
         if less is not None:
             try:
                 return self._deep(candidate, less, shape)
-            except NotAlike:
-                pass  # simulated whole, which is always right
+            except (NotAlike, ValueError):
+                pass  # simulated whole, which is always right, and so is what it says of a fault
         return self.whole(candidate, shape)
 
     def whole(self, candidate: Candidate, shape: Shape) -> Course:
@@ -129,12 +129,12 @@ class RuntimeMemoryModel:
 
     def _deep(self, candidate: Candidate, less: Shallow, shape: Shape) -> Course:
         base = self._base(less, shape)
-        forms = deep_forms(base, less)
-        key = depends_on(candidate, forms, base.idle)
+        forms, idle = deep_forms(base, less)
+        key = depends_on(candidate, forms, idle)
         if key not in self._updates:
             with as_on(candidate.device, candidate.capability):
                 tracker = self.tracker(candidate.device)
-                self._updates[key] = run_update(candidate, forms, base.idle, tracker)
+                self._updates[key] = run_update(candidate, forms, idle, tracker)
         return deepened(
             base,
             less,

@@ -183,22 +183,21 @@ def run_step(
         # is done there needs no step before it, and can be done beside it.
         between = partial(_between, candidate, family, built, device, tracker)
         with aside(between) as looked:
-            start = flops()
+            told = asked_for is not None
             run = _window(
-                candidate, family, built, optimizer, ema, shape, tracker, told=asked_for is not None
+                candidate, family, built, optimizer, ema, shape, tracker, flops, told=told
             )
             window, updating = run.passes, run.update
-            runs = runs_of(candidate, shape) // run.stands_for
+            spent, runs = run.spent, runs_of(candidate, shape) // run.stands_for
             if rivals is not None and built.rival is not None:  # its updates take turns
                 other = evolve(built, trainable=built.rival.trainable)
-                more = _window(candidate, family, other, rivals, None, shape, tracker, step=1)
+                more = _window(
+                    candidate, family, other, rivals, None, shape, tracker, flops, step=1
+                )
                 window, updating = [*window, *more.passes], [*updating, *more.update]
-                runs *= 2
-            spent = flops() - start
+                spent, runs = (spent + more.spent) // 2, runs * 2
             if built.method is None:
                 spent -= sum(asked)
-            elif rivals is not None:
-                spent //= 2
             save = tracker.categories()
             between_steps, judged, drawn = looked()
             if save != between_steps:
@@ -383,6 +382,7 @@ class _Window:
     after: Mapping[str, int]
     update: Sequence[Curve]
     idle: Sequence[Form]
+    spent: int
     stands_for: int
 
 
@@ -394,6 +394,7 @@ def _window(
     ema: Ema | None,
     shape: tuple[int, int, int],
     tracker: Tracker,
+    flops: Callable[[], int],
     step: int = 0,
     told: bool = False,
 ) -> _Window:
@@ -416,7 +417,9 @@ def _window(
     asked, found = parts_run(sizes), None
     if told and fused is None and len({sizes[number] for number in asked}) < len(asked):
         asked, found = asked[1:], _Found(built.trainable, tracker)
+        tracker.category = "batch"
     tracker.reset_peak()
+    start = flops()
     losses: list[object] = []
     if built.method is not None:
         built.method.begin(step)
@@ -445,7 +448,7 @@ def _window(
             )
         )
         tracker.register(_gradients(built), "gradients")
-    passes = tracker.curves()
+    passes, spent = tracker.curves(), flops() - start
     if found is not None:
         unused = found.unused()
         passes = [lowered(curve, unused) for curve in passes]
@@ -460,6 +463,7 @@ def _window(
         after=after,
         update=tracker.curves(),
         idle=idle,
+        spent=spent,
         stands_for=2 if found is not None else 1,
     )
 

@@ -78,13 +78,10 @@ def run_update(
             finish = partial(_last_norm, _norms(len(trainable) - len(idle), tracker))
         else:
             tracker.category = "gradients"
-            left = Counter(map(kind_of, idle))
-            reached = []
-            for form, parameter in zip(forms, trainable.values(), strict=True):
-                left[kind_of(form)] -= 1
+            for parameter in trainable.values():
                 parameter.grad = None
-                if left[kind_of(form)] < 0:
-                    reached.append(parameter)
+            without = {name for name, *_ in idle}
+            reached = [p for name, p in trainable.items() if name not in without]
             give_gradients(reached, tracker)
         before = tracker.categories()
         complete(candidate, trainable, optimizer, ema, finish, tracker)

@@ -63,6 +63,17 @@ class Waiting:
         """See `Blocks.settle`."""
         self._here = {0}
 
+    def left_by(self, curves: Sequence[Curve]) -> None:
+        """What is here after passes of which each block has its turns in `curves`: the last one
+        alone tells. (A block that gets no gradients has none in the backward pass.)"""
+        turns = (int(turn) for curve in reversed(curves) for turn in curve.turns[::-1] if turn)
+        for turn in turns:
+            place = self._numbers.get(abs(turn) - 1)
+            if place is not None:
+                _, coming = moves(self._here, place, turn < 0, len(self._weights))
+                self._here = {place} if coming is None else {place, coming}
+                return
+
     def follow(self, curves: Sequence[Curve]) -> list[Curve]:
         """Curves of the model whose blocks tell their turns and do not wait, which follow each
         other: those of the one whose blocks wait."""

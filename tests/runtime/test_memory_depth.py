@@ -136,6 +136,53 @@ def test_deep_models_whose_batches_are_cut(family: str, options: dict[str, Any])
     check(evolve(deep(family, 17, **options), micro_batch=1))
 
 
+def test_parts_of_nested_ranks() -> None:
+    """What is made once for all parts is the batch's, whether one part is run or two."""
+    step = deep("sana", 13, rank=4)
+    assert step.adapter is not None
+    nested = evolve(step.adapter, kind="dylora", block_size=2, init="kaiming")
+    check(evolve(step, adapter=nested, micro_batch=1))
+
+
+def test_parts_that_leave_other_blocks_than_the_first() -> None:
+    """Blocks before those that are adapted have no backward pass, and do not come back in it."""
+    tiny = import_module("tests.runtime.tinies.flux")
+    shape = {**tiny.SMALL, "num_layers": 9, "num_single_layers": 12}
+    step = candidate(
+        known(tiny.BASE, tiny.PARTS, **shape),
+        rank=4,
+        tokens=32,
+        shapes=((64, 64, 2),),
+        targets=(r"single_transformer_blocks\.\d+\.attn\.to_q",),
+        layout=Layout(offload_blocks=8, activation_checkpointing=1),
+    )
+    check(evolve(step, micro_batch=1))
+
+
+def test_gradients_in_one_storage_are_simulated_whole() -> None:
+    step = evolve(deep("sana", 13, trained="bfloat16"), fused_projections=True)
+    assert shallow(step) is None
+    assert shallow(evolve(step, fused_projections=False)) is not None
+
+
+def test_views_of_one_storage_are_not_copied_apart() -> None:
+    step = deep("sana", 13, rank=4, layout=Layout(offload_blocks=99))
+    assert step.adapter is not None
+    check(evolve(step, adapter=evolve(step.adapter, kind="oft", rank=0, alpha=0, block_size=8)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "muon", "trained": "bfloat16"},  # the update multiplies matrices itself
+        {"optimizer": "adamw", "device": "cpu", "compute": "float32"},  # one after the other
+    ],
+    ids=str,
+)
+def test_updates_by_their_order(options: dict[str, Any]) -> None:
+    check(deep("sana", 13, fused=False, **options))
+
+
 def test_an_unequal_part_is_run_too() -> None:
     step = evolve(deep("sana", 13, rank=4, shapes=((256, 256, 3),)), micro_batch=2)
     assert MODEL.course(step, step.shapes[0]).stands_for == 1
@@ -207,6 +254,7 @@ def ranked(pattern: str) -> Candidate:
         r"transformer_blocks\.\d\..*",
         r"transformer_blocks\...*",
         r".{20,24}attn.*",
+        r"transformer_blocks\.\d+\d+\..*",
     ],
 )
 def test_blocks_that_are_adapted_otherwise_are_simulated_whole(pattern: str) -> None:
@@ -385,3 +433,23 @@ def test_one_candidate_is_simulated_once(monkeypatch: pytest.MonkeyPatch) -> Non
     before = {p.name: p for p in first.phases}
     assert smaller["text_encoder"].device_bytes < before["text_encoder"].device_bytes
     assert smaller["train"] == before["train"]
+
+
+def test_a_fault_is_told_of_the_whole_model() -> None:
+    step = deep("sd3", 24, rank=4, targets=(r"transformer_blocks\.\d+\.attn\.to_x",))
+    message = r"none of the (\d+) linear layers"
+    with pytest.raises(ValueError, match=message) as caught:
+        MODEL.course(step, step.shapes[0])
+    found = re.search(message, str(caught.value))
+    with pytest.raises(ValueError, match=message) as whole:
+        MODEL.whole(step, step.shapes[0])
+    assert found is not None and str(caught.value) == str(whole.value)
+
+
+def test_what_trains_nothing_is_told() -> None:
+    tiny = import_module("tests.runtime.tinies.qwen_image")
+    model = known(tiny.BASE, tiny.PARTS, **{**tiny.SMALL, "num_layers": 3})
+    targets = (r"transformer_blocks\.2\.attn\.to_add_out",)  # of the text, which nothing reads
+    step = candidate(model, rank=4, tokens=32, shapes=((64, 64, 1),), targets=targets)
+    with pytest.raises(ValueError, match="nothing that is trained has a say"):
+        MODEL.course(step, step.shapes[0])
