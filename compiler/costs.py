@@ -70,12 +70,13 @@ class Disk:
 
 @frozen(kw_only=True)
 class Duration:
-    """Seconds of training and of drawing; caching and loading are not in it."""
+    """Seconds of training, by all devices, and of drawing, which one does; caching and loading are
+    not in it."""
 
     train_seconds: float
     validate_seconds: float  # pictures and evaluation losses
     seconds_per_step: float  # mean over all buckets
-    flops_per_second: float
+    flops_per_second: float  # of each device
     basis: Basis
     why: str  # a sentence on where the rate is from
 
@@ -326,7 +327,9 @@ def step_key(plan: Plan, device_name: str) -> str:
     optimizer = [plan.optimizer.name, plan.optimizer.fused]
     parted = [plan.steps.accumulate, plan.steps.micro_batch]
     layout = plain(plan.memory.layout)
-    return digest_of([device_name, parts, sorted(shapes), optimizer, layout, parted])
+    found = [device_name, parts, sorted(shapes), optimizer, layout, parted]
+    shared = [plan.steps.ranks, plan.sharing.strategy] if plan.steps.ranks > 1 else []
+    return digest_of([*found, *shared])
 
 
 def device_key(plan: Plan, device_name: str) -> str:
@@ -350,10 +353,11 @@ def _duration(plan: Plan, machine: Machine, site: Site | None) -> tuple[Duration
         speed /= plan.memory.overhead
         if plan.memory.overhead >= NOTED:
             why += f", {plan.memory.overhead:.3g} times as long with all that is moved"
+    training = flops / plan.steps.ranks / speed
     duration = Duration(
-        train_seconds=flops / speed,
+        train_seconds=training,
         validate_seconds=validate_flops(plan) / speed,
-        seconds_per_step=flops / speed / plan.steps.total,
+        seconds_per_step=training / plan.steps.total,
         flops_per_second=speed,
         basis=basis,
         why=why,

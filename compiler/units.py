@@ -82,9 +82,8 @@ class Interval:
         if isinstance(value, str) and value.strip() == "off":
             return cls(amount=0, unit="off")
         units = _STEP_WORDS | _EPOCH_WORDS | _TIME_WORDS
-        found = _quantity(value, units, "steps", "`steps`, `epochs`, `min` or `h`")
-        if found.amount == 0:
-            raise UnitError(f"`{found.text}` is no interval", "say `off` for never")
+        nothing = ("is no interval", "say `off` for never")
+        found = _quantity(value, units, "steps", "`steps`, `epochs`, `min` or `h`", nothing)
         unit = units[found.unit]
         _bounded(found, unit)
         return cls(amount=_number(found), unit=unit)  # type: ignore[arg-type]
@@ -158,10 +157,11 @@ class ByteSize:
     @classmethod
     def parse(cls, value: str | float) -> Self:
         """Size from its text; raises UnitError with a sentence for the user."""
-        found = _quantity(value, _BYTES, "GiB", "`GiB`, `MiB`, `GB` or `MB`")
+        nothing = ("is nothing", 'a size is at least `1 B`; for no budget write "none"')
+        found = _quantity(value, _BYTES, "GiB", "`GiB`, `MiB`, `GB` or `MB`", nothing)
         count = int(found.amount * _BYTES[found.unit])
         if count == 0:
-            raise UnitError(f"`{found.text}` is nothing", "a size must be at least `1 B`")
+            raise UnitError(f"`{found.text}` {nothing[0]}", nothing[1])
         if count > MAX_BYTES:
             raise UnitError(f"`{found.text}` is more than any machine has")
         return cls(bytes=count)
@@ -191,9 +191,8 @@ class Duration:
     @classmethod
     def parse(cls, value: str | float) -> Self:
         """Duration from its text; raises UnitError with a sentence for the user."""
-        found = _quantity(value, _TIME_WORDS, "min", "`s`, `min`, `h` or `d`")
-        if found.amount == 0:
-            raise UnitError(f"`{found.text}` is no time", "it must be more than 0")
+        nothing = ("is no time", "it must be more than 0")
+        found = _quantity(value, _TIME_WORDS, "min", "`s`, `min`, `h` or `d`", nothing)
         unit = _TIME_WORDS[found.unit]
         _bounded(found, unit)
         return cls(amount=_number(found), unit=unit)  # type: ignore[arg-type]
@@ -208,9 +207,16 @@ class Duration:
 
 
 def _quantity(
-    value: str | float, units: dict[str, str] | dict[str, int], usual: str, known: str
+    value: str | float,
+    units: dict[str, str] | dict[str, int],
+    usual: str,
+    known: str,
+    nothing: tuple[str, str] | None = None,
 ) -> _Quantity:
-    """Number and unit of a text; UnitError says what is wrong with either."""
+    """Number and unit of a text; UnitError says what is wrong with either.
+
+    `nothing`: words and advice on 0, with a unit or without, where that is refused.
+    """
     text = value.strip() if isinstance(value, str) else str(value)
     clipped = _clip(text)
     if not text:
@@ -224,13 +230,15 @@ def _quantity(
         raise UnitError(f"`{clipped}` has too many digits")
     if number.startswith("-"):
         raise UnitError(f"`{clipped}` is negative")
+    amount = Fraction(number.replace("_", ""))
+    if nothing and not amount and (not unit or unit in units):
+        raise UnitError(f"`{clipped}` {nothing[0]}", nothing[1])
     if not unit:
         raise UnitError(f"`{clipped}` has no unit", _bare_hint(number, units, usual))
     if unit not in units:
         hint = _unit_hint(number, unit, units, known)
         raise UnitError(f"`{clipped}` has an unknown unit", hint)
-    plain = number.replace("_", "")
-    return _Quantity(amount=Fraction(plain), unit=unit, text=clipped)
+    return _Quantity(amount=amount, unit=unit, text=clipped)
 
 
 def _bare_hint(number: str, units: dict[str, str] | dict[str, int], usual: str) -> str:

@@ -1,6 +1,6 @@
 """How fast this machine was: a small file of measured speeds, for the next plans. No torch.
 
-    speeds.json     {"format": 1, "speeds": {KEY: {"flops_per_second": ..., "steps": ...}}}
+    speeds.json     {"format": 2, "speeds": {KEY: {"flops_per_second": ..., "steps": ...}}}
 
 Keys are those of `compiler.costs`. Deleting the file costs only the accuracy of estimates.
 """
@@ -18,7 +18,7 @@ from compiler.plan import Plan
 from compiler.site import Speed
 from runtime.files import write_whole
 
-FORMAT = 1
+FORMAT = 2  # 1: of all devices of a run together
 SPEEDS = "speeds.json"
 """Its name in the user's cache folder."""
 FEWEST = 5
@@ -61,9 +61,9 @@ def remember(path: Path, plan: Plan, machine: Machine) -> bool:
 
 
 def measured(plan: Plan) -> Speed | None:
-    """The speed of the run in the plan's folder, by the seconds of its steps."""
+    """The speed of each device in the run in the plan's folder, by the seconds of its steps."""
     seconds = step_seconds(Path(plan.run_folder) / METRICS)[1:]
-    flops = train_flops(plan) / plan.steps.total
+    flops = train_flops(plan) / plan.steps.ranks / plan.steps.total
     if len(seconds) < FEWEST or not flops or not fmean(seconds):
         return None
     return Speed(flops_per_second=flops / fmean(seconds), steps=len(seconds))

@@ -38,7 +38,9 @@ def elsewhere(machine: Machine, word: str) -> Machine:
         size = ByteSize.parse(word)
     except ValueError:
         amount = re.fullmatch(r"0*([1-9]\d{0,2}(?:\.\d+)?)\s*(?:g|gb|gib)?", word.strip(), re.I)
-        guess = f"{amount[1]} GiB" if amount else _like(word.strip().lower())
+        guess = (
+            f"{amount[1]} GiB" if amount else _like(re.sub(r"[\s_-]+", "-", word.strip().lower()))
+        )
         hint = f"did you mean `{guess}`?" if guess else f"known are {choices(EXAMPLES)} and others."
         raise UnknownDevice(
             f'no device `{word}` is known: {hint} An amount of memory will do, such as "24 GiB"'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compiler.costs import Outlook
+from compiler.occasions import validation_steps
 from compiler.plan import Plan
 from compiler.site import Counted, Present, Resume
 from tuner.formats import duration, size
@@ -65,11 +66,11 @@ def resume_words(plan: Plan, found: Resume) -> str:
     return f"begun here: goes on from step {found.step:,} of {plan.steps.total:,}"
 
 
-def cost_lines(outlook: Outlook | None, *, verbose: bool) -> list[str]:
+def cost_lines(plan: Plan, outlook: Outlook | None, *, verbose: bool) -> list[str]:
     """The sections `disk` and `time`."""
     if outlook is None:
         return []
-    return _disk(outlook, verbose=verbose) + _time(outlook, verbose=verbose)
+    return _disk(outlook, verbose=verbose) + _time(plan, outlook, verbose=verbose)
 
 
 def _disk(outlook: Outlook, *, verbose: bool) -> list[str]:
@@ -92,14 +93,16 @@ def _disk(outlook: Outlook, *, verbose: bool) -> list[str]:
     return lines
 
 
-def _time(outlook: Outlook, *, verbose: bool) -> list[str]:
+def _time(plan: Plan, outlook: Outlook, *, verbose: bool) -> list[str]:
     found = outlook.duration
     if found is None:
         return section("time", f"not estimated: {outlook.unknown}")
     whole = found.train_seconds + found.validate_seconds
     words = f"about {duration(whole)}: {duration(found.seconds_per_step)} a step"
     if found.validate_seconds:
-        words += f", {duration(found.validate_seconds)} for pictures"
+        drawn = bool(plan.validation.prompts and validation_steps(plan))
+        what = ["pictures"] * drawn + ["evaluation"] * (plan.evaluation is not None)
+        words += f", {duration(found.validate_seconds)} for {' and '.join(what)}"
     words += "; caching and loading not counted"
     lines = section("time", f"{words} ({found.why})")
     if verbose:

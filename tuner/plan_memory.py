@@ -29,9 +29,10 @@ def memory_lines(plan: Plan, verbose: bool) -> list[str]:
         lines += wrapped(", ".join(others), "  ", "    ")
     host = max(plan.memory.phases, key=lambda phase: phase.host_bytes)
     if host.host_bytes and plan.device != "cpu":
-        lines += wrapped(
-            f"host memory: up to {size(host.host_bytes)}, in {host.name}", "  ", "    "
-        )
+        words = f"host memory: up to {size(host.host_bytes)}, in {host.name}"
+        if plan.steps.ranks > 1:
+            words += f", for each of {plan.steps.ranks} processes"
+        lines += wrapped(words, "  ", "    ")
     return [*lines, *_layout(plan), *_ladder(plan, verbose)]
 
 

@@ -57,7 +57,7 @@ def text(plan: Plan, *, recipe: str, verbose: bool = False, outlook: Outlook | N
         _steps(plan, verbose, outlook),
         [
             *memory_lines(plan, verbose),
-            *cost_lines(outlook, verbose=verbose),
+            *cost_lines(plan, outlook, verbose=verbose),
             *_told(plan, recipe),
         ],
         _closing(plan),
@@ -79,7 +79,7 @@ def summary(plan: Plan, outlook: Outlook | None = None) -> str:
     if plan.memory.phases:
         rows.append(("memory", peak_words(plan)))
     lines = [line for name, words in rows for line in section(name, words)]
-    lines += cost_lines(outlook, verbose=False) + resume_lines(plan, outlook)
+    lines += cost_lines(plan, outlook, verbose=False) + resume_lines(plan, outlook)
     return "\n".join([*lines, *_closing(plan)])
 
 
@@ -344,7 +344,9 @@ def _steps(plan: Plan, verbose: bool, outlook: Outlook | None) -> list[str]:
     told += f", {counted(prompts, 'prompt')}" if prompts else ""
     window = plan.steps.accumulate * plan.steps.ranks
     batch = max(min(b.batch_size, b.samples) for b in plan.buckets) * window
-    train = f"{counted(plan.steps.total, 'step')} of up to {counted(batch, 'sample')}"
+    stages = plan.steps.stages or (plan.steps,)
+    epoch = max(stage.samples_per_epoch for stage in stages)  # which no step goes beyond
+    train = f"{counted(plan.steps.total, 'step')} of up to {counted(min(batch, epoch), 'sample')}"
     if plan.steps.ranks > 1:
         train += f" on {plan.steps.ranks} devices ({plan.sharing.strategy})"
     told += f", {counted(encoders, 'encoder')}{cached_words(texts)}"

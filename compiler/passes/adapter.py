@@ -221,7 +221,7 @@ def _judge_rank_blocks(draft: Draft, made: Adapter) -> None:
                 "conflict",
                 where,
                 f"a rank of {rank} can't be cut into blocks of {made.block_size}",
-                help=f"say {gcd(made.block_size, *ranks)}, or ranks that are multiples of "
+                help=f"say {_block_of(made.block_size, *ranks)}, or ranks that are multiples of "
                 f"{made.block_size}",
             )
             return
@@ -232,6 +232,14 @@ def _judge_rank_blocks(draft: Draft, made: Adapter) -> None:
             f"with one block of {made.block_size} every step trains the whole rank, as a LoRA does",
             help='say fewer, or take kind = "lora"',
         )
+
+
+def _block_of(size: int, *ranks: int) -> int:
+    """A block near `size` that divides all `ranks` and is less than the largest, if that can be."""
+    common = gcd(size, *ranks)
+    if common < max(ranks):
+        return common
+    return next((part for part in range(common // 2, 0, -1) if common % part == 0), common)
 
 
 def _targets(draft: Draft, family: FamilyCard) -> tuple[str, ...]:

@@ -29,15 +29,29 @@ def judge_host(draft: Draft, layout: Layout, phases: Sequence[Phase]) -> None:
     draft.warn(
         "host-too-small",
         where if draft.given(where) else ("model",),
-        f"`{worst.name}` needs {gib(_needed(draft, worst))} of host memory, and {machine} "
-        f"{gib(total)}: with no more, the system would swap, or end the run",
+        f"`{worst.name}` needs {gib(_needed(draft, worst))} of host memory{_for(draft)}, and "
+        f"{machine} {gib(total)}: with no more, the system would swap, or end the run",
         help=", or ".join([*savings.values(), "take a machine with more memory"]),
     )
 
 
 def _needed(draft: Draft, phase: Phase) -> int:
-    """Bytes on the host; where it is the device too, all."""
-    return phase.host_bytes + (phase.device_bytes if draft.device == "cpu" else 0)
+    """Bytes on the host; where it is the device too, all. Of several processes, which all have
+    what waits there, together: they are taken to be on one machine."""
+    return _processes(draft) * (
+        phase.host_bytes + (phase.device_bytes if draft.device == "cpu" else 0)
+    )
+
+
+def _processes(draft: Draft) -> int:
+    """How many have as much: of a model that is trained whole, most is the first one's, which
+    copies it to save it."""
+    return draft.steps.ranks if draft.steps and draft.adapter is not None else 1
+
+
+def _for(draft: Draft) -> str:
+    count = _processes(draft)
+    return f" for {count} processes" if count > 1 else ""
 
 
 def _savings(draft: Draft, layout: Layout, phase: str) -> list[tuple[KeyPath, str]]:

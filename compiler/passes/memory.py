@@ -57,8 +57,7 @@ def resolve_memory(draft: Draft) -> None:
                 draft=draft, model=draft.memory_model, base=_candidate(draft), budget=budget
             )
             chosen = search.run()
-        if search.fits(chosen):
-            _fit_encoders(search, chosen)
+        _fit_encoders(search, chosen)  # also of what is refused: its advice is of what is left
         found = search.look(chosen)
     except ValueError as error:
         refused(draft, str(error))
@@ -93,7 +92,8 @@ def peak(found: Simulation) -> plan.Phase:
 
 
 def _fit_encoders(search: Search, chosen: Rung) -> None:
-    """Quantise text encoders that are left open, where they would not fit."""
+    """Quantise text encoders that are left open, where they would not fit; those that none makes
+    fit, as the last kind."""
     budget = search.budget
     for name in _open_encoders(search.draft):
         for kind in ladder.FEWER_BITS:
@@ -257,6 +257,9 @@ def _judge_budget(draft: Draft, needed: int) -> None:
     name = draft.machine.device_name
     if needed > total:
         words = f"this plan needs {gib(needed)}, and {name} has {gib(total)}: the run would end "
+        if gib(needed) == gib(total):
+            words = f"this plan needs {gib(needed - total)} more than the {gib(total)} of {name}: "
+            words += "the run would end "
         words += "for want of memory"
     elif needed:
         words = f"the budget is more than the {gib(total)} of {name}; this plan needs {gib(needed)}"

@@ -71,10 +71,15 @@ class Search:
         """Whether a rung fits, and what waits on the host finds room there, where that is known."""
         return self.fits(rung) and host_bytes(self.look(rung)) <= self.room
 
+    def _lacks_host(self, rung: Rung) -> bool:
+        """Whether a rung would fit, if it were not for the host."""
+        return self.fits(rung) and not self._goes(rung)
+
     @property
     def room(self) -> float:
-        """Bytes on the host, where that is known."""
-        return ROOM * (self.draft.machine.host_total_bytes or float("inf"))
+        """Bytes on the host for each process, all on one machine, where that is known."""
+        ranks = self.draft.steps.ranks if self.draft.steps else 1
+        return ROOM * (self.draft.machine.host_total_bytes or float("inf")) / ranks
 
     @cached_property
     def estimates(self) -> Estimates:
@@ -126,7 +131,20 @@ class Search:
             return "the least memory there is; it still does not fit"
         if chosen == self.first:
             return f"nothing has to be saved to fit {gib(self.budget)}"
-        return f"the fastest tried that fits {gib(self.budget)}"
+        fastest = f"the fastest tried that fits {gib(self.budget)}"
+        if self._host_decides(chosen):
+            fastest += f", and {gib(round(self.room))} of host memory"
+        return fastest
+
+    def _host_decides(self, chosen: Rung) -> bool:
+        """Whether quicker ones are estimated to fit the device, but not the host."""
+        taken, told = self._seconds(chosen) - self._noticed, self.estimates
+        return any(
+            told.seconds(rung) < taken
+            and told.peak(rung, self.apart) <= self.below
+            and told.host(rung) > self.room
+            for rung in self.choices.every()
+        )
 
     def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
         """Rungs that were looked at: quicker ones that need more than `chosen`, and slower ones
@@ -183,7 +201,8 @@ class Search:
         quicker = [
             rung
             for rung in looked[:place]
-            if rung == self.first or self._seconds(rung) + self._noticed < taken
+            if rung == self.first
+            or (self._seconds(rung) + self._noticed < taken and not self._lacks_host(rung))
         ]
         above = [rung for rung in self._falling(quicker) if self.peak(rung) > needed]
         rest = [rung for rung in looked[place:] if not self._beaten(rung)]

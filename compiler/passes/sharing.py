@@ -150,12 +150,23 @@ def _of_model(draft: Draft) -> tuple[str, KeyPath]:
 
 
 def _refuse_for_one(draft: Draft) -> None:
-    refuse_zero_keys(draft)
-    for path in (STRATEGY, RESHARD):
-        if draft.recipe.launch.devices == 1 and draft.given(path):
-            draft.error(
-                "no-effect",
-                path,
-                f"`{path[-1]}` says how several devices share the work; this recipe trains on one",
-                of="key",
-            )
+    """What says how to share where one device trains, as "auto" devices are one.
+
+    "ddp" then passes where `devices` is left open: one device holds the whole model, too.
+    """
+    launch = draft.recipe.launch
+    if launch.strategy != "deepspeed":  # else they go with it, and it is refused
+        refuse_zero_keys(draft)
+    refused = []
+    if launch.strategy != "auto" and (launch.devices == 1 or launch.strategy != "ddp"):
+        refused.append(STRATEGY)
+    if launch.reshard_after_forward != "auto" and launch.devices == 1:
+        refused.append(RESHARD)
+    for path in refused:
+        draft.error(
+            "no-effect",
+            path,
+            f"`{path[-1]}` says how several devices share the work; this recipe trains on one",
+            help=f"give `devices` in [launch] as 2 or more, or leave out `{path[-1]}`",
+            of="key",
+        )

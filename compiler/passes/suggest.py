@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from math import gcd
 
 from attrs import evolve
 
 from compiler import plan
+from compiler.adapters import OF_THE_BASE
 from compiler.draft import Draft
 from compiler.memory import Candidate, MemoryModel, Simulation, gib
 from compiler.optimizers import OPTIMIZERS
 from compiler.passes import ladder
+from compiler.passes.adapter import RANKS_AT_ONCE
 from compiler.passes.fused import fused_backward_possible
 from compiler.passes.optimizer import planned, suits
 from compiler.passes.sharing import shardable
+from compiler.quantisers import QUANTISERS
 from compiler.spans import KeyPath
 
 TRIES = 12  # simulations at most for one change
@@ -102,7 +106,7 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
     if draft.adapter is not None:
         if candidate.sharing.strategy == "ddp" and not draft.speed.fused_projections:
             yield from _fewer_bits(draft, candidate, candidate.model.trained_component)
-        yield from _lower_rank(candidate)
+        yield from _lower_rank(draft, candidate)
     else:
         yield from _lighter_training(draft, candidate)
     yield from _fewer_samples(draft, candidate)
@@ -110,10 +114,7 @@ def changes(draft: Draft, candidate: Candidate, phase: str) -> Iterator[Change]:
 
 
 def _fewer_bits(draft: Draft, candidate: Candidate, name: str) -> Iterator[Change]:
-    stated = next(part for part in candidate.model.components if part.name == name)
-    if stated.quantize != "none":
-        return
-    for kind in ladder.FEWER_BITS:
+    for kind in _kinds(draft, candidate, name):
         parts = tuple(
             evolve(part, quantize=kind) if part.name == name else part
             for part in candidate.model.components
@@ -122,6 +123,20 @@ def _fewer_bits(draft: Draft, candidate: Candidate, name: str) -> Iterator[Chang
             f'quantize = "{kind}" in [model.{name}]',
             evolve(candidate, model=evolve(candidate.model, components=parts)),
         )
+
+
+def _kinds(draft: Draft, candidate: Candidate, name: str) -> Iterator[plan.Quantisation]:
+    """Those with fewer bits than component `name` has, of which nothing is refused."""
+    held = next(part.quantize for part in candidate.model.components if part.name == name)
+    carried = candidate.adapter if name == candidate.model.trained_component else None
+    if carried and carried.init in OF_THE_BASE:  # which must give its weights exactly
+        return
+    for kind in ladder.FEWER_BITS:
+        row = QUANTISERS[kind]
+        fewer = held == "none" or row.bits < QUANTISERS[held].bits
+        carries = carried is None or carried.kind in row.adapters
+        if fewer and carries and draft.device in row.devices:
+            yield kind
 
 
 def _fewer_together(candidate: Candidate) -> Iterator[Change]:
@@ -145,8 +160,17 @@ def _tiled(candidate: Candidate) -> Iterator[Change]:
 
 
 def _shared_out(draft: Draft, candidate: Candidate) -> Iterator[Change]:
-    """Every weight dealt out, where the recipe has each device hold all of them."""
-    if candidate.ranks == 1 or candidate.sharing.strategy != "ddp":
+    """Every weight dealt out, where the recipe has each device hold all of them; what DeepSpeed
+    can keep on the host."""
+    sharing = candidate.sharing
+    if sharing.strategy == "deepspeed" and draft.device not in ladder.ON_THE_HOST:
+        if not sharing.offload_optimizer:
+            yield (
+                "offload_optimizer = true in [launch.deepspeed]",
+                evolve(candidate, sharing=evolve(sharing, offload_optimizer=True)),
+            )
+        return
+    if candidate.ranks == 1 or sharing.strategy != "ddp":
         return
     other = _unsettled(draft)
     if shardable(other)[0]:
@@ -184,12 +208,11 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
     if sharded:
         return
     sibling = OPTIMIZERS[candidate.optimizer.name].eight_bit
+    if sibling and layout.fused_backward and OPTIMIZERS[sibling].not_in_backward:
+        sibling = ""
     if sibling and draft.device != "cpu" and suits(draft, sibling):
-        yield (
-            f'optimizer name = "{sibling}"',
-            evolve(candidate, optimizer=planned(draft, sibling)),
-        )
-    if draft.device in ladder.ON_THE_HOST:
+        yield f'optimizer name = "{sibling}"', _with_optimizer(draft, candidate, sibling)
+    if draft.device in ladder.ON_THE_HOST or candidate.sprint is not None:  # see `passes.sprint`
         return
     if not layout.offload_activations:
         yield (
@@ -204,6 +227,14 @@ def _thriftier(draft: Draft, candidate: Candidate) -> Iterator[Change]:
             f"offload = {{ blocks = {blocks} }}",
             evolve(candidate, layout=evolve(layout, offload_blocks=blocks)),
         )
+
+
+def _with_optimizer(draft: Draft, candidate: Candidate, name: str) -> Candidate:
+    """A distillation's discriminator has the student's optimizer, at its own learning rate."""
+    made, sprint = planned(draft, name), candidate.sprint
+    if sprint is not None:
+        sprint = evolve(sprint, discriminator=evolve(made, lr=sprint.discriminator.lr))
+    return evolve(candidate, optimizer=made, sprint=sprint)
 
 
 def _lighter_training(draft: Draft, candidate: Candidate) -> Iterator[Change]:
@@ -239,17 +270,35 @@ def _lighter_training(draft: Draft, candidate: Candidate) -> Iterator[Change]:
         )
 
 
-def _lower_rank(candidate: Candidate) -> Iterator[Change]:
-    assert candidate.adapter is not None
-    rank = candidate.adapter.rank
+def _lower_rank(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    """Halves of the rank, of those that the adapter's other keys allow: see `passes.adapter`."""
+    adapter, recipe = candidate.adapter, draft.recipe.adapter
+    assert adapter is not None and recipe is not None
+    if adapter.start:  # whose rank the file has
+        return
+    apart, rank = [rule.rank for rule in adapter.ranks], adapter.rank
     while rank > 8:
         rank //= 2
-        yield f"rank = {rank}", evolve(candidate, adapter=evolve(candidate.adapter, rank=rank))
+        block = adapter.block_size
+        if adapter.kind == "dylora":
+            block = recipe.block_size or gcd(RANKS_AT_ONCE, rank, *apart)
+            if rank % block or block == max(rank, *apart, 0):
+                continue
+        if adapter.min_rank >= rank or (adapter.init == "orthogonal" and rank % 2):
+            continue
+        yield (
+            f"rank = {rank}",
+            evolve(candidate, adapter=evolve(adapter, rank=rank, block_size=block)),
+        )
 
 
 def _fewer_samples(draft: Draft, candidate: Candidate) -> Iterator[Change]:
+    # A discriminator judges whole batches, and an update in the backward pass knows no gradients of
+    # other parts of a batch.
+    if candidate.sprint is not None or candidate.layout.fused_backward:
+        return
     size = candidate.micro_batch or ladder.largest_batch(draft)
-    if size > 1 and candidate.sprint is None:  # a discriminator judges whole batches
+    if size > 1:
         yield "micro_batch = 1", evolve(candidate, micro_batch=1)
 
 

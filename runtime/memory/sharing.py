@@ -59,7 +59,6 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         "load": {**model, "gathered": rounded(_block(course) * _kept(candidate))},
         "train": passes | _reduced(candidate, course),
         "update": share | divided(others(course.update), candidate.ranks),
-        "save": share,
     }
     if candidate.evaluated:
         found["evaluate"] = share | _gathered(candidate, course) | others(course.evaluate)
@@ -67,6 +66,7 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         vae = course.validate_peak.get("weights", 0) - course.load.get("weights", 0)
         drawing = share | _gathered(candidate, course) | others(course.validate)
         found["validate"] = {**drawing, "weights": share["weights"] + max(vae, 0)}
+    found["save"] = share
     return {name: {k: v for k, v in parts.items() if v} for name, parts in found.items()}
 
 

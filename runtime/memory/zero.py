@@ -43,7 +43,6 @@ def zero_parts(
         "update": held
         | _copied(candidate, course)
         | divided(others(course.update), candidate.ranks),
-        "save": held,
     }
     if "evaluate" in whole:
         found["evaluate"] = passes | others(course.evaluate)
@@ -51,6 +50,7 @@ def zero_parts(
         vae = course.validate_peak.get("weights", 0) - course.load.get("weights", 0)
         drawing = passes | others(course.validate)
         found["validate"] = {**drawing, "weights": held["weights"] + max(vae, 0)}
+    found["save"] = held
     return {name: {k: v for k, v in parts.items() if v} for name, parts in found.items()}
 
 

@@ -74,6 +74,18 @@ def test_dylora_s_blocks_divide_its_ranks(tmp_path: Path, more: str, size: int) 
             "rank of 4 can't be cut into blocks of 6",
             "say 2,",
         ),
+        (
+            'kind = "dylora"\nrank = 16\nblock_size = 32',
+            "conflict",
+            "rank of 16 can't be cut into blocks of 32",
+            "say 8,",  # 16 would train the whole rank
+        ),
+        (
+            'kind = "dylora"\nrank = 16\nranks = { ".*to_q" = 32 }\nblock_size = 32',
+            "conflict",
+            "rank of 16 can't be cut into blocks of 32",
+            "say 16,",
+        ),
         ('kind = "dylora"\nrank = 4\nblock_size = 4', "no-effect", "the whole rank", '"lora"'),
         ('kind = "dylora"\ninit = "pissa"', "conflict", "can't start as", "`gaussian`"),
         ('kind = "oft"\nblock_size = 1', "out-of-range", "can't be rotated", "2 at least"),

@@ -90,3 +90,21 @@ def test_a_model_that_is_told_its_guidance_is_run_once_a_step(
         assert found.plan is not None, found.diagnostics
         flops.append(costs.validate_flops(found.plan))
     assert flops[1] == pytest.approx(passes * flops[0]) and flops[0] > 0
+
+
+def test_several_devices_share_the_samples(tmp_path: Path) -> None:
+    """As many samples in a step of four as in four steps of one: each takes as long."""
+    path = project(tmp_path, RECIPE.replace("batch_size = 2", "batch_size = 1"))
+    found = {
+        count: compiled(path, f"launch.devices={count}", machine=CARD, memory_model=Formula())
+        for count in (1, 4)
+    }
+    plans = {count: each.plan for count, each in found.items()}
+    times = {c: each.outlook and each.outlook.duration for c, each in found.items()}
+    one, four = plans[1], plans[4]
+    assert one is not None and four is not None and times[1] and times[4]
+    assert one.steps.epochs == four.steps.epochs
+    whole = times[4].train_seconds * 4 / times[1].train_seconds
+    assert whole == pytest.approx(1, rel=0.01)
+    assert times[4].flops_per_second == times[1].flops_per_second
+    assert costs.step_key(four, "a card") != costs.step_key(one, "a card")

@@ -87,3 +87,15 @@ def test_a_processor_has_both_in_host_memory(tmp_path: Path) -> None:
     assert told(tmp_path, Waiting("save", 11 * GIB), machine=small) == []
     (said,) = told(tmp_path, Waiting("save", 12 * GIB), machine=small)
     assert "`save` needs 13.0 GiB" in said
+
+
+@pytest.mark.parametrize(("adapter", "warned"), [("lora", True), ("", False)])
+def test_each_process_has_what_waits(tmp_path: Path, adapter: str, warned: bool) -> None:
+    """Of a model that is trained whole, most of it is the first one's alone."""
+    more = f'\n[adapter]\nkind = "{adapter}"\n' if adapter else ""
+    project(tmp_path, RECIPE + more)
+    half = Waiting("train", GPU.host_total_bytes // 2)
+    assert told(tmp_path, half, "launch.devices=2") == []
+    said = told(tmp_path, half, "launch.devices=3")
+    assert bool(said) is warned
+    assert all("of host memory for 3 processes" in each for each in said)

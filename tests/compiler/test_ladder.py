@@ -53,7 +53,7 @@ class Formula:
             name="train", device_bytes=sum(parts.values()), host_bytes=host * MIB, parts=parts
         )
         encoder = next(c for c in candidate.model.components if c.name == "text_encoder")
-        text = self.text if encoder.quantize == "none" else self.text // 2
+        text = self.text // {"none": 1, "int8": 2, "nf4": 4}[encoder.quantize]
         phases = (
             _phase("text_encoder", text),
             _phase("latents", round(self.latents * pixels)),
@@ -239,6 +239,93 @@ def test_a_text_encoder_that_does_not_fit(tmp_path: Path) -> None:
     encoder = next(c for c in plan.model.components if c.name == "text_encoder")
     assert encoder.quantize == "int8"
     assert len(plan.memory.ladder) > 2
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "help"),
+    [
+        (600, "int8", "offload = { blocks = 28 } would fit: 300 MiB"),
+        (2400, "nf4", "no change of a few settings that was tried fits: a larger device, or a"),
+    ],
+)
+def test_open_text_encoders_where_training_does_not_fit(
+    tmp_path: Path, text: int, kind: str, help: str
+) -> None:
+    """They are not blamed for what fewer bits of them do not need."""
+    recipe = RECIPE + ADAPTER + '[model.text_encoder]\nquantize = "auto"\n'
+    found, model = on_gpu(tmp_path, 400, recipe, 'memory.offload="none"', text=text)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert "phase train needs 1.0 GiB" in fault.message and fault.help.startswith(help)
+    (encoder,) = [c for c in model.asked[-1].model.components if c.name == "text_encoder"]
+    assert encoder.quantize == kind
+
+
+def test_fewer_bits_than_are_stated(tmp_path: Path) -> None:
+    """Of the base by the formula 80 + 180 MiB of weights, 80 of state, 5 of activations."""
+    given = 'model.text_encoder.quantize="int8"'
+    found, _ = on_gpu(tmp_path / "a", 290, RECIPE + OPEN, given, text=600)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.help == 'quantize = "nf4" in [model.text_encoder] would fit: 260 MiB'
+    no_blocks = evolve(GPU, device="xpu", device_name="another", capability="")
+    stated = ('model.transformer.quantize="int8"', "memory.offload={activations=true}")
+    adamw = "train.optimizer.name=adamw"
+    found, _ = on_gpu(tmp_path / "b", 400, RECIPE + ADAPTER, *stated, adamw, machine=no_blocks)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.help == 'quantize = "nf4" in [model.transformer] would fit: 345 MiB'
+
+
+@pytest.mark.parametrize(("init", "offered"), [("gaussian", True), ("pissa", False)])
+def test_a_base_that_gives_its_weights_keeps_its_bits(
+    tmp_path: Path, init: str, offered: bool
+) -> None:
+    """See `_judge_base` in `passes.adapter`."""
+    _, model = on_gpu(tmp_path, 1, RECIPE + ADAPTER, f'adapter.init="{init}"')
+    assert any(c.model.components[-2].quantize != "none" for c in model.asked) is offered
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        (("adapter.rank=32",), {32, 16, 8}),
+        (("adapter.rank=32", "adapter.min_rank=8"), {32, 16}),
+        (("adapter.rank=36", 'adapter.init="orthogonal"'), {36, 18, 4}),
+        (('adapter.kind="dylora"', "adapter.rank=64", "adapter.block_size=16"), {64, 32}),
+        (('adapter.kind="dylora"', "adapter.rank=12"), {12, 6}),
+    ],
+)
+def test_ranks_that_the_adapter_can_have(
+    tmp_path: Path, given: tuple[str, ...], ranks: set[int]
+) -> None:
+    found, model = on_gpu(tmp_path, 1, RECIPE + ADAPTER, *given)
+    assert {c.adapter.rank for c in model.asked if c.adapter} == ranks
+    (before,) = [f for f in found.diagnostics if f.severity == "error"]
+    for rank in ranks:
+        said = compiled(tmp_path / "recipe.toml", *given, f"adapter.rank={rank}", machine=GPU)
+        assert before.code == "does-not-fit" and said.plan is not None, shown(said)
+        assert "no-effect" not in [f.code for f in said.diagnostics]
+    blocks = {(c.adapter.rank, c.adapter.block_size) for c in model.asked if c.adapter}
+    assert ranks != {12, 6} or blocks == {(12, 4), (6, 2)}
+
+
+def test_an_update_in_the_backward_pass_takes_no_parts(tmp_path: Path) -> None:
+    given = ("memory.fused_backward=true", "train.max_grad_norm=0", "train.optimizer.name=adamw")
+    found, model = on_gpu(tmp_path, 1, RECIPE, *given)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.code == "does-not-fit"
+    assert all(c.layout.fused_backward and not c.micro_batch for c in model.asked)
+
+
+def test_a_distillation_s_optimizers_are_one(tmp_path: Path) -> None:
+    given = ("sprint.discriminator_lr=3e-6", "train.optimizer.name=adamw")
+    found, model = on_gpu(tmp_path, 1100, RECIPE + "[sprint]\n", *given)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert fault.help == 'optimizer name = "adamw-8bit" would fit: 1.0 GiB'
+    eight = "train.optimizer.name=adamw-8bit"
+    plan = _plan(compiled(tmp_path / "recipe.toml", given[0], eight, machine=GPU))
+    tried = model.asked[-1]
+    assert (tried.optimizer, tried.sprint) == (plan.optimizer, plan.sprint)
+    _, model = on_gpu(tmp_path / "b", 1, RECIPE + "[sprint]\n")
+    assert not any(c.layout.offload_activations for c in model.asked)
 
 
 def test_pictures_that_do_not_fit(tmp_path: Path) -> None:

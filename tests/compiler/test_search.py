@@ -274,3 +274,22 @@ def test_no_rung_is_shown_that_another_is_known_to_beat(
             again = search(held, model, rung.peak_bytes / MIB + 1)
             time = again._seconds(again.run()) / again._seconds(again.first)
             assert rung.relative_time <= time + 2 * FINEST
+
+
+def test_what_the_host_has_no_room_for_is_told(held: tuple[Draft, Candidate]) -> None:
+    """Where a larger host would have made it quicker, the reason says so; else it does not."""
+    draft, base = held
+    small = evolve(draft, machine=evolve(draft.machine, host_total_bytes=64 * MIB))
+    model, told = sizes(1), []
+    for budget in span(held, model, 15)[3:-1]:
+        poor, rich = search((small, base), model, budget), search(held, model, budget)
+        chosen, better = poor.run(), rich.run()
+        if chosen == poor.first or not poor.fits(chosen):
+            continue
+        slower = poor._seconds(chosen) > 1.05 * poor._seconds(better)
+        told.append("of host memory" in poor.why(chosen))
+        assert told[-1] or not slower
+        assert "of host memory" not in rich.why(better)
+        shown = poor._around(chosen)
+        assert all(poor._goes(r) or not poor.fits(r) for r in shown[: shown.index(chosen)])
+    assert True in told

@@ -225,3 +225,21 @@ def test_whole_models_that_dont_fit_are_told_of_shares(full: Path) -> None:
     found = compiled(full, *given, muon, budget("600 MiB"), machine=GPU, memory_model=Shared())
     (fault,) = (f for f in found.diagnostics if f.code == "does-not-fit")
     assert "fsdp" not in fault.help
+
+
+def test_deepspeed_s_state_may_wait_on_the_host(full: Path) -> None:
+    class Dealt(Shared):
+        """600 MiB of state wait there."""
+
+        def simulate(self, candidate: Candidate) -> Simulation:
+            found = super().simulate(candidate)
+            size = 400 * MIB if candidate.sharing.offload_optimizer else 1000 * MIB
+            return evolve(found, phases=(evolve(found.phases[0], device_bytes=size),))
+
+    given = (*ZERO, 'precision.trained="fp32"')
+    for size, fits in (("500 MiB", True), ("300 MiB", False)):
+        stated = () if fits else ("launch.deepspeed.offload_optimizer=true",)
+        found = compiled(full, *given, *stated, budget(size), machine=GPU, memory_model=Dealt())
+        (fault,) = (f for f in found.diagnostics if f.code == "does-not-fit")
+        words = "offload_optimizer = true in [launch.deepspeed] would fit: 400 MiB"
+        assert (fault.help == words) is fits and ("offload_optimizer" in fault.help) is fits

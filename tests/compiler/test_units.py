@@ -133,9 +133,19 @@ def test_duration() -> None:
         (ByteSize, "24k", "`24k` has an unknown unit: say `24 KiB` (1024) or `24 kB` (1000)"),
         (ByteSize, "24 gib", "`24 gib` has an unknown unit: say `24 GiB`"),
         (ByteSize, 24, "`24` has no unit: say `24 GiB`"),
-        (ByteSize, "0 GiB", "`0 GiB` is nothing: a size must be at least `1 B`"),
+        (Interval, 0, "`0` is no interval: say `off` for never"),
+        (Share, 0, "`0` has no unit: say `0 steps`"),
+        (Share, "0.0", "`0.0` has no unit: say `0%`"),
+        *(
+            (ByteSize, zero, f'`{zero}` is nothing: a size is at least `1 B`; for no budget write '
+             '"none"')
+            for zero in ("0 GiB", 0, "0", "0.1 B")
+        ),
+        (ByteSize, "0 bananas",
+         "`0 bananas` has an unknown unit: the unit is `GiB`, `MiB`, `GB` or `MB`"),
         (ByteSize, "9999999 TiB", "`9999999 TiB` is more than any machine has"),
         (Duration, "0 s", "`0 s` is no time: it must be more than 0"),
+        (Duration, "0", "`0` is no time: it must be more than 0"),
         (Duration, "", "an empty string is no quantity: say `1 min`; the unit is `s`, `min`, `h`"
          " or `d`"),
         (Duration, "1" * 30 + " s", "`" + "1" * 30 + " s` has too many digits"),

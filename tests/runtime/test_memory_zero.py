@@ -56,3 +56,13 @@ def test_what_waits_on_the_host_is_not_on_the_device() -> None:
     assert here["train"].device_bytes - there["train"].device_bytes >= 12 * count // 2
     more = there["train"].host_bytes - here["train"].host_bytes
     assert more == pytest.approx(16 * count / 2, rel=0.01), "gradients are copied there, too"
+
+
+def test_phases_come_in_the_order_of_a_run() -> None:
+    """As for one device: pictures and losses before what is saved."""
+    sharing = Sharing(strategy="deepspeed", stage=2)
+    whole = wide("sana", 2, pictures=((64, 64),), evaluated=((128, 128, 1),))
+    step = evolve(whole, sharing=sharing)
+    orders = [[phase.name for phase in MODEL.simulate(each).phases] for each in
+              (step, evolve(step, ranks=1, sharing=Sharing()))]  # fmt: skip
+    assert orders[0] == orders[1]

@@ -72,6 +72,12 @@ def test_what_is_no_amount_is_not_taken_for_one(word: str, guess: str) -> None:
     assert f"did you mean `{guess}" in str(caught.value) if guess else True
 
 
+def test_no_memory_is_not_proposed_again() -> None:
+    with pytest.raises(UnknownDevice) as caught:
+        elsewhere(MACHINE, "0 GiB")
+    assert "did you mean" not in str(caught.value)
+
+
 def test_what_is_missing_here_is_not_missing_there(tmp_path: Path) -> None:
     """PyTorch for CUDA brings triton; so the optimizer's states may be kept in 8 bits."""
     bare = evolve(MACHINE, missing=(TRITON, COMPILER, "bitsandbytes"))
@@ -91,9 +97,12 @@ def test_others_are_refused_with_a_hint(word: str) -> None:
         elsewhere(MACHINE, word)
 
 
-@pytest.mark.parametrize("word", ["rtx-3080", "RTX-4060-Ti"])
+@pytest.mark.parametrize(
+    "word", ["rtx-3080", "RTX-4060-Ti", "rtx 3080", "RTX_3080", "rtx  4060 ti"]
+)
 def test_one_that_comes_in_several_sizes(word: str) -> None:
-    with pytest.raises(UnknownDevice, match=rf"did you mean `{word.lower()}-\d+gb`"):
+    plain = "-".join(word.lower().replace("_", " ").split())
+    with pytest.raises(UnknownDevice, match=rf"did you mean `{plain}-\d+gb`"):
         elsewhere(MACHINE, word)
 
 
@@ -151,6 +160,20 @@ def test_a_stated_budget_stays(
     told = [fault for fault in found.diagnostics if fault.code == "budget-too-large"]
     assert len(told) == larger
     assert all((fault.span.file == "--set") == (by == "override") for fault in told)
+
+
+def test_memory_that_looks_the_same_is_told_apart(tmp_path: Path) -> None:
+    """A plan needs a little more than the device has, and both round to one number."""
+    recipe = project(tmp_path, RECIPE + OPEN)
+    asked = 'memory.budget="none"'
+    plan = compiled(recipe, asked, machine=GPU, memory_model=Formula()).plan
+    assert plan is not None
+    needed = max(phase.device_bytes for phase in plan.memory.phases)
+    machine = evolve(GPU, device_total_bytes=needed - 300 * 2**10)
+    faults = compiled(recipe, asked, machine=machine, memory_model=Formula()).diagnostics
+    (fault,) = [fault for fault in faults if fault.code == "budget-too-large"]
+    assert fault.message.startswith("this plan needs 300 KiB more than the ")
+    assert fault.message.endswith(" of a card: the run would end for want of memory")
 
 
 def test_what_does_not_fit_blames_nothing_that_nobody_typed(

@@ -9,14 +9,25 @@ from attrs import evolve
 
 from compiler.diagnostics import Diagnostic
 from compiler.occasions import checkpoint_steps, validation_steps
-from compiler.plan import Embeddings, NewToken, NoiseTable, Publish, Ranked, Schedule, TextTraining
+from compiler.plan import (
+    Embeddings,
+    Evaluation,
+    HeldOut,
+    NewToken,
+    NoiseTable,
+    Publish,
+    Ranked,
+    Schedule,
+    Stage,
+    TextTraining,
+)
 from compiler.schedules import multiplier
 from compiler.site import Resume
 from tests.tuner import examples
 from tuner.curve import BLOCKS, COLUMNS, ROWS, draw
 from tuner.defaults import default_of, differs
 from tuner.formats import amount, clock, duration, in_unit_of, size
-from tuner.plan_costs import resume_words
+from tuner.plan_costs import cost_lines, resume_words
 from tuner.plan_json import json_object
 from tuner.plan_view import adapter_words, decorated, summary, text
 from tuner.screen import bare, paint
@@ -98,6 +109,40 @@ def test_fractions_accumulation_and_ranks_are_spelt_out() -> None:
     found = " ".join(text(plan, recipe="r.toml").split())
     assert "24 images x 0.3 -> 8 samples / 3 = 3 batches, last of 2" in found
     assert "8 samples in 4 batches / (2 ranks x 2 accumulated) = 1 step an epoch x 5" in found
+
+
+def test_a_step_has_at_most_the_samples_of_an_epoch() -> None:
+    """Steps end where an epoch does; of several stages, in the largest one's."""
+    plan = examples.quickstart()
+    steps = evolve(plan.steps, samples_per_epoch=120, batches_per_epoch=30, accumulate=32, total=10)
+    buckets = (evolve(plan.buckets[0], samples=120, batch_size=4),)
+    plan = evolve(plan, buckets=buckets, steps=steps)
+    assert "10 steps of up to 120 samples" in text(plan, recipe="r.toml")
+    first = Stage(first_epoch=0, first_step=0, per_epoch=1, batches_per_epoch=30,
+                  samples_per_epoch=120, sources=("a",))  # fmt: skip
+    stages = (first, evolve(first, first_epoch=1, first_step=1, samples_per_epoch=125))
+    plan = evolve(plan, steps=evolve(steps, stages=stages))
+    assert "10 steps of up to 125 samples" in text(plan, recipe="r.toml")
+
+
+def test_what_takes_time_beside_training_is_named() -> None:
+    plan = evolve(examples.sd35_large_lora(), evaluation=None)
+    bare_plan = evolve(plan, validation=evolve(plan.validation, prompts=()))
+    held = Evaluation(
+        timesteps=(0.5,),
+        every=10,
+        weights="trained",
+        manifest="",
+        groups=(HeldOut(source="a", width=64, height=64, images=2, batch_size=1),),
+    )
+    both, alone = evolve(plan, evaluation=held), evolve(bare_plan, evaluation=held)
+    for shown_plan, words in (
+        (plan, "for pictures;"),
+        (both, "for pictures and evaluation;"),
+        (alone, "for evaluation;"),
+    ):
+        lines = " ".join(cost_lines(shown_plan, examples.outlook(), verbose=False))
+        assert words in " ".join(lines.split())
 
 
 def test_many_buckets_are_folded_unless_verbose() -> None:
