@@ -42,6 +42,8 @@ class Search:
         only = self.choices.thriftiest() == (self.first,)
         if not self.budget or only or self.fits(self.first):
             return self.first
+        if not any(map(self.fits, self.choices.thriftiest())):  # answered without the others
+            return min(self.choices.thriftiest(), key=self.peak)
         start = self._estimated()
         fitting = (n for n in range(start, len(self.order)) if self._goes(self.order[n]))
         place = next(fitting, None)
@@ -148,8 +150,8 @@ class Search:
 
     def seen(self, chosen: Rung) -> tuple[plan.Rung, ...]:
         """Rungs that were looked at: quicker ones that need more than `chosen`, and slower ones
-        that need less, each less than the one before it."""
-        if not self.budget:
+        that need less, each less than the one before it. None where none fits."""
+        if not self.budget or not self.fits(chosen):
             return ()
         rungs = [chosen, *self._single()] if chosen == self.first else self._around(chosen)
         if len(rungs) == 1:

@@ -54,11 +54,16 @@ def _advice(
     draft: Draft, candidate: Candidate, model: MemoryModel, budget: int, worst: plan.Phase
 ) -> str:
     """The first change that is enough; else those that save most, one on top of the other."""
+    other = "a larger device, or a smaller base"
+    other = other if draft.adapter else f"an [adapter] instead of the whole model, {other}"
+    least = _least(draft, candidate, model)
+    if least > budget:  # answered at once
+        return f"with every change that was tried together it still needs {gib(least)}: {other}"
     told: list[str] = []
-    phase = worst.name
+    phase, start = worst.name, candidate
     for _ in range(TOGETHER):
         best: tuple[int, str, Candidate, str] | None = None
-        for words, changed in islice(changes(draft, candidate, phase), TRIES):
+        for words, changed in islice(_further(draft, start, candidate, phase), TRIES):
             try:
                 needed, name = _peak(model.simulate(changed))
             except ValueError:
@@ -74,10 +79,43 @@ def _advice(
             break
         told.append(best[1])
         candidate, phase = best[2], best[3]
-    other = "a larger device, or a smaller base"
-    return "no change of a few settings that was tried fits: " + (
-        other if draft.adapter else f"an [adapter] instead of the whole model, {other}"
-    )
+    return f"no change of a few settings that was tried fits: {other}"
+
+
+def _least(draft: Draft, start: Candidate, model: MemoryModel) -> int:
+    """Bytes at most with all changes at once, each as far as it goes; 0 if that is not known. Where
+    one takes others back, the least of with and without it."""
+    candidate, ends = start, []
+    assert draft.model is not None
+    phases = (*draft.model.family.text_encoders, "latents", "validate" * bool(start.pictures))
+    for phase in phases:
+        while further := list(_further(draft, start, candidate, phase)):
+            _, changed = further[-1]
+            if _takes_back(candidate, changed):
+                ends.append(candidate)
+            candidate = changed
+    try:
+        return min(_peak(model.simulate(end))[0] for end in (candidate, *ends))
+    except ValueError:
+        return 0
+
+
+def _takes_back(candidate: Candidate, changed: Candidate) -> bool:
+    """Whether some of what was saved before is not saved any more."""
+    parts = bool(candidate.micro_batch) and candidate.micro_batch != changed.micro_batch
+    return parts or candidate.sharing.strategy != changed.sharing.strategy
+
+
+def _further(draft: Draft, start: Candidate, candidate: Candidate, phase: str) -> Iterator[Change]:
+    """`changes`, without pictures made smaller that are smaller than at the `start`, and without
+    what changes nothing."""
+    for words, changed in changes(draft, candidate, phase):
+        twice = any(
+            getattr(start, name) != getattr(candidate, name) != getattr(changed, name)
+            for name in ("shapes", "pictures")
+        )
+        if not twice and changed != candidate:
+            yield words, changed
 
 
 def _peak(found: Simulation) -> tuple[int, str]:

@@ -13,8 +13,9 @@ from compiler.compile import Compiled
 from compiler.families import FAMILIES
 from compiler.lock import changes
 from compiler.machine import Machine
-from compiler.memory import Candidate, Simulation
+from compiler.memory import Candidate, Simulation, gib
 from compiler.passes import ladder
+from compiler.passes.memory import peak
 from compiler.plan import Device, Phase, Plan, alters_trajectory
 from tests.compiler.recipes import GPU, RECIPE, compiled, project
 
@@ -245,7 +246,7 @@ def test_a_text_encoder_that_does_not_fit(tmp_path: Path) -> None:
     ("text", "kind", "help"),
     [
         (600, "int8", "offload = { blocks = 28 } would fit: 300 MiB"),
-        (2400, "nf4", "no change of a few settings that was tried fits: a larger device, or a"),
+        (2400, "nf4", "with every change that was tried together it still needs 600 MiB: a larger"),
     ],
 )
 def test_open_text_encoders_where_training_does_not_fit(
@@ -258,6 +259,19 @@ def test_open_text_encoders_where_training_does_not_fit(
     assert "phase train needs 1.0 GiB" in fault.message and fault.help.startswith(help)
     (encoder,) = [c for c in model.asked[-1].model.components if c.name == "text_encoder"]
     assert encoder.quantize == kind
+
+
+def test_what_nothing_makes_fit_is_told_at_once(tmp_path: Path) -> None:
+    """Of some hundred rungs and dozens of changes: one with nothing saved, one or two with all,
+    and every change on top."""
+    found, model = on_gpu(tmp_path, 20, RECIPE + OPEN)
+    (fault,) = [f for f in found.diagnostics if f.severity == "error"]
+    assert len({repr(each) for each in model.asked}) <= 4
+    least = min(peak(model.simulate(each)).device_bytes for each in model.asked)
+    assert fault.help == (
+        f"with every change that was tried together it still needs {gib(least)}: a larger device, "
+        "or a smaller base"
+    )
 
 
 def test_fewer_bits_than_are_stated(tmp_path: Path) -> None:
