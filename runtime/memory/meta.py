@@ -17,6 +17,7 @@ from attrs import frozen
 from torch import Tensor
 
 from runtime.memory.forms import CONTAINERS, RULES, Form
+from runtime.memory.tracker import SEVERAL
 
 META = torch.device("meta")
 
@@ -165,7 +166,7 @@ def _describe(values: Iterable[Any], described: list[Any]) -> bool:
             if not value.is_meta:
                 return False
             described += (value.shape, value.stride(), value.dtype)
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, SEVERAL):
             inside: list[Any] = []
             if not _describe(value, inside):
                 return False

@@ -30,6 +30,7 @@ from runtime.memory.again import Again
 from runtime.memory.buckets import of_batch, parts_run, runs_of, worst_of
 from runtime.memory.curve import Curve, NotAlike, highest, lowered
 from runtime.memory.grown import Growth
+from runtime.memory.primed import average, give_gradients, prime
 from runtime.memory.shares import (
     Form,
     Share,
@@ -44,9 +45,7 @@ from runtime.memory.waiting import Rehearsal
 from runtime.methods.sprint import Distillation
 from runtime.modules import blocks_of
 from runtime.offload.host import counted, giving
-from runtime.optimizers import grouped, make_optimizer
 from runtime.scaler import Scaler, scaler_for
-from runtime.stand_in import simulated
 from runtime.step import gradient_norm, method_step, micro_step, update
 
 META = torch.device("meta")
@@ -319,40 +318,6 @@ def _name_model(tracker: Tracker, built: Built, adapted: bool) -> None:
     trained = [*built.trainable.values(), *(p for p in parameters if p.requires_grad)]
     tracker.register([*parameters, *built.model.buffers()], "weights")
     tracker.register(trained, "adapter" if adapted else "weights")
-
-
-def prime(
-    candidate: Candidate, trainable: Mapping[str, nn.Parameter], tracker: Tracker
-) -> torch.optim.Optimizer:
-    """The optimizer after a first update, so that its state exists."""
-    tracker.category = "optimizer"
-    device = torch.device(candidate.device)
-    make = simulated if next(iter(trainable.values())).is_meta else make_optimizer
-    named = grouped(trainable.items(), candidate)
-    optimizer = make(candidate.optimizer, named, device)
-    give_gradients(list(trainable.values()), tracker)
-    update(optimizer, gradient_norm(trainable.values()), candidate.max_grad_norm)
-    return optimizer
-
-
-def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker) -> None:
-    """Gradients, zero where they have values."""
-    if all(parameter.is_meta for parameter in parameters):
-        made = tracker.made((p.shape, p.dtype) for p in parameters)
-    else:
-        made = [torch.zeros_like(parameter) for parameter in parameters]
-    for parameter, gradient in zip(parameters, made, strict=True):
-        parameter.grad = gradient
-
-
-def average(
-    candidate: Candidate, trainable: Mapping[str, nn.Parameter], tracker: Tracker
-) -> Ema | None:
-    """What of an average is on the device."""
-    if not candidate.ema_on_device:
-        return None
-    tracker.category = "ema"
-    return Ema(plan.Ema(decay=0.999, device="same", every=1), trainable.items())
 
 
 def _marks_of_passes(

@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from runtime.memory.curve import NONE, Curve, Step
 from runtime.memory.rounding import rounded
 
+SEVERAL = (tuple, list)  # as a union it would be made anew in each of many calls
+META = torch.device("meta")
 RESIZE = torch.ops.inductor.resize_storage_bytes_.default  # gives memory back, or takes it
 
 
@@ -105,12 +107,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation and look at what it returned."""
         kwargs = kwargs or {}
         kernels = self.kernels
+        if kernels is not None and func.is_view and args:
+            out = func(*args, **kwargs)
+            if args[0].untyped_storage()._cdata not in self._live:
+                self._see_all((out,))
+            return out
         out = func(*args, **kwargs) if kernels is None else kernels(func, args, kwargs)
         if kernels is not None and kernels.fresh is not None and not self._outside:
             self._new(out.untyped_storage(), rounded(kernels.fresh), self.category)
         elif isinstance(out, Tensor):
             self._see(out)
-        elif isinstance(out, tuple | list):
+        elif isinstance(out, SEVERAL):
             self._see_all(out)
         elif func is RESIZE:
             self._see(args[0])
@@ -129,7 +136,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Tensors on "meta" of these shapes and types, entered all together: to look at how each
         is made takes longer than to make it."""
         with _disable_current_modes():
-            tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in forms]
+            tensors = [torch.empty(shape, dtype=dtype, device=META) for shape, dtype in forms]
             for tensor in tensors:
                 self._see(tensor)
         return tensors
@@ -268,7 +275,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in values:
             if isinstance(value, Tensor):
                 self._see(value)
-            elif isinstance(value, tuple | list):
+            elif isinstance(value, SEVERAL):
                 self._see_all(value)
 
     def _see(self, tensor: Tensor) -> _Block | None:

@@ -16,8 +16,9 @@ from compiler.plan import Layout
 from runtime.collector import collector_off
 from runtime.fused_backward import total_norm
 from runtime.memory.curve import Curve
+from runtime.memory.primed import average, give_gradients, prime
 from runtime.memory.shares import Form, kind_of
-from runtime.memory.step import META, average, complete, give_gradients, prime
+from runtime.memory.step import META, complete
 from runtime.memory.tracker import Tracker
 from runtime.offload.host import counted
 

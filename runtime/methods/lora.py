@@ -69,10 +69,10 @@ def prepare(
         mask_by_noise(model, adapter, targets, FAMILIES[family])
     insert_norms(model, norms)
     more = grow(model) if grow is not None else (0, 0)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    fresh = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in fresh.values():
         parameter.data = parameter.data.to(DTYPES[precision.compute])
-    trained = DTYPES[precision.trained]
-    start = {n: p.detach().to(trained) for n, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().to(DTYPES[precision.trained]) for name, p in fresh.items()}
     trainable = masters(model, start)
     taken = initialise(
         model, trainable, adapter, seed, encoder=encoder, beside=beside, family=family

@@ -15,6 +15,7 @@ from runtime.families import family_of
 from runtime.host_copy import HostCopy
 from runtime.memory import step
 from runtime.memory.pieces import tensors_in
+from runtime.memory.primed import prime
 from runtime.memory.simulate import RuntimeMemoryModel
 from runtime.memory.tracker import Tracker
 from runtime.offload import activations
@@ -36,7 +37,7 @@ def test_checkpoint_copy_is_planned(rank: int, optimizer: str) -> None:
     """Of the weights, the optimizer's state and the average, wherever these two lie."""
     given = small("sana", rank=rank, optimizer=optimizer, fused=False)
     built = step._build(given, family_of("sana"), CPU, None)
-    made = step.prime(given, built.trainable, Tracker({"cpu"}))
+    made = prime(given, built.trainable, Tracker({"cpu"}))
     facts = EmaFacts(decay=0.9, device="cpu", every=1)
     tree = (state(built), made.state_dict(), Ema(facts, built.trainable.items()).average)
     room = HostCopy(CPU)

@@ -15,8 +15,8 @@ from compiler.memory import Candidate
 from compiler.plan import Sharing
 from runtime.build import build
 from runtime.families import family_of
+from runtime.memory.primed import prime
 from runtime.memory.simulate import RuntimeMemoryModel
-from runtime.memory.step import prime
 from runtime.memory.tracker import Tracker
 from runtime.ranks import BUCKET
 from runtime.sharded import pieces_of, shard
