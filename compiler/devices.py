@@ -119,9 +119,9 @@ def named(word: str) -> tuple[str, DeviceFacts] | None:
     None if the table has none whose name tells its memory.
     """
     name = re.sub(r"[\s_-]+", " ", word.strip())
-    card = re.sub(r"^(?=a?\d{4}\b)", "RTX ", name, flags=re.I)  # "4090", "a6000"
+    card = re.sub(r"^(?=a?\d{4}(?:ti)?\b)", "RTX ", name, flags=re.I)  # "4090", "a6000"
     for form in (name, card, re.sub(r"^(geforce |nvidia |amd |instinct )+", "", name, flags=re.I)):
-        for spelt in (form, re.sub(r"(?<=[a-z])(?=\d{4})", " ", form, flags=re.I)):
+        for spelt in (form, re.sub(r"(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=ti)", " ", form, flags=re.I)):
             row = facts_of(spelt)
             if row is not None and row.memory_bytes:
                 return spelt.upper(), row

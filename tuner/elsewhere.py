@@ -56,7 +56,9 @@ def _like(word: str) -> str | None:
         sized = re.compile(re.escape(each) + r"-\d+gb")
         if found := next(filter(sized.fullmatch, names()), None):
             return found
-    near = (nearest(each, names()) for each in reversed(words))
+    number = re.search(r"\d{4}", word)  # a card of another number is another card
+    known = [name for name in names() if number is None or number[0] in name]
+    near = (nearest(each, known) for each in reversed(words))
     return next(filter(None, near), None)
 
 

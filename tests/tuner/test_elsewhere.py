@@ -50,9 +50,10 @@ def test_an_old_one_has_no_bfloat16() -> None:
     assert elsewhere(MACHINE, "16 GiB").bf16
 
 
-@pytest.mark.parametrize("word", ["3060", "4090", "4060 ti 16gb", "a6000"])
+@pytest.mark.parametrize("word", ["3060", "4090", "4060 ti 16gb", "a6000", "4070ti"])
 def test_the_number_of_a_card_is_enough(word: str) -> None:
-    assert elsewhere(MACHINE, word) == elsewhere(MACHINE, f"rtx {word}")
+    spaced = word.replace("70ti", "70 ti")
+    assert elsewhere(MACHINE, word) == elsewhere(MACHINE, f"rtx {spaced}")
 
 
 @pytest.mark.parametrize("word", ["24", "24gb", "24 g"])
@@ -70,6 +71,16 @@ def test_what_is_no_amount_is_not_taken_for_one(word: str, guess: str) -> None:
         elsewhere(MACHINE, word)
     assert f"{word} GiB" not in str(caught.value)
     assert f"did you mean `{guess}" in str(caught.value) if guess else True
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"), [("2080", "rtx-2080-ti"), ("rtx-6000", "rtx-a6000"), ("7900", "")]
+)
+def test_another_number_is_another_card(word: str, guess: str) -> None:
+    with pytest.raises(UnknownDevice) as caught:
+        elsewhere(MACHINE, word)
+    said = str(caught.value)
+    assert f"did you mean `{guess}`" in said if guess else "did you mean" not in said
 
 
 def test_no_memory_is_not_proposed_again() -> None:
