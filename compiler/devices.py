@@ -121,7 +121,14 @@ def named(word: str) -> tuple[str, DeviceFacts] | None:
     name = re.sub(r"[\s_-]+", " ", word.strip())
     card = re.sub(r"^(?=a?\d{4}(?:ti)?\b)", "RTX ", name, flags=re.I)  # "4090", "a6000"
     for form in (name, card, re.sub(r"^(geforce |nvidia |amd |instinct )+", "", name, flags=re.I)):
-        for spelt in (form, re.sub(r"(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=ti)", " ", form, flags=re.I)):
+        # "4070ti" first apart: the plain card's name is a part of it.
+        apart = re.sub(
+            r"(?<=[a-z])(?=\d{4})|(?<=\d{4})(?=ti|super)|(?<=\d{4}ti)(?=super)",
+            " ",
+            form,
+            flags=re.I,
+        )
+        for spelt in (apart, form):
             row = facts_of(spelt)
             if row is not None and row.memory_bytes:
                 return spelt.upper(), row

@@ -57,6 +57,7 @@ class Candidate:
     `shapes` and `evaluated`."""
     device: str
     capability: str = ""  # of a CUDA device, "9.0"; "": not known
+    tf32: bool = False  # see `plan.Speed`
     ranks: int = 1
     sharing: Sharing = field(factory=Sharing)
     masked: bool = False  # whether samples of some source have masks

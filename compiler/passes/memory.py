@@ -305,6 +305,7 @@ def _candidate(draft: Draft) -> Candidate:
         encoded=encoded_shapes(draft.buckets, groups, together) if together > 1 else (),
         device=draft.device,
         capability=draft.machine.capability if draft.device == draft.machine.device else "",
+        tf32=draft.speed.tf32,
         attention=draft.speed.attention,
         channels_last=draft.speed.channels_last,
         fused_projections=draft.speed.fused_projections,

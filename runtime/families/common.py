@@ -129,7 +129,7 @@ def _streamed(
     model: Model, part: Component, dtype: torch.dtype, device: torch.device
 ) -> nn.Module | None:
     cls, library = component_class(model, part.name)
-    if dtype == torch.float16 and getattr(cls, "_keep_in_fp32_modules", None):
+    if _exact(cls, dtype):
         return None
     stem = "model" if library == "transformers" else "diffusion_pytorch_model"
     files = _weight_files(model, part.name, stem)
@@ -189,12 +189,26 @@ def empty_component(model: Model, name: str, dtype: torch.dtype, device: torch.d
     start = torch.device("meta") if library == "diffusers" else device
     with start:
         component = _built(cls, library, config_of(model, name)).to(dtype=dtype)
+    for part in _kept_exact(component, dtype):
+        part.float()
     if start != device:
         component.to_empty(device=device)
     if kind != "none":
         hollow(component, kind, device)
     in_tiles(component, component_of(model, name))
     return component
+
+
+def _exact(cls: Any, dtype: torch.dtype) -> frozenset[str]:
+    """The layers of `cls`, by the last part of their names, that the libraries load in float32
+    where the rest is float16, whose range is too small for them."""
+    kept = getattr(cls, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
+    return frozenset(kept or ())
+
+
+def _kept_exact(component: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    names = _exact(type(component), dtype)
+    return (part for name, part in component.named_modules() if name.split(".")[-1] in names)
 
 
 def _built(cls: Any, library: str, config: dict[str, Any]) -> nn.Module:

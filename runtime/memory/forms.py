@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 # One output: shape, strides, type; None where the operation returns None.
 Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None
@@ -30,6 +31,13 @@ def _rows(shape: Sequence[int], dtype: torch.dtype) -> Form:
 def _by_rows(tensor: Tensor) -> bool:
     """Whether it lies row by row; a dimension of 1 may have any stride where one is asked for."""
     return (tuple(tensor.shape), tensor.stride()) == _rows(tensor.shape, tensor.dtype)[:2]  # type: ignore[index]
+
+
+def channels_last(tensor: Tensor) -> torch.memory_format | None:
+    """The format by which PyTorch takes it to lie channels last, None if it does not. That is told
+    by the strides, those of dimensions of size 1 included."""
+    found = suggest_memory_format(tensor)
+    return None if found == torch.contiguous_format else found
 
 
 def _in_order(tensor: Tensor) -> bool:
@@ -57,6 +65,35 @@ def _elementwise(args: Args, kwargs: Mapping[str, Any]) -> Sequence[Form] | None
         return None
     dtype = tensors[0].dtype if len(tensors) == 1 else torch.result_type(*tensors[:2])
     return [_rows(shape, dtype)]
+
+
+def _with_number(args: Args, kwargs: Mapping[str, Any]) -> Sequence[Form] | None:
+    """Of two tensors, or of one that lies in any order, and a number: in the same order, those
+    dimensions of size 1 included of which strides tell no order (TensorIteratorBase::
+    reorder_dimensions; PyTorch's meta kernels order these otherwise)."""
+    first, *others = args
+    lone = isinstance(first, Tensor) and all(type(value) in (int, float) for value in others)
+    if kwargs or not lone or not (first.is_floating_point() and first.numel()):
+        return _elementwise(args, kwargs)
+    shape, strides = tuple(first.shape), first.stride()
+    if not all(strides):
+        return None
+    placed = list(range(len(shape)))[::-1]
+    for last in range(1, len(placed)):
+        here = last
+        for before in range(last - 1, -1, -1):
+            inner, outer = placed[before], placed[here]
+            one, other = (strides[inner], shape[inner]), (strides[outer], shape[outer])
+            if one > other:
+                placed[before], placed[here] = outer, inner
+                here = before
+            elif one[0] < other[0]:
+                break
+    found, count = [0] * len(shape), 1
+    for dimension in placed:
+        found[dimension] = count
+        count *= shape[dimension]
+    return [(shape, tuple(found), first.dtype)]
 
 
 def _alike(args: Args, kwargs: Mapping[str, Any]) -> Sequence[Form] | None:
@@ -121,13 +158,18 @@ RULES: Mapping[int, Rule] = {
     id(operation): rule
     for rule, operations in (
         (
-            _elementwise,
+            _with_number,
             (
                 aten.add.Tensor,
                 aten.sub.Tensor,
                 aten.mul.Tensor,
                 aten.div.Tensor,
                 aten.mul.Scalar,
+            ),
+        ),
+        (
+            _elementwise,
+            (
                 aten.pow.Tensor_Scalar,
                 aten.gelu.default,
                 aten.silu.default,

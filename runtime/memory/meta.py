@@ -16,7 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from runtime.memory.forms import CONTAINERS, RULES, Form
+from runtime.memory.forms import CONTAINERS, RULES, Form, channels_last
 from runtime.memory.tracker import SEVERAL
 
 META = torch.device("meta")
@@ -134,6 +134,8 @@ class MetaKernels:
             out = func(*args, **kwargs)
         if self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
             out = _layer_norm_on_cpu(out, *args)
+        if func is torch.ops.aten.convolution.default:
+            out = _laid_out(out, *args[:2])
         counter = self.counters.get(func.overloadpacket)
         flops = int(counter(*args, **kwargs, out_val=out)) if counter else 0
         self.flops += flops
@@ -149,6 +151,12 @@ def _by_rule(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         return None
     container = CONTAINERS.get(id(func))
     return _make(forms[0]) if container is None else container(map(_make, forms))
+
+
+def _laid_out(out: Tensor, given: Tensor, weight: Tensor) -> Tensor:
+    """Devices give channels last where either has them last; PyTorch's meta kernel does not."""
+    last = next((x for x in map(channels_last, (given, weight)) if x is not None), None)
+    return out if last is None else out.to(memory_format=last)
 
 
 def _layer_norm_on_cpu(

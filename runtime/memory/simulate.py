@@ -18,8 +18,7 @@ from compiler.memory import Candidate, Simulation
 from runtime.families import family_of
 from runtime.families.base import Family
 from runtime.families.common import import_classes
-from runtime.memory import host, phases
-from runtime.memory.attention import workspace
+from runtime.memory import attention, convolutions, host, phases
 from runtime.memory.beside import beside
 from runtime.memory.buckets import of_batch, worst_of
 from runtime.memory.constants import constants
@@ -101,7 +100,7 @@ class RuntimeMemoryModel:
         rehearsed: bool = False,
         grow: Growth | None = None,
     ) -> Course:
-        tracker, kernels = self.tracker(candidate.device), self._of(candidate.device)
+        tracker, kernels = self._tracker(candidate), self._of(candidate.device)
         with as_on(candidate.device, candidate.capability), remembering(tracker, self._dequantised):
             return run_step(
                 candidate,
@@ -133,7 +132,7 @@ class RuntimeMemoryModel:
         key = depends_on(candidate, forms, idle)
         if key not in self._updates:
             with as_on(candidate.device, candidate.capability):
-                tracker = self.tracker(candidate.device)
+                tracker = self._tracker(candidate)
                 self._updates[key] = run_update(candidate, forms, idle, tracker)
         return deepened(
             base,
@@ -166,7 +165,7 @@ class RuntimeMemoryModel:
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
         every = (*candidate.shapes, *candidate.evaluated)
         shapes = candidate.encoded or tuple((width, height, 1) for width, height, _ in every)
-        device = candidate.device, candidate.capability
+        device = candidate.device, candidate.capability, candidate.tf32
         key = repr((parts, configs, candidate.text, shapes, device))
         if key in self._encoded:
             yield lambda: self._encoded[key]
@@ -182,7 +181,7 @@ class RuntimeMemoryModel:
                 found[name] = self._text(candidate, family, name)
             pictures = []
             for *size, count in phases.fullest(shapes):
-                tracker = self.tracker(candidate.device)
+                tracker = self._tracker(candidate)
                 pictures.append(
                     phases.run_latents(candidate, family, (size[0], size[1]), META, tracker, count)
                 )
@@ -191,14 +190,20 @@ class RuntimeMemoryModel:
 
     def _text(self, candidate: Candidate, family: Family, encoder: str) -> Mapping[str, int]:
         with suppress(NotAlike):
-            return run_few(candidate, family, encoder, self.tracker(candidate.device))
-        return phases.run_text(candidate, family, encoder, META, self.tracker(candidate.device))
+            return run_few(candidate, family, encoder, self._tracker(candidate))
+        return phases.run_text(candidate, family, encoder, META, self._tracker(candidate))
 
-    def tracker(self, device: str) -> Tracker:
+    def _tracker(self, candidate: Candidate) -> Tracker:
+        return self.tracker(candidate.device, candidate.capability, candidate.tf32)
+
+    def tracker(self, device: str, capability: str = "", tf32: bool = False) -> Tracker:
         """A new one for meta tensors that stand for tensors on `device`."""
         # Optimizers keep step counters on the host: on the device only where that is the host.
         devices = {"meta", "cpu"} if device == "cpu" else {"meta"}
-        return Tracker(devices, self._of(device), workspace(device))
+        inside = attention.workspace(device)
+        if device == "cuda":
+            inside = {**inside, **convolutions.workspaces(float(capability or 0), tf32)}
+        return Tracker(devices, self._of(device), inside)
 
     def _of(self, device: str) -> MetaKernels:
         return self._kernels.setdefault(device, MetaKernels(COUNTERS, device))

@@ -79,8 +79,14 @@ def calls(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
 def test_elementwise_results_have_the_form_that_pytorch_gives(dtype: torch.dtype) -> None:
     ruled = 0
     for operation, arguments in calls(dtype):
+        real = [
+            torch.empty_strided(each.shape, each.stride(), dtype=each.dtype)
+            if isinstance(each, torch.Tensor)
+            else each
+            for each in arguments
+        ]
         try:
-            stock = operation(*arguments)
+            stock = operation(*real)
         except (RuntimeError, TypeError):  # no such operation on whole numbers
             continue
         forms = RULES[id(operation)](arguments, {})

@@ -25,6 +25,7 @@ GIB = 2**30
         ("RTX 4090", 23.5 * GIB),
         ("NVIDIA GeForce RTX 3060", 11.7 * GIB),
         ("RTX4080", 15.6 * GIB),
+        ("rtx4070tisuper", 15.6 * GIB),
         ("a100-40gb", 39.4 * GIB),
         ("a100 80gb", 79.1 * GIB),
         ("l4", 21.9 * GIB),
