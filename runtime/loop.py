@@ -255,6 +255,7 @@ def train(
             with connected() if trained.shards else nullcontext():
                 row = one_update(plan, trained, window, ranks)
             reached.done, reached.epoch, reached.averaged = reached.done + 1, window.epoch, False
+            del window  # or it would be there while pictures are drawn, and beside the next one
             ledger.take(row)
             _average(trained, reached)
             ledger.look()

@@ -51,11 +51,11 @@ class Pace:
         while True:
             began = time.perf_counter()
             try:
-                item = next(source)
+                items = [next(source)]
             except StopIteration:
                 return
             self._waited += time.perf_counter() - began
-            yield item
+            yield items.pop()  # kept by who gets it alone, and gone when they let go of it
 
     def read(self, step: int, seconds: float, steps: int = 1) -> None:
         """`steps` steps up to `step` took `seconds` each."""

@@ -134,6 +134,10 @@ def load(saved: Path, built: Built, trained: Trained, *, checked: bool = False) 
         return sharded_saving.restore(saved, trained.shards, *given)
     snapshot = checkpoints.load(saved, checked=checked)
     load_state(built, snapshot.weights)
+    # What an optimizer has by now goes first: there is room for one state, not for two.
+    for side in (trained.optimizer, trained.rival.optimizer if trained.rival else None):
+        if side is not None:
+            side.state.clear()
     load_optimizer(trained.optimizer, dict(snapshot.optimizer))
     if trained.ema is not None and snapshot.ema is not None:
         trained.ema.load_state(snapshot.ema)

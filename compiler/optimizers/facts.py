@@ -50,6 +50,8 @@ class OptimizerFacts:
     factored: bool = False
     """Of a weight it keeps a number for each row and one for each column, of a vector all; and a
     counter of its steps on the host."""
+    late: int = 1
+    """After how many updates one takes as much memory as any: some begin otherwise (measured)."""
     copies: int = 0  # of a weight at a time in the step of one that reads values (measured)
     weights: tuple[Dtype, ...] = ("float32", "bfloat16")  # what it can train
     bf16: Literal["rounds", "kahan", "stochastic"] = "rounds"

@@ -39,6 +39,7 @@ _KAHAN = tuple(
         whole="it scales its step by a mean over the whole weight" if name == "stableadamw" else "",
         bf16="kahan",
         shaping=("momentum",) if name == "optimi-sgd" else (),
+        late=5 if cls in ("RAdam", "Ranger") else 1,  # as `radam`
     )
     for name, title, cls, states, defaults, ours, most, lr in (
         # Wortsman et al., "Stable and low-precision training", arXiv 2304.13013.
@@ -148,6 +149,7 @@ PACKAGED = (
         path="schedulefree.RAdamScheduleFree",
         package="schedulefree",
         state_bytes=weights_like(2),
+        late=5,  # until its variance is known well enough, its step is another one
         defaults={**ADAM, "weight_decay": 0.0, "r": 0.0, "weight_lr_power": 2.0},
         least={"betas": 1e-6},
         foreach=True,
@@ -195,6 +197,7 @@ PACKAGED = (
         path="pytorch_optimizer.SOAP",
         package="pytorch-optimizer",
         state_bytes=weights_like(6),
+        late=10,  # by default it turns its axes at each tenth update from the first one on
         defaults={
             "betas": (0.95, 0.95),
             "eps": 1e-8,

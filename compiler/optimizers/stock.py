@@ -42,6 +42,7 @@ STOCK = (
         title="RAdam",
         path="torch.optim.RAdam",
         state_bytes=weights_like(2),
+        late=5,
         defaults={**ADAM, "weight_decay": 0.0},
         constants={"decoupled_weight_decay": True},
         foreach=True,

@@ -67,6 +67,8 @@ def bytes_of(candidate: Candidate, trace: Traced) -> dict[str, int]:
         kept += trace.save.get("weights", 0)
     # The weights wait there while the average is judged, see `Ema.swapped`.
     swapped = trace.trained_bytes if candidate.ema_on_device or candidate.ema_on_host else 0
+    if OPTIMIZERS[candidate.optimizer.name].averages:  # or what is trained, see `kept_weights`
+        swapped += trace.trained_bytes
     several, strategy = candidate.ranks > 1, candidate.sharing.strategy
     zero, sharded = several and strategy == "deepspeed", several and strategy != "ddp"
     if sharded and not zero:  # each rank has its own part

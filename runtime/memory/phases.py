@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from compiler.memory import Candidate
-from compiler.plan import Model, Precision, Text
+from compiler.plan import Component, Model, Precision, Text
 from runtime import examples
 from runtime.families import sana_sprint
 from runtime.families.base import PICTURE, Family
-from runtime.families.common import DTYPES, class_called, draw, inference
+from runtime.families.common import DTYPES, class_called, component_of, draw, inference
 from runtime.memory.pretend import masks_kept
 from runtime.memory.tracker import Tracker
+from runtime.quantise.layers import most_beside
 from runtime.samplers import sampler
 from runtime.step import forward_losses
 from runtime.text_training import TrainedText, example_tokens
@@ -92,6 +93,9 @@ def run_text(
         tokens = all_tokens(family, device)
         tracker.category = "activations"
         tracker.reset_peak()
+        stated = component_of(candidate.model, encoder)
+        if beside := while_quantised(stated, module, DTYPES[stated.dtype]):
+            tracker.workspace(beside)
         with masks_kept(lambda: any(each.pads for each in tokens.values())):
             family.encode_with(encoder, {encoder: module, **tokens}, [PROMPT], candidate.text)
     return tracker.breakdown()
@@ -251,6 +255,13 @@ def _component(
     module.eval().requires_grad_(False)
     tracker.register([*module.parameters(), *module.buffers()], "weights")
     return module
+
+
+def while_quantised(stated: Component, module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes on the device beside `module` while it is loaded, if it is quantised there."""
+    if stated.quantize == "none" or stated.quantize_on != "device":
+        return 0
+    return most_beside(module, dtype)
 
 
 def example_embedding(

@@ -6,7 +6,7 @@ update is run for one parameter of each form, and the others' states are made li
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from compiler import plan
 from compiler.memory import Candidate
+from compiler.optimizers import OPTIMIZERS
 from runtime.ema import Ema
 from runtime.memory.tracker import Tracker
 from runtime.optimizers import grouped, make_optimizer
 from runtime.stand_in import simulated
 from runtime.step import gradient_norm, update
 
-State = Mapping[str, Any]
 VALUES = (int, float, bool, str, type(None))
 
 
 def prime(
     candidate: Candidate, trainable: Mapping[str, nn.Parameter], tracker: Tracker
 ) -> torch.optim.Optimizer:
-    """The optimizer after a first update, so that its state exists."""
+    """The optimizer after its first update, so that its state exists, or after the first few, where
+    later ones take more."""
     tracker.category = "optimizer"
     device = torch.device(candidate.device)
     meta = next(iter(trainable.values())).is_meta
@@ -48,8 +49,9 @@ def _update(
     parameters: Sequence[nn.Parameter],
     tracker: Tracker,
 ) -> None:
-    give_gradients(parameters, tracker)
-    update(optimizer, gradient_norm(parameters), candidate.max_grad_norm)
+    for _ in range(OPTIMIZERS[candidate.optimizer.name].late):
+        give_gradients(parameters, tracker)
+        update(optimizer, gradient_norm(parameters), candidate.max_grad_norm)
 
 
 def _like(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, nn.Parameter]:
@@ -70,24 +72,38 @@ def _copied(
 ) -> bool:
     """Whether `one` could be given a state like that of `other`."""
     state = optimizer.state.get(other)
-    if not state or not all(map(_plain, state.values())):
+    tensors: list[Tensor] = []
+    if not state or not _plain(state, tensors):
         return False
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if len({value.untyped_storage()._cdata for value in tensors.values()}) < len(tensors):
+    if len({value.untyped_storage()._cdata for value in tensors}) < len(tensors):
         return False
-    fresh = {name: value for name, value in tensors.items() if value.is_meta}
-    made = tracker.made((value.shape, value.dtype) for value in fresh.values())
-    copies = {n: value.clone() for n, value in tensors.items() if n not in fresh}
-    copies |= zip(fresh, made, strict=True)
-    optimizer.state[one] = {name: copies.get(name, value) for name, value in state.items()}
+    made = iter(tracker.made((t.shape, t.dtype) for t in tensors if t.is_meta))
+    optimizer.state[one] = _filled(state, made)
     return True
 
 
-def _plain(value: Any) -> bool:
-    """Whether it is a number or the like, or a tensor alone in a storage of its size."""
+def _plain(value: Any, tensors: list[Tensor]) -> bool:
+    """Whether it holds numbers and the like, and tensors that are alone in storages of their size;
+    these are added to `tensors`."""
+    if isinstance(value, dict):
+        return all(_plain(each, tensors) for each in value.values())
+    if isinstance(value, list):
+        return all(_plain(each, tensors) for each in value)
     if type(value) is Tensor:
+        tensors.append(value)
         return value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return isinstance(value, VALUES)
+
+
+def _filled(value: Any, made: Iterator[Tensor]) -> Any:
+    """The same with tensors of its own, those on "meta" from `made`, in order."""
+    if isinstance(value, dict):
+        return {name: _filled(each, made) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, made) for each in value]
+    if isinstance(value, Tensor):
+        return next(made) if value.is_meta else value.clone()
+    return value
 
 
 def give_gradients(parameters: Sequence[nn.Parameter], tracker: Tracker) -> None:

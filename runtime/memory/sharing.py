@@ -37,7 +37,7 @@ SUMS = "sums over devices"
 def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str, int]]:
     """Bytes by category of the phases of `course` in one of the candidate's ranks."""
     whole = {
-        "load": course.load,
+        "load": _loaded(course),
         "train": course.train_peak,
         "update": course.update_peak,
         **({"evaluate": course.evaluate_peak} if candidate.evaluated else {}),
@@ -68,6 +68,12 @@ def shared_parts(candidate: Candidate, course: Course) -> dict[str, Mapping[str,
         found["validate"] = {**drawing, "weights": share["weights"] + max(vae, 0)}
     found["save"] = share
     return {name: {k: v for k, v in parts.items() if v} for name, parts in found.items()}
+
+
+def _loaded(course: Course) -> Mapping[str, int]:
+    """All that there is in the end, or the moment before when the last weight is quantised."""
+    last = {"weights": course.load.get("weights", 0), "workspace": rounded(course.quantising)}
+    return max(course.load, last, key=lambda parts: sum(parts.values()))
 
 
 def _summed(course: Course) -> Mapping[str, int]:

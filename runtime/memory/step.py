@@ -24,6 +24,7 @@ from runtime.collector import collector_off
 from runtime.ema import Ema
 from runtime.families import family_of
 from runtime.families.base import Family
+from runtime.families.common import DTYPES, component_of
 from runtime.fused_backward import FusedBackward
 from runtime.memory import phases
 from runtime.memory.again import Again
@@ -65,6 +66,7 @@ class Course:
     """One bucket's step and what comes after it. Bytes by category, or their course in time."""
 
     load: Mapping[str, int]  # once the model is there
+    quantising: int  # beside its weights, while it is loaded
     window: Sequence[Curve]  # the passes of one accumulation window
     after: Mapping[str, int]  # when its gradients are complete
     update: Sequence[Curve]  # clipping, optimizer, average
@@ -203,8 +205,12 @@ def run_step(
                 _, judged, drawn = between()
         for handle in marked:
             handle.remove()
+    stated = component_of(candidate.model, candidate.model.trained_component)
+    plain = DTYPES[candidate.precision.weights]
+    there = not candidate.layout.offload_blocks  # else it is loaded on the host
     return Course(
         load=load,
+        quantising=phases.while_quantised(stated, built.model, plain) if there else 0,
         window=window,
         after=run.after,
         update=updating,

@@ -16,6 +16,8 @@ from compiler.plan import Quantisation
 from compiler.quantisers import QUANTISERS
 
 EIGHT_BITS = {"int8": 127.5, "fp8": 448.0}  # absmax / scale
+PIECE = 2**22  # numbers that are quantised at a time, about
+WORKING = 13  # bytes for each of them on the way, codes apart (measured; nf4's are most)
 SCALES = {4: (torch.float32, torch.int32), 2: (torch.bfloat16, torch.int16)}  # by their bytes
 
 
@@ -37,10 +39,28 @@ def empty(
 
 @torch.no_grad()
 def quantised(weight: Tensor, kind: Quantisation) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `weight`, (rows, columns), computed in float32 on its own device.
+    """Codes and scales of `weight`, (rows, columns), computed in float32 on its own device, a piece
+    at a time: see `WORKING`.
 
     Raises ValueError if a weight is not finite.
     """
+    rows, columns = weight.shape
+    size = QUANTISERS[kind].group or 1
+    step = max(PIECE // columns, 1)
+    step = -(-step // size) * size  # whole groups
+    if rows <= step:
+        return _quantised(weight, kind)
+    codes, scales = empty(kind, rows, columns, weight.device)
+    done = 0
+    for start in range(0, rows, step):
+        piece, factors = _quantised(weight[start : start + step], kind)
+        codes[done : done + len(piece)] = piece
+        scales[done : done + len(piece)] = factors
+        done += len(piece)
+    return codes, scales
+
+
+def _quantised(weight: Tensor, kind: Quantisation) -> tuple[Tensor, Tensor]:
     facts = QUANTISERS[kind]
     groups = weight.float() if facts.group == 0 else _groups(weight.float(), facts.group)
     scales = _scales(groups, kind)

@@ -198,6 +198,14 @@ def quantise(
         model.set_submodule(name, made)
 
 
+def most_beside(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes at most, beside the layers that are there, while `model` is quantised where they are:
+    the largest plain weight in `dtype`, and what its codes are made of."""
+    sizes = [layer.shape[0] * layer.shape[1] for _, layer in quantised_layers(model)]
+    largest = max(sizes, default=0)
+    return largest * dtype.itemsize + min(largest, coding.PIECE) * coding.WORKING
+
+
 def plain(layer: Quantised) -> nn.Module:
     """The plain layer with the weight that `layer` stands for."""
     outputs, inputs = layer.shape

@@ -9,13 +9,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from attrs import evolve
 from safetensors import safe_open
 
 from compiler.data.manifest import Manifest
 from compiler.keeping import LOSS
 from compiler.plan import Checkpoints, Publish
-from runtime import checkpoints
+from runtime import checkpoints, resume
 from runtime.evaluate import Judge
 from runtime.execute import execute
 from runtime.export.draw import draw
@@ -67,11 +68,20 @@ def test_all_is_said_of_the_best_step(
         self.measured.add(step)
 
     monkeypatch.setattr(Judge, "judge", judge)
+    kept: list[int] = []
+    load = resume.load_optimizer
+
+    def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        kept.append(len(optimizer.state))
+        load(optimizer, state)
+
+    monkeypatch.setattr(resume, "load_optimizer", load_optimizer)
     outcome = execute(plan, manifest, Interrupting(*NEVER))
     folder = Path(plan.run_folder)
     best = 4
     assert outcome.step == STEPS != best
     assert result_step(folder, plan) == best
+    assert kept == [0]  # the last step's state is gone when the best one's comes
 
     card = hub.files["README.md"].decode()
     assert f"trained for {best} steps" in card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -269,6 +270,29 @@ def test_actions_come_when_due(plan):
     assert calls == [("draw", 3), ("save", 4, 2), ("save", 6, 3)]
     assert [due(k, 2) for k in (1, 2, 3, 4)] == [False, True, False, True]
     assert not due(5, 0)
+
+
+def test_no_window_is_there_between_two_steps(plan):
+    """While pictures are drawn, and when the next window comes."""
+    plan = evolve(plan, checkpoints=Checkpoints(every=1, keep=0))
+    there = []
+
+    def alive():
+        return [each for each in there if each() is not None]
+
+    def windows():
+        for k in range(3):
+            assert not alive()
+            window = window_of(k, [(k,)])
+            there.append(weakref.ref(window.batches[0].latents))
+            held = [window]
+            del window
+            yield held.pop()
+
+    actions = Actions(checkpoint=lambda done, epoch: seen.append(len(alive())), validate=None)
+    seen = []
+    run(plan, trained_of(plan), windows(), actions=actions)
+    assert seen == [0, 0, 0]
 
 
 def test_a_stop_request_finishes_the_step_and_saves(plan):

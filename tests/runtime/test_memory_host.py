@@ -67,6 +67,17 @@ def test_weights_wait_on_the_host_while_the_average_is_judged(on_host: bool) -> 
     assert grown["load"] == 0
 
 
+def test_weights_wait_on_the_host_while_a_schedule_free_average_is_judged() -> None:
+    """What is trained is put back as it was: `kept_weights`."""
+    plain = evolve(small("sana", rank=4, device="cuda"), evaluated=((256, 256, 1),))
+    given = evolve(plain, optimizer=evolve(plain.optimizer, name="adamw-schedulefree"))
+    other = evolve(plain, optimizer=evolve(plain.optimizer, fused=False))
+    found, without = host(given), host(other)
+    trained = 4 * MODEL.simulate(given).trainable
+    assert found["evaluate"] - found["train"] >= trained
+    assert without["evaluate"] == without["train"]
+
+
 def test_no_activations_wait_on_the_host_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "SMALLEST", 0)
     layout = Layout(offload_activations=True, offload_blocks=2)

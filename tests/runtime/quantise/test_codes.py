@@ -10,7 +10,15 @@ from torch import Tensor
 
 from compiler.plan import Quantisation
 from compiler.quantisers import QUANTISERS
-from runtime.quantise.codes import dequantised, empty, nf4_levels, normal_float, quantised
+from runtime.memory.tracker import Tracker
+from runtime.quantise.codes import (
+    WORKING,
+    dequantised,
+    empty,
+    nf4_levels,
+    normal_float,
+    quantised,
+)
 
 CPU = torch.device("cpu")
 KINDS = tuple(QUANTISERS)
@@ -190,6 +198,29 @@ def test_special_weights(kind: Quantisation) -> None:
     codes, scales = quantised(normal(8, 8).bfloat16(), kind)
     assert not codes.is_floating_point() and not scales.is_floating_point()
     assert torch.equal(copy.deepcopy(codes), codes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_piece_at_a_time(kind: Quantisation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, on meta tensors too; and what is taken on the way."""
+    wholes = [quantised(normal(*shape), kind) for shape in SHAPES]
+    weight = normal(64, 2048).bfloat16()
+    with Tracker({"cpu"}) as tracker:
+        tracker.register([weight], "weights")
+        codes, scales = quantised(weight, kind)
+    most = tracker.peak - weight.nbytes - codes.nbytes - scales.nbytes
+    assert 0.5 * WORKING * weight.numel() < most < (WORKING + 0.1) * weight.numel()
+    monkeypatch.setattr("runtime.quantise.codes.PIECE", 100)
+    for shape, whole in zip(SHAPES, wholes, strict=True):
+        for ours, theirs in zip(quantised(normal(*shape), kind), whole, strict=True):
+            assert torch.equal(ours, theirs)
+        made = quantised(normal(*shape).to("meta"), kind)
+        assert [t.shape for t in made] == [t.shape for t in whole]
+    with Tracker({"cpu"}) as tracker:
+        tracker.register([weight], "weights")
+        codes, scales = quantised(weight, kind)
+    most = tracker.peak - weight.nbytes - codes.nbytes - scales.nbytes
+    assert most < (WORKING + 1) * 64 * 2048  # 64 rows are the groups of the widest
 
 
 @pytest.mark.parametrize("kind", KINDS)
