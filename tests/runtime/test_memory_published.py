@@ -116,6 +116,71 @@ BOUNDS: list[Any] = [  # base, its quantiser, settings as far as they are told, 
 ]  # fmt: skip
 
 
+KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
+BESIDE = 460_000_000
+"""Bytes that the measured program had on the device besides: another model, cached prompts and
+latents."""
+
+
+@WHOLE
+def test_flux2_klein_full() -> None:
+    """huggingface/peft, method_comparison/image-gen: full, in bfloat16, on an L40S (512 pixels,
+    batch 2, 512 tokens). Allocated between two steps, and at most reserved: an upper bound. There
+    gradients are there between two steps."""
+    found = phases_of(
+        MODEL.simulate(
+            evolve(
+                candidate(
+                    known(KLEIN),
+                    trained="bfloat16",
+                    checkpointing=1,
+                    fused=False,
+                    tokens=512,
+                    shapes=((512, 512, 2),),
+                ),
+                capability="8.9",
+            )
+        )
+    )
+    names = ("context", "pages of the allocator")
+    update = found["update"].device_bytes - sum(found["update"].parts[n] for n in names) + BESIDE
+    assert 0.97 * 39.873e9 < update < 39.873e9
+    held = ("weights", "optimizer", "gradients", "workspace of cuBLAS")
+    rest = sum(found["update"].parts[name] for name in held) + BESIDE
+    assert rest == pytest.approx(31.505e9, rel=0.005)
+
+
+@WHOLE
+def test_flux_lora() -> None:
+    """Hugging Face's blog "(LoRA) Fine-Tuning FLUX.1-dev on Consumer Hardware": 26 GB on an RTX
+    4090, LoRA of rank 4 of the base in bfloat16, 512 x 768 pixels."""
+    train = train_phase(
+        known(FLUX),
+        rank=4,
+        targets=(r".*\.to_[qkv]", r".*\.to_out\.0"),
+        tokens=77,
+        checkpointing=1,
+        optimizer="adamw-8bit",
+        shapes=((512, 768, 1),),
+    )
+    assert train.device_bytes == pytest.approx(26e9, rel=0.05)
+
+
+@WHOLE
+def test_qwen_image_lora() -> None:
+    """musubi-tuner, docs/qwen_image.md: 42 GB (of 2^30 bytes) for a LoRA of the base in bfloat16 at
+    1024 pixels, batch 1."""
+    train = train_phase(
+        known("Qwen/Qwen-Image"),
+        rank=16,
+        targets=(r".*\.attn\..*", r".*_mlp\..*"),
+        checkpointing=1,
+        optimizer="adamw-8bit",
+        shapes=((1024, 1024, 1),),
+    )
+    assert train.device_bytes == pytest.approx(42 * 2**30, rel=0.03)
+
+
 @pytest.mark.parametrize(("base", "kind", "settings", "published"), BOUNDS)
 def test_figures_with_incomplete_settings(
     base: str, kind: Any, settings: dict[str, Any], published: float
