@@ -72,6 +72,9 @@ class AllocatorTracker:
     def exclude(self, tensors: Iterable[Tensor]) -> None:
         """What is on the host is not on the device anyway."""
 
+    def workspace(self, nbytes: int, category: str = "workspace") -> None:
+        """What something takes inside is counted where it is taken."""
+
     def mark(self) -> None:
         """One point tells of no course."""
 

@@ -165,7 +165,7 @@ class RuntimeMemoryModel:
         configs = {part.name: candidate.model.configs.get(part.name) for part in parts}
         every = (*candidate.shapes, *candidate.evaluated)
         shapes = candidate.encoded or tuple((width, height, 1) for width, height, _ in every)
-        device = candidate.device, candidate.capability, candidate.tf32
+        device = candidate.device, candidate.capability
         key = repr((parts, configs, candidate.text, shapes, device))
         if key in self._encoded:
             yield lambda: self._encoded[key]
@@ -181,7 +181,8 @@ class RuntimeMemoryModel:
                 found[name] = self._text(candidate, family, name)
             pictures = []
             for *size, count in phases.fullest(shapes):
-                tracker = self._tracker(candidate)
+                # PyTorch's own setting for convolutions: `runtime.speed.prepare` comes later.
+                tracker = self.tracker(candidate.device, candidate.capability, tf32=True)
                 pictures.append(
                     phases.run_latents(candidate, family, (size[0], size[1]), META, tracker, count)
                 )
