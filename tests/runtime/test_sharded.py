@@ -167,7 +167,9 @@ def test_a_rank_that_cant_write_leaves_older_checkpoints_alone(shared):
 
         FileSystemWriter.write_data = write_data
 
-    assert [wait(pid) for pid in start([(plan, manifest)], 2, full_disk)] == [1, 1]
+    first, second = (wait(pid) for pid in start([(plan, manifest)], 2, full_disk))
+    # Rank 0 tells of it, and may be gone before the other one has heard that it could.
+    assert first == 1 and second in (1, 3)
     folder = Path(plan.run_folder)
     said = (folder / "failed-0").read_text()
     assert "could not save the checkpoint of step 4" in said
